@@ -1,0 +1,52 @@
+# make demo   a real tritonserver segments pictures with the small trained demo model
+# make test   everything but the full-size model, against that same server
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+MINUTES ?= 30
+
+.PHONY: demo test test-full bench perf fuzz faults soak lint install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not full_size"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest -m full_size -s
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+perf: $(STAMP)
+	$(BIN)/python -m benchmarks.perf
+
+fuzz: $(STAMP)
+	$(BIN)/python -m benchmarks.fuzz --requests 20000 --seed 0
+
+faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults
+
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.faults soak --minutes $(MINUTES)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy client/triton_sam3 export server demo benchmarks model_repository/sam3_prompt_decoder/1 tests examples/*.py
+	$(BIN)/mypy model_repository/sam3_image_reader/1
+	$(BIN)/mypy model_repository/sam3_mask_writer/1
+
+clean:
+	rm -rf build $(VENV)
