@@ -1,0 +1,294 @@
+"""What an export is worth: signatures against the configs, then values against Meta's modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import skimage.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.export import ExportedProgram
+from tritonclient.grpc import model_config_pb2
+
+from export.architecture import InteractiveModel
+from export.encoder import FEATURES
+from export.repository import DECODER, ENCODER, ENSEMBLES, read_config
+
+Features = tuple[Tensor, Tensor, Tensor]
+Signature = dict[str, tuple[str, tuple[int, ...]]]
+
+FEATURE_TOLERANCE = 1e-4
+"""Relative error (L2) of an FP32 encoder's outputs; sums in another order cost about 1e-6."""
+LOGIT_TOLERANCE = 1e-3
+"""Relative error (L2) of the mask logits behind an FP32 encoder."""
+
+DECODER_OUTPUTS = ("low_res_masks", "iou_predictions")
+INTERNAL = {"mask_index"}
+"""Inputs of the decoder's program that are no tensor of a request."""
+
+PHOTOS = ("coffee", "astronaut", "chelsea", "coins")
+"""Pictures inside scikit-image's wheel."""
+
+
+class SignatureError(Exception):
+    """A graph and a config, or the two ends of an ensemble's wire, disagree."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured quantity beside what is allowed."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of one object in the wire's terms; `refine` decodes twice, feeding back the mask."""
+
+    name: str
+    coords: tuple[tuple[float, float], ...]
+    labels: tuple[int, ...]
+    refine: bool = False
+
+
+PROMPTS = (
+    Prompt("point", ((0.45, 0.55),), (1,)),
+    Prompt("points", ((0.45, 0.55), (0.6, 0.4), (0.1, 0.9)), (1, 1, 0)),
+    Prompt("box", ((0.25, 0.2), (0.8, 0.75)), (2, 3)),
+    Prompt("box and points", ((0.25, 0.2), (0.8, 0.75), (0.5, 0.5), (0.3, 0.7)), (2, 3, 1, 0)),
+    Prompt("refined mask", ((0.45, 0.55),), (1,), refine=True),
+)
+
+
+def check_signatures(repository: Path, program: ExportedProgram) -> None:
+    """Compare names, types and shapes of encoder, decoder, configs and wires.
+
+    Raises `SignatureError`.
+    """
+    encoder = read_config(repository, ENCODER)
+    graph = onnx.load(repository / ENCODER / "1" / "model.onnx", load_external_data=False).graph
+    _same("the encoder's inputs", _graph_signature(graph.input), _signature(encoder.input))
+    _same("the encoder's outputs", _graph_signature(graph.output), _signature(encoder.output))
+    _check_program(program, read_config(repository, DECODER))
+    for ensemble in ENSEMBLES:
+        _check_wires(repository, read_config(repository, ensemble))
+
+
+def _check_program(program: ExportedProgram, decoder: model_config_pb2.ModelConfig) -> None:
+    """Shapes only: whoever runs the program converts to its FP32."""
+    inputs, outputs = _signature(decoder.input), _signature(decoder.output)
+    shapes = {node.name: _static(node.meta.get("val")) for node in program.graph.nodes}
+    for name in program.graph_signature.user_inputs:
+        # An embedding has one more axis than in the config, which speaks of one image.
+        dims = shapes[name][1:] if name in FEATURES else shapes[name]
+        if name not in INTERNAL and inputs.get(name, ("", None))[1] != dims:
+            raise SignatureError(f"the decoder's {name} is {dims}, in its config {inputs}")
+    for name, node in zip(DECODER_OUTPUTS, program.graph_signature.user_outputs, strict=True):
+        _, dims = outputs[name]
+        if not all(c in (-1, d) for c, d in zip(dims, shapes[node], strict=True)):
+            raise SignatureError(f"the decoder's {name} is {shapes[node]}, in its config {dims}")
+
+
+def _static(value: object) -> tuple[int, ...]:
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return tuple(size if isinstance(size, int) else -1 for size in shape)
+
+
+def _check_wires(repository: Path, ensemble: model_config_pb2.ModelConfig) -> None:
+    wires = _signature(ensemble.input)
+    results = _signature(ensemble.output)
+    for step in ensemble.ensemble_scheduling.step:
+        model = read_config(repository, step.model_name)
+        inputs, outputs = _signature(model.input), _signature(model.output)
+        for name, wire in step.input_map.items():
+            if wire not in wires:
+                raise SignatureError(
+                    f"{ensemble.name}: no step puts out {wire} for {step.model_name}.{name}"
+                )
+            ends = {name: wires[wire]}, {name: inputs.get(name)}
+            _same(f"{ensemble.name}: the ends of {wire} into {step.model_name}", *ends)
+        for name, wire in step.output_map.items():
+            if name not in outputs:
+                raise SignatureError(f"{step.model_name} puts out no {name}")
+            wires[wire] = outputs[name]
+    for name, tensor in results.items():
+        _same(f"{ensemble.name}'s outputs", {name: tensor}, {name: wires.get(name)})
+
+
+def _same(what: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
+    if ours != theirs:
+        raise SignatureError(f"{what} disagree:\n  {ours}\n  {theirs}")
+
+
+def _signature(tensors: Iterable[model_config_pb2.ModelInput]) -> Signature:
+    return {
+        tensor.name: (
+            model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_"),
+            tuple(tensor.dims),
+        )
+        for tensor in tensors
+    }
+
+
+def _graph_signature(tensors: Iterable[onnx.ValueInfoProto]) -> Signature:
+    spelling = {"FLOAT": "FP32", "FLOAT16": "FP16"}
+    signature = {}
+    for value in tensors:
+        tensor = value.type.tensor_type
+        name = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        dims = tuple(dim.dim_value for dim in tensor.shape.dim[1:])
+        signature[value.name] = (spelling.get(name, name), dims)
+    return signature
+
+
+def check_values(
+    repository: Path,
+    program: ExportedProgram,
+    model: InteractiveModel,
+    *,
+    photos: tuple[str, ...],
+    min_iou: float,
+    exact: bool,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
+    """Run the exported graphs beside Meta's modules on the same photos and prompts.
+
+    `exact` demands the relative errors of an FP32 export; without it, mask IoU alone decides.
+    """
+    session = ort.InferenceSession(repository / ENCODER / "1" / "model.onnx")
+    decoder = program.module()
+    worst_feature = dict.fromkeys(FEATURES, 0.0)
+    worst = {prompt.name: (0.0, 1.0) for prompt in PROMPTS}
+    for photo in photos:
+        progress(photo)
+        image = load_photo(photo, model.architecture.image_size)
+        exported = run_encoder(session, image)
+        reference = encode_reference(model, image)
+        for name, ours, theirs in zip(FEATURES, exported, reference, strict=True):
+            worst_feature[name] = max(worst_feature[name], relative_error(ours, theirs))
+        for prompt in PROMPTS:
+            error, iou = _compare(
+                _decode(prompt, lambda *p: run_decoder(decoder, exported, *p)),  # noqa: B023
+                _decode(prompt, lambda *p: decode_reference(model, reference, *p)),  # noqa: B023
+            )
+            worst[prompt.name] = max(worst[prompt.name][0], error), min(worst[prompt.name][1], iou)
+    errors = [
+        Check(f"{name}: relative error", e, FEATURE_TOLERANCE) for name, e in worst_feature.items()
+    ]
+    errors += [
+        Check(f"{name}: logits' relative error", e, LOGIT_TOLERANCE)
+        for name, (e, _) in worst.items()
+    ]
+    ious = [
+        Check(f"{name}: mask IoU", iou, min_iou, at_least=True) for name, (_, iou) in worst.items()
+    ]
+    return [*(errors if exact else []), *ious]
+
+
+def load_photo(name: str, side: int) -> NDArray[np.uint8]:
+    """One of scikit-image's photos, RGB, stretched to UINT8 [side, side, 3]."""
+    photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    return np.asarray(photo.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def run_encoder(session: ort.InferenceSession, image: NDArray[np.uint8]) -> Features:
+    """Run an exported encoder on one image."""
+    first, second, third = session.run(list(FEATURES), {"image": image[None]})
+    return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
+
+
+def run_decoder(
+    decoder: Callable[..., tuple[Tensor, Tensor]],
+    features: Features,
+    coords: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Run an exported decoder on one object; the three candidates' logits [3, M, M]."""
+    size = features[1].shape[-1]
+    masks, _ = decoder(
+        **{name: tensor.float() for name, tensor in zip(FEATURES, features, strict=True)},
+        point_coords=torch.cat((coords, torch.zeros(1, 2)))[None],
+        point_labels=torch.cat((labels, torch.tensor([-1], dtype=torch.int32)))[None],
+        mask_input=torch.empty(0, size, size) if mask is None else mask[None],
+        mask_index=torch.arange(0 if mask is None else 1),
+    )
+    return masks[0, 1:]
+
+
+@torch.inference_mode()
+def encode_reference(model: InteractiveModel, image: NDArray[np.uint8]) -> Features:
+    """Meta's trunk and neck on one UINT8 image [S, S, 3]."""
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    return model.encode((pixels - 0.5) / 0.5)
+
+
+@torch.inference_mode()
+def decode_reference(
+    model: InteractiveModel, features: Features, coords: Tensor, labels: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Meta's prompt encoder and mask decoder on one object; logits [3, M, M]."""
+    sparse, dense = model.prompt_encoder(
+        points=(coords[None] * model.architecture.image_size, labels[None]),
+        boxes=None,
+        masks=None if mask is None else mask[None, None],
+    )
+    masks, _, _, _ = model.mask_decoder(
+        image_embeddings=features[0],
+        image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=list(features[1:]),
+    )
+    logits: Tensor = masks[0]
+    return logits
+
+
+def _decode(prompt: Prompt, decode: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    coords = torch.tensor(prompt.coords)
+    labels = torch.tensor(prompt.labels, dtype=torch.int32)
+    with torch.inference_mode():
+        logits = decode(coords, labels, None)
+        return decode(coords, labels, logits[0].clamp(-32, 32)) if prompt.refine else logits
+
+
+def _compare(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Worst relative error and worst mask IoU over the candidates."""
+    errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return max(errors), min(mask_iou(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ (L2); infinite where a value is not finite."""
+    theirs = theirs.double()
+    error = float((ours.double() - theirs).norm() / theirs.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def mask_iou(ours: Tensor, theirs: Tensor) -> float:
+    """Intersection over union of the masks of two logits; two empty masks agree fully.
+
+    Logits that are not finite are no mask and agree with nothing.
+    """
+    if not (ours.isfinite().all() and theirs.isfinite().all()):
+        return 0.0
+    ours, theirs = ours > 0, theirs > 0
+    union = (ours | theirs).sum()
+    return float((ours & theirs).sum() / union) if union else 1.0

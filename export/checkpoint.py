@@ -1,0 +1,190 @@
+"""Checkpoint file <-> `InteractiveModel`, strictly: a missing weight is an error with its name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.architecture import (
+    MASK_DECODER,
+    NECK,
+    NO_MEM_EMBED,
+    PROMPT_ENCODER,
+    TRUNK,
+    Architecture,
+    InteractiveModel,
+    SizeError,
+)
+
+ROTARY_TABLE = "freqs_cis"
+"""Suffix of buffers that follow from the sizes and are computed, not loaded."""
+
+ZIP_MAGIC = b"PK\x03\x04"
+
+WANTED = (
+    f"{TRUNK}*, {NECK}*, {PROMPT_ENCODER}*, {MASK_DECODER}* and {NO_MEM_EMBED} "
+    "(the layout of Meta's sam3.pt)"
+)
+
+
+class CheckpointError(Exception):
+    """A file that cannot be used as a SAM 3 checkpoint; the message says why and what is needed."""
+
+
+def load(path: Path, image_size: int | None = None) -> InteractiveModel:
+    """Build the interactive model of a checkpoint in the official layout, in FP32, on the CPU.
+
+    `image_size` replaces the side the checkpoint was made for: the rotary tables are interpolated
+    and the position embedding is tiled, as Meta's ViT does.
+
+    Raises `CheckpointError` for a file that is missing, unreadable, of another layout or
+    incomplete, and `SizeError` for an image size that is not a multiple of the patch size.
+    """
+    weights = read(path)
+    architecture = _architecture(path, weights)
+    if image_size is not None:
+        architecture = replace(architecture, image_size=image_size)
+    model = InteractiveModel(architecture)
+    _assign(path, model, weights)
+    return model.eval().requires_grad_(False)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read the interactive path's weights of a checkpoint file, memory-mapped and unconverted."""
+    weights = _unpickle(path)
+    wanted = {
+        key: value
+        for key, value in weights.items()
+        if key == NO_MEM_EMBED or key.startswith((TRUNK, NECK, PROMPT_ENCODER, MASK_DECODER))
+    }
+    absent = [
+        name
+        for name in (TRUNK, NECK, PROMPT_ENCODER, MASK_DECODER, NO_MEM_EMBED)
+        if not any(key.startswith(name) for key in wanted)
+    ]
+    if absent:
+        raise CheckpointError(_explain_absent(path, weights, absent))
+    return wanted
+
+
+def save(model: InteractiveModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model in the official layout; rotary tables are kept, they carry the sizes."""
+    weights = {NO_MEM_EMBED: model.no_mem_embed}
+    for prefix, module in model.layout().items():
+        weights |= {prefix + key: value for key, value in module.state_dict().items()}
+    stored = {
+        key: value.detach().to(dtype if value.is_floating_point() else value.dtype)
+        for key, value in weights.items()
+    }
+    torch.save({"model": stored}, path)
+
+
+def _unpickle(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {found}; give the path of a SAM 3 checkpoint (sam3.pt)")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
+        raise CheckpointError(f"{path}: holds no weights by name; expected {WANTED}")
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+                raise CheckpointError(_unreadable(path, "not a zip archive, as torch.save makes"))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = "it holds Python objects beside the weights, which are not loaded, or is damaged"
+        raise CheckpointError(_unreadable(path, reason)) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = "damaged or incomplete; copy or download it again"
+        raise CheckpointError(_unreadable(path, reason)) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return f"{path}: not a PyTorch checkpoint ({reason}); expected a file that holds {WANTED}"
+
+
+def _read_safetensors(path: Path) -> object:
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _explain_absent(path: Path, weights: Mapping[str, Tensor], absent: list[str]) -> str:
+    missing = ", ".join(name if name == NO_MEM_EMBED else name + "*" for name in absent)
+    return f"{path}: {_kind(weights)}; missing: {missing}. Expected {WANTED}"
+
+
+def _kind(weights: Mapping[str, Tensor]) -> str:
+    """Name what a checkpoint without the wanted keys looks like."""
+
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in weights)
+
+    if has("detector_model.", "tracker_model.", "tracker_neck."):
+        return "looks like Hugging Face's conversion, whose names differ; use Meta's sam3.pt"
+    if has("tracker.model.interactive_sam_") or any(
+        ".interactive_convs." in key for key in weights
+    ):
+        return (
+            "looks like SAM 3.1 (multiplex), whose click head is another one; use SAM 3's sam3.pt"
+        )
+    if has("image_encoder.", "sam_mask_decoder.", "memory_attention."):
+        return "looks like SAM 1 or SAM 2, not SAM 3"
+    if has("detector.", "backbone.", "trunk.", "model.detector."):
+        return (
+            "looks like a SAM 3 checkpoint without the interactive head, as fine-tuning often "
+            "saves it; merge its weights into Meta's sam3.pt"
+        )
+    return "does not look like a SAM 3 checkpoint"
+
+
+def _architecture(path: Path, weights: Mapping[str, Tensor]) -> Architecture:
+    try:
+        return Architecture.of(weights)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: lacks {error.args[0]}") from error
+    except SizeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _assign(path: Path, model: InteractiveModel, weights: Mapping[str, Tensor]) -> None:
+    """Give every parameter its weight; raise on the first that is absent or of another shape."""
+    destinations = {
+        prefix + key: value
+        for prefix, module in model.layout().items()
+        for key, value in module.state_dict().items()
+        if not key.endswith(ROTARY_TABLE)
+    }
+    destinations[NO_MEM_EMBED] = model.no_mem_embed
+    missing = sorted(destinations.keys() - weights.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{path}: lacks {missing[0]}{more}")
+    for key, value in destinations.items():
+        if value.shape != weights[key].shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(weights[key].shape)}; the other weights need "
+                f"{list(value.shape)}"
+            )
+    for prefix, module in model.layout().items():
+        own = {k[len(prefix) :]: weights[k].float() for k in destinations if k.startswith(prefix)}
+        module.load_state_dict(own, strict=False, assign=True)
+    model.no_mem_embed = nn.Parameter(weights[NO_MEM_EMBED].float())

@@ -1,0 +1,127 @@
+"""The prompt decoder: SAM's prompt encoder and mask decoder as one `torch.export` program.
+
+The program decodes N objects of T tokens each. It knows neither requests nor images: whoever runs
+it hands over one embedding per object (an expanded view where objects share an image), and the
+tokens complete, the trailing not-a-point token of an object with points or a box included.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from export.architecture import Architecture, InteractiveModel
+
+MAX_OBJECTS = 1024
+MAX_TOKENS = 1024
+
+TORCH_VERSION = "torch_version"
+"""Extra file inside decoder.pt2."""
+
+
+class PromptDecoder(nn.Module):
+    """Meta's prompt encoder and mask decoder, every candidate at once."""
+
+    def __init__(self, model: InteractiveModel) -> None:
+        super().__init__()
+        self.image_size = model.architecture.image_size
+        self.prompt_encoder = model.prompt_encoder
+        self.mask_decoder = model.mask_decoder
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        mask_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N objects of T tokens, K of which refine an earlier mask.
+
+        Args:
+            image_embed: [N, 256, E, E]; high_res_feats_0: [N, 32, 4E, 4E];
+            high_res_feats_1: [N, 64, 2E, 2E].
+            point_coords: [N, T, 2], x and y as fractions of the image's width and height.
+            point_labels: INT32 [N, T]; 1, 0, 2, 3 as in the wire contract, -1 not a point.
+            mask_input: [K, 4E, 4E] logits; mask_index: INT64 [K], the objects they belong to.
+
+        Returns:
+            masks [N, 4, 4E, 4E], logits, not clamped, and iou_predictions [N, 4]: first the one
+            answer of `multimask_output=False`, stability fallback included, then the three
+            candidates of `multimask_output=True`.
+        """
+        sparse = self.prompt_encoder._embed_points(
+            point_coords * self.image_size, point_labels, pad=False
+        )
+        dense = self._embed_masks(mask_input, mask_index, point_coords.shape[0])
+        masks, ious, _, _ = self.mask_decoder.predict_masks(
+            image_embeddings=image_embed,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            repeat_image=False,
+            high_res_features=[high_res_feats_0, high_res_feats_1],
+        )
+        mask, iou = self.mask_decoder._dynamic_multimask_via_stability(masks, ious)
+        return torch.cat((mask, masks[:, 1:]), dim=1), torch.cat((iou, ious[:, 1:]), dim=1)
+
+    def _embed_masks(self, mask_input: Tensor, mask_index: Tensor, objects: int) -> Tensor:
+        none = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        dense = none.expand(objects, -1, *self.prompt_encoder.image_embedding_size)
+        embedded = self.prompt_encoder.mask_downscaling(mask_input.unsqueeze(1))
+        combined: Tensor = dense.index_copy(0, mask_index, embedded)
+        return combined
+
+
+def example_inputs(
+    architecture: Architecture, objects: int = 2, tokens: int = 3, masks: int = 2
+) -> dict[str, Tensor]:
+    """Inputs of `PromptDecoder` by name; they also drive tracing."""
+    embedding, mask = architecture.grid, architecture.mask_size
+    channels = architecture.d_model
+    return {
+        "image_embed": torch.randn(objects, channels, embedding, embedding),
+        "high_res_feats_0": torch.randn(objects, channels // 8, mask, mask),
+        "high_res_feats_1": torch.randn(objects, channels // 4, mask // 2, mask // 2),
+        "point_coords": torch.rand(objects, tokens, 2),
+        "point_labels": torch.ones(objects, tokens, dtype=torch.int32),
+        "mask_input": torch.randn(masks, mask, mask),
+        "mask_index": torch.arange(masks),
+    }
+
+
+def export_decoder(model: InteractiveModel) -> ExportedProgram:
+    """Trace the decoder with any number of objects, tokens and masks."""
+    objects, tokens = Dim("objects", max=MAX_OBJECTS), Dim("tokens", min=0, max=MAX_TOKENS)
+    masks = Dim("masks", min=0, max=MAX_OBJECTS)
+    inputs = example_inputs(model.architecture, objects=3, tokens=5, masks=2)
+    return torch.export.export(
+        PromptDecoder(model),
+        args=(),
+        kwargs=inputs,
+        dynamic_shapes={
+            "image_embed": {0: objects},
+            "high_res_feats_0": {0: objects},
+            "high_res_feats_1": {0: objects},
+            "point_coords": {0: objects, 1: tokens},
+            "point_labels": {0: objects, 1: tokens},
+            "mask_input": {0: masks},
+            "mask_index": {0: masks},
+        },
+    )
+
+
+def save_decoder(program: ExportedProgram, path: Path) -> None:
+    """Write the program, with the version of torch that a reader must not be older than."""
+    program.example_inputs = None  # embeddings as large as the weights
+    archive = BytesIO()
+    torch.export.save(program, archive, extra_files={TORCH_VERSION: torch.__version__})
+    # Not written by torch itself: it answers a full disk with an internal error.
+    path.write_bytes(archive.getvalue())

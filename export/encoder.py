@@ -1,0 +1,237 @@
+"""The image encoder: SAM 3's trunk and interactive neck as one graph, from pixels to embeddings.
+
+    image u8 [B,S,S,3] ─► patches ─► 32 blocks on tokens kept in window order ─► three neck levels
+                                                                                  │    │     │
+                                            image_embed [B,256,E,E] ◄─────────────┘    │     │
+                                            high_res_feats_1 [B,64,2E,2E] ◄────────────┘     │
+                                            high_res_feats_0 [B,32,4E,4E] ◄──────────────────┘
+
+The blocks are Meta's. What differs from `InteractiveModel.encode` is only how the same numbers are
+reached: tokens are put in window order once instead of twice a block (attention does not care for
+the order, so long as the rotary table follows), rotation and attention are fused operators, and
+convolutions that follow each other without a nonlinearity between them are multiplied out.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sam3.model.vitdet import Attention, Block, get_abs_pos
+from torch import Tensor, nn
+
+from export.architecture import Architecture, InteractiveModel
+from export.operators import attention, rotary_embedding
+
+FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+"""Names of the graph's outputs, in their order."""
+
+OPSET = 20
+MAX_BATCH = 8
+
+
+class ImageEncoder(nn.Module):
+    """UINT8 RGB [B, S, S, 3] → image_embed, high_res_feats_0, high_res_feats_1.
+
+    With `dtype` FP16, matrix products, attention and convolutions are in half precision and the
+    outputs are FP16; the patches' projection, layer norms, the softmax inside attention and the
+    residual stream stay FP32, since activations of a ViT this deep leave half precision's range.
+    """
+
+    def __init__(self, model: InteractiveModel, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.windows = _Windows(model.architecture)
+        self.dtype = dtype
+        self.patch_embed = _PatchEmbed(model.trunk.patch_embed.proj, self.windows)
+        self.position = nn.Buffer(self.windows.join(self.windows.split(_position_embedding(model))))
+        self.ln_pre = deepcopy(model.trunk.ln_pre)
+        self.blocks = nn.ModuleList(
+            _fused_block(block, i in model.architecture.global_att_blocks, self.windows, dtype)
+            for i, block in enumerate(model.trunk.blocks)
+        )
+        self.global_att_blocks = frozenset(model.architecture.global_att_blocks)
+        self.fine, self.middle, self.coarse = (level.to(dtype) for level in _folded_neck(model))
+        self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.ln_pre(self.patch_embed(image) + self.position)
+        for i, block in enumerate(self.blocks):
+            whole = i in self.global_att_blocks
+            tokens = block(self.windows.join(tokens) if whole else self.windows.part(tokens))
+        grid = self.windows.merge(self.windows.part(tokens)).to(self.dtype)
+        return self.coarse(grid), self.fine(grid), self.middle(grid)
+
+
+class _Windows:
+    """Token layouts of a grid of E×E patches cut into n×n windows of side w.
+
+    Where w does not divide E, the grid is one window and the blocks cut and pad it themselves.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        grid, side = architecture.grid, architecture.window_size
+        self.fits = grid % side == 0
+        self.side = side if self.fits else grid
+        self.count = grid // self.side
+
+    def split(self, grid: Tensor) -> Tensor:
+        """[B, E, E, C] → [B·n², w, w, C]."""
+        n, w = self.count, self.side
+        cut = grid.reshape(-1, n, w, n, w, grid.shape[-1])
+        return cut.permute(0, 1, 3, 2, 4, 5).reshape(-1, w, w, grid.shape[-1])
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """[B·n², w, w, C] → [B, C, E, E]."""
+        n, w, channels = self.count, self.side, windows.shape[-1]
+        tiles = windows.reshape(-1, n, n, w, w, channels).permute(0, 5, 1, 3, 2, 4)
+        return tiles.reshape(-1, channels, n * w, n * w)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """All windows of an image as one: [B, n²·w, w, C]."""
+        return tokens.reshape(-1, self.count**2 * self.side, self.side, tokens.shape[-1])
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """The inverse of `join`: [B·n², w, w, C]."""
+        return tokens.reshape(-1, self.side, self.side, tokens.shape[-1])
+
+
+class _PatchEmbed(nn.Module):
+    """Normalise and project patches, in window order: UINT8 [B, S, S, 3] → [B, n²·w, w, C].
+
+    (x/255 - mean)/std with mean = std = 1/2 is (x - 127.5)/127.5. The division is split into one
+    by 128, exact in half precision, and one folded into the weights.
+    """
+
+    def __init__(self, projection: nn.Conv2d, windows: _Windows) -> None:
+        super().__init__()
+        self.windows = windows
+        self.patch = projection.kernel_size[0]
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        self.weight = nn.Parameter(weight * (128 / 127.5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        n, w, p = self.windows.count, self.windows.side, self.patch
+        cut = image.reshape(-1, n, w, p, n, w, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        patches = cut.reshape(-1, n * n * w, w, p * p * 3).to(self.weight.dtype)
+        return nn.functional.linear((patches - 127.5) / 128, self.weight)
+
+
+class _Narrow(nn.Module):
+    """A layer norm in FP32 whose result goes into half-precision products."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow: Tensor = self.norm(x).to(self.dtype)
+        return narrow
+
+
+def _alias(module: nn.Module) -> Any:
+    """A copy to change and convert at will; its weights share the original's memory until then."""
+    parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return deepcopy(module, parameters)
+
+
+class _FusedAttention(nn.Module):
+    """Meta's ViT attention on fused operators; tokens [B, H, W, C] in whatever order."""
+
+    def __init__(self, meta: Attention, rotary: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads: int = meta.num_heads
+        self.qkv = _alias(meta.qkv).to(dtype)
+        self.proj = _alias(meta.proj).to(dtype)
+        self.cos = nn.Buffer(rotary.real.to(dtype).contiguous())
+        self.sin = nn.Buffer(rotary.imag.to(dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
+        query = rotary_embedding(query, self.cos, self.sin, self.num_heads)
+        key = rotary_embedding(key, self.cos, self.sin, self.num_heads)
+        attended = self.proj(attention(query, key, value.contiguous(), self.num_heads))
+        shaped: Tensor = attended.reshape(x.shape)
+        return shaped
+
+
+def _fused_block(block: Block, is_global: bool, windows: _Windows, dtype: torch.dtype) -> nn.Module:
+    rotary = block.attn.freqs_cis
+    if is_global:
+        side = windows.count * windows.side
+        rotary = windows.split(rotary.reshape(1, side, side, -1)).flatten(0, 2)
+    fused = _alias(block)
+    if windows.fits:
+        fused.window_size = 0  # the tokens arrive cut into windows
+    fused.attn = _FusedAttention(block.attn, rotary, dtype)
+    if dtype != torch.float32:
+        fused.norm1, fused.norm2 = _Narrow(fused.norm1, dtype), _Narrow(fused.norm2, dtype)
+        fused.mlp.to(dtype)
+    return cast(nn.Module, fused)
+
+
+def _position_embedding(model: InteractiveModel) -> Tensor:
+    grid = model.architecture.grid
+    trunk = model.trunk
+    embedding: Tensor = get_abs_pos(
+        trunk.pos_embed, trunk.pretrain_use_cls_token, (grid, grid), tiling=trunk.tile_abs_pos
+    )
+    return embedding.detach()
+
+
+def _folded_neck(model: InteractiveModel) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The three neck levels with the decoder's entry convolutions, products of linear layers."""
+    fine, middle, coarse = _alias(model.neck)
+    decoder = model.mask_decoder
+    last = coarse.conv_3x3
+    last.bias = nn.Parameter(last.bias + model.no_mem_embed.flatten())
+    return (
+        nn.Sequential(
+            fine.dconv_2x2_0,
+            fine.gelu,
+            _then_pointwise(fine.dconv_2x2_1, fine.conv_1x1),
+            _then_pointwise(fine.conv_3x3, decoder.conv_s0),
+        ),
+        nn.Sequential(
+            _then_pointwise(middle.dconv_2x2, middle.conv_1x1),
+            _then_pointwise(middle.conv_3x3, decoder.conv_s1),
+        ),
+        nn.Sequential(coarse.conv_1x1, last),
+    )
+
+
+def _then_pointwise(
+    first: nn.Conv2d | nn.ConvTranspose2d, pointwise: nn.Conv2d
+) -> nn.Conv2d | nn.ConvTranspose2d:
+    """One layer for `pointwise(first(x))`: a 1×1 convolution only mixes what `first` puts out."""
+    mix, offset = pointwise.weight.double().flatten(1), pointwise.bias
+    assert first.bias is not None
+    assert offset is not None
+    transposed = isinstance(first, nn.ConvTranspose2d)
+    spelling = "iohw,po->iphw" if transposed else "oihw,po->pihw"
+    folded = deepcopy(first)
+    folded.out_channels = pointwise.out_channels
+    folded.weight = nn.Parameter(torch.einsum(spelling, first.weight.double(), mix).float())
+    folded.bias = nn.Parameter((mix @ first.bias.double() + offset.double()).float())
+    return folded
+
+
+def export_encoder(encoder: ImageEncoder, image_size: int, path: Path) -> None:
+    """Write `encoder` as ONNX with a dynamic batch; weights stand beside it in external data."""
+    image = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+    program = torch.onnx.export(
+        encoder,
+        (image,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=list(FEATURES),
+        dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # the exporter's stack traces, with this machine's paths
+    program.save(path, external_data=True)

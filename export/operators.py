@@ -1,0 +1,49 @@
+"""Two operators that PyTorch runs as written here and ONNX Runtime runs fused.
+
+PyTorch's exporter would spell rotary embedding and attention out in dozens of nodes and keep whole
+attention matrices; as `com.microsoft` operators they are one kernel each, on the CPU and on CUDA,
+and the graph does not depend on the opset-23 `Attention` operator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotate pairs of neighbouring channels of each head (RoPE, arXiv 2104.09864).
+
+    x [B, L, heads*D]; cos, sin [L, D/2]. Same as multiplying (x[2i] + j·x[2i+1]) by
+    (cos[i] + j·sin[i]), which is how Meta's ViT writes it, in complex numbers.
+    """
+    if torch.onnx.is_in_onnx_export():
+        first_row = torch.zeros(1, dtype=torch.int64)
+        return _fused(
+            "RotaryEmbedding", x, (x, first_row, cos, sin), num_heads=num_heads, interleaved=1
+        )
+    even, odd = x.reshape(*x.shape[:-1], num_heads, -1, 2).to(cos.dtype).unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-3)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Multi-head scaled dot-product attention; all tensors [B, L, heads*D]."""
+    if torch.onnx.is_in_onnx_export():
+        return _fused("MultiHeadAttention", query, (query, key, value), num_heads=num_heads)
+    q, k, v = (t.reshape(*t.shape[:-1], num_heads, -1).transpose(1, 2) for t in (query, key, value))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _fused(operator: str, like: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:
+    """A node of ONNX Runtime's own domain whose output has the type and shape of `like`."""
+    return torch.onnx.ops.symbolic(
+        f"com.microsoft::{operator}",
+        inputs,
+        dict(attributes),
+        dtype=like.dtype,
+        shape=like.shape,
+        version=1,
+    )

@@ -1,0 +1,75 @@
+"""Checkpoint → model repository, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from export import check, checkpoint, repository
+from export.decoder import export_decoder, save_decoder
+from export.encoder import ImageEncoder, export_encoder
+
+DEFAULT_MIN_IOU = 0.995
+EXACT_PHOTOS = check.PHOTOS[:1]
+"""FP32 differs from the reference by rounding alone, which one photo shows as well as many."""
+
+
+class ToleranceError(Exception):
+    """The exported graphs are further from PyTorch than allowed."""
+
+    def __init__(self, checks: list[check.Check]) -> None:
+        super().__init__("out of tolerance: " + ", ".join(c.name for c in checks if not c.passed))
+        self.checks = checks
+
+
+def export_repository(
+    checkpoint_file: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    min_iou: float = DEFAULT_MIN_IOU,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[check.Check]:
+    """Export a checkpoint and check the result; `output` appears only when every check passed.
+
+    Args:
+        checkpoint_file: in the layout of Meta's sam3.pt.
+        dtype: FP32 or FP16, of the encoder's matrix products and outputs.
+        image_size: side of the encoder's input in pixels; the checkpoint's own by default.
+        min_iou: worst mask IoU against FP32 PyTorch that is accepted.
+        progress: told what is being done.
+
+    Raises:
+        CheckpointError, SizeError, OutputError: bad input; nothing was written.
+        SignatureError, ToleranceError: the export is not what it should be.
+    """
+    repository.check_output(output, overwrite=overwrite)
+    progress("loading the checkpoint")
+    model = checkpoint.load(checkpoint_file, image_size)
+    with repository.new_repository(output, overwrite=overwrite) as folder:
+        repository.copy_sources(folder, model.architecture, dtype)
+        progress("exporting the image encoder to ONNX")
+        path = folder / repository.ENCODER / "1" / "model.onnx"
+        export_encoder(ImageEncoder(model, dtype), model.architecture.image_size, path)
+        progress("exporting the prompt decoder")
+        path = folder / repository.DECODER / "1" / "decoder.pt2"
+        save_decoder(export_decoder(model), path)
+        program = torch.export.load(path)
+        check.check_signatures(folder, program)
+        exact = dtype == torch.float32
+        checks = check.check_values(
+            folder,
+            program,
+            model,
+            photos=EXACT_PHOTOS if exact else check.PHOTOS,
+            min_iou=min_iou,
+            exact=exact,
+            progress=lambda photo: progress(f"checking against PyTorch: {photo}"),
+        )
+        if not all(c.passed for c in checks):
+            raise ToleranceError(checks)
+    return checks

@@ -1,0 +1,54 @@
+"""The tiny model, its checkpoint and its exports."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from export import checkpoint
+from export.architecture import InteractiveModel
+from tests.export import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model only waits for its threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals() -> Iterator[None]:
+    """The command, run inside of the tests, sets a handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
+    return tiny.export_once(tmp_path_factory.mktemp("fp32"), "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_fp16(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
+    return tiny.export_once(tmp_path_factory.mktemp("fp16"), "fp16")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
+    tiny.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint: Path) -> InteractiveModel:
+    """Not to be changed."""
+    return checkpoint.load(tiny_checkpoint)

@@ -1,0 +1,137 @@
+"""The check of an export must fail on what is wrong."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from export import check, checkpoint
+from export.check import (
+    Check,
+    SignatureError,
+    check_signatures,
+    check_values,
+    mask_iou,
+    relative_error,
+)
+from export.repository import DECODER, ENCODER, ENSEMBLE
+from tests.export import tiny
+
+
+@pytest.fixture(scope="module")
+def program(exported: tiny.Export) -> ExportedProgram:
+    return torch.export.load(exported.repository / DECODER / "1" / "decoder.pt2")
+
+
+def test_relative_error() -> None:
+    ones = torch.ones(4)
+    assert relative_error(ones, ones) == 0
+    assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
+    assert relative_error(torch.full((4,), math.nan), ones) == math.inf
+    assert relative_error(ones, torch.full((4,), math.inf)) == math.inf
+
+
+def test_mask_iou() -> None:
+    logits = torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
+    assert mask_iou(logits, logits) == 1
+    assert mask_iou(logits, torch.tensor([[1.0, -1.0], [-1.0, -1.0]])) == 0.5
+    assert mask_iou(-torch.ones(2, 2), -torch.ones(2, 2)) == 1
+    assert mask_iou(logits > 0, logits > 0) == 1
+
+
+def test_logits_that_are_no_numbers_agree_with_nothing() -> None:
+    nothing = torch.full((2, 2), math.nan)
+    assert mask_iou(nothing, nothing) == 0
+    assert mask_iou(torch.ones(2, 2), nothing) == 0
+
+
+@pytest.mark.parametrize(("value", "passed"), [(0.1, True), (0.3, False), (math.nan, False)])
+def test_a_check_passes_within_its_limit(value: float, passed: bool) -> None:
+    assert Check("error", value, limit=0.2).passed == passed
+    assert Check("IoU", -value, limit=-0.2, at_least=True).passed == passed
+
+
+def test_the_exports_signatures_agree(exported: tiny.Export, program: ExportedProgram) -> None:
+    check_signatures(exported.repository, program)
+
+
+def test_half_precision_signatures_agree(exported_fp16: tiny.Export) -> None:
+    path = exported_fp16.repository / DECODER / "1" / "decoder.pt2"
+    check_signatures(exported_fp16.repository, torch.export.load(path))
+
+
+WRONG = {
+    "the graph's type": (ENCODER, "TYPE_UINT8", "TYPE_FP32"),
+    "the graph's size": (ENCODER, "[ 8, 32, 32 ]", "[ 8, 32, 31 ]"),
+    "the graph's name": (ENCODER, '"high_res_feats_1"', '"high_res_feats_2"'),
+    "the program's size": (DECODER, "[ -1, 32, 32 ]", "[ -1, 16, 16 ]"),
+    "the program's embedding": (DECODER, "[ 64, 8, 8 ]", "[ 32, 8, 8 ]"),
+    "the program's output": (DECODER, "[ -1, -1, 32, 32 ]", "[ -1, -1, 16, 16 ]"),
+    "a wire's two ends": (ENSEMBLE, "TYPE_INT32", "TYPE_INT64"),
+    "the ensemble's output": (ENSEMBLE, "dims: [ -1, -1, 32, 32 ]", "dims: [ -1, 32, 32 ]"),
+    "a wire from nowhere": (ENSEMBLE, 'value: "mask_input" }', 'value: "masks" }'),
+    "a wire to nowhere": (ENSEMBLE, 'key: "mask_input"', 'key: "masks"'),
+    "an output of no model": (ENSEMBLE, '{ key: "image_id" value', '{ key: "id" value'),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_disagreement_is_found(
+    exported: tiny.Export, program: ExportedProgram, tmp_path: Path, what: str
+) -> None:
+    model, right, wrong = WRONG[what]
+    repository = tmp_path / "models"
+    shutil.copytree(exported.repository, repository)
+    config = repository / model / "config.pbtxt"
+    assert right in config.read_text()
+    config.write_text(config.read_text().replace(right, wrong))
+    with pytest.raises(SignatureError):
+        check_signatures(repository, program)
+
+
+def _values(
+    exported: tiny.Export, program: ExportedProgram, changed: str, change: float
+) -> dict[str, Check]:
+    model = checkpoint.load(exported.checkpoint)
+    if changed:
+        model.get_parameter(changed).add_(change)
+    checks = check_values(
+        exported.repository, program, model, photos=check.PHOTOS[:1], min_iou=0.995, exact=True
+    )
+    return {c.name: c for c in checks}
+
+
+def test_values_agree(exported: tiny.Export, program: ExportedProgram) -> None:
+    checks = _values(exported, program, "", 0)
+    assert all(c.passed for c in checks.values())
+    kinds = ("point", "points", "box", "box and points", "refined mask")
+    assert {f"{kind}: mask IoU" for kind in kinds} < checks.keys()
+
+
+def test_a_wrong_encoder_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
+    checks = _values(exported, program, "trunk.blocks.0.mlp.fc1.bias", 0.01)
+    assert not checks["image_embed: relative error"].passed
+
+
+def test_a_wrong_decoder_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
+    checks = _values(exported, program, "mask_decoder.mask_tokens.weight", 0.05)
+    assert checks["image_embed: relative error"].passed
+    assert not checks["point: logits' relative error"].passed
+
+
+def test_only_the_refinement_finds_a_wrong_mask_encoder(
+    exported: tiny.Export, program: ExportedProgram
+) -> None:
+    checks = _values(exported, program, "prompt_encoder.mask_downscaling.6.weight", 0.5)
+    failed = {name.partition(":")[0] for name, c in checks.items() if not c.passed}
+    assert failed == {"refined mask"}
+
+
+def test_values_that_are_no_numbers_fail(exported: tiny.Export, program: ExportedProgram) -> None:
+    checks = _values(exported, program, "trunk.pos_embed", math.nan)
+    assert not any(c.passed for c in checks.values())

@@ -1,0 +1,101 @@
+"""The decoder's program: Meta's modules, traced once for any number of objects, tokens, masks."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from export.architecture import InteractiveModel
+from export.decoder import TORCH_VERSION, PromptDecoder, example_inputs, save_decoder
+from export.repository import DECODER
+from tests.export import tiny
+
+Inputs = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def path(exported: tiny.Export) -> Path:
+    return exported.repository / DECODER / "1" / "decoder.pt2"
+
+
+@pytest.fixture(scope="module")
+def program(path: Path) -> ExportedProgram:
+    return torch.export.load(path)
+
+
+def _inputs(objects: int, tokens: int, masks: int) -> Inputs:
+    torch.manual_seed(objects + 10 * tokens + 100 * masks)
+    inputs = example_inputs(tiny.ARCHITECTURE, objects, tokens, masks)
+    labels = torch.randint(-1, 4, inputs["point_labels"].shape, dtype=torch.int32)
+    chosen = torch.randperm(objects)[:masks]
+    return {**inputs, "point_labels": labels, "mask_index": chosen}
+
+
+SIZES = [(1, 0, 1), (1, 2, 0), (2, 3, 1), (5, 4, 5), (17, 9, 3)]
+
+
+@pytest.mark.parametrize(("objects", "tokens", "masks"), SIZES)
+def test_the_program_computes_what_was_traced(
+    model: InteractiveModel, program: ExportedProgram, objects: int, tokens: int, masks: int
+) -> None:
+    inputs = _inputs(objects, tokens, masks)
+    for ours, theirs in zip(
+        program.module()(**inputs), PromptDecoder(model)(**inputs), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def _metas(model: Any, inputs: Inputs, n: int, multimask: bool) -> tuple[Tensor, Tensor]:
+    """One object by Meta's own modules; their padding point is the program's last token."""
+    coords = inputs["point_coords"][n : n + 1, :-1] * tiny.ARCHITECTURE.image_size
+    given = inputs["mask_input"][inputs["mask_index"] == n]
+    sparse, dense = model.prompt_encoder(
+        points=(coords, inputs["point_labels"][n : n + 1, :-1]),
+        boxes=None,
+        masks=given.unsqueeze(1) if len(given) else None,
+    )
+    masks, ious, _, _ = model.mask_decoder(
+        image_embeddings=inputs["image_embed"][n : n + 1],
+        image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+        repeat_image=False,
+        high_res_features=[inputs[f"high_res_feats_{i}"][n : n + 1] for i in range(2)],
+    )
+    return masks[0], ious[0]
+
+
+def test_every_candidate_is_metas(model: InteractiveModel) -> None:
+    inputs = _inputs(objects=6, tokens=4, masks=3)
+    inputs["point_labels"][:, -1] = -1
+    inputs["point_coords"][:, -1] = 0
+    masks, ious = PromptDecoder(model)(**inputs)
+    for n in range(6):
+        for multimask, rows in ((False, slice(0, 1)), (True, slice(1, None))):
+            logits, scores = _metas(model, inputs, n, multimask)
+            torch.testing.assert_close(masks[n, rows], logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ious[n, rows], scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_file_names_its_torch_and_holds_no_inputs(
+    path: Path, program: ExportedProgram, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(TORCH_VERSION)]
+        assert archive.read(name).decode() == torch.__version__
+    assert program.example_inputs is None
+    save_decoder(program, tmp_path / "again.pt2")
+    weights = sum(p.numel() * p.element_size() for p in program.parameters())
+    assert (tmp_path / "again.pt2").stat().st_size < weights + 2_000_000
+
+
+def test_writing_to_a_full_disk_is_an_os_error(program: ExportedProgram) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        save_decoder(program, Path("/dev/full"))

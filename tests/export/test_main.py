@@ -1,0 +1,202 @@
+"""`python -m export` as its user meets it: a table, one sentence, an exit status."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import Result
+
+from export.check import PROMPTS
+from export.repository import DECODER, ENCODER, MODELS
+from tests.export import tiny
+
+
+def _sentence(result: Result) -> str:
+    """The one line in which an export says why it failed; nothing else but its progress."""
+    assert "Traceback" not in result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.rstrip().endswith(line)
+    return line.removeprefix("error: ")
+
+
+def _refused(checkpoint: Path, output: Path, *options: object) -> str:
+    result = tiny.run("--checkpoint", checkpoint, "--output", output, *options)
+    assert result.exit_code == 2
+    assert not result.stdout
+    return _sentence(result)
+
+
+def test_an_export_says_what_it_measured_and_what_is_next(exported: tiny.Export) -> None:
+    assert exported.result.exit_code == 0
+    said = exported.result.stdout
+    for prompt in PROMPTS:
+        assert re.search(rf"{prompt.name}: mask IoU\W+1\.00000\W+≥ 0\.995\W+ok", said)
+        assert re.search(rf"{prompt.name}: logits' relative error\W+\d\.\de-\d+\W+≤ 0\.001", said)
+    assert "FAILED" not in said
+    assert "fp32, in FP32: everything" in said
+    assert said.rstrip().endswith(f"next: python -m server {exported.repository}")
+    for step in ("loading", "encoder", "decoder", "checking"):
+        assert step in exported.result.stderr
+
+
+def test_an_export_replaces_the_old_repository_whole(exported: tiny.Export) -> None:
+    repository = exported.repository
+    assert sorted(p.name for p in repository.iterdir()) == sorted(MODELS)
+    assert not list(repository.rglob("old"))
+    assert (repository / ENCODER / "1" / "model.onnx").is_file()
+    assert (repository / DECODER / "1" / "decoder.pt2").is_file()
+    assert sorted(p.name for p in repository.parent.iterdir() if p.name.startswith(".")) == []
+
+
+def test_half_precision_passes_its_gate_and_says_what_it_keeps(exported_fp16: tiny.Export) -> None:
+    assert exported_fp16.result.exit_code == 0
+    said = exported_fp16.result.stdout
+    ious = [float(value) for value in re.findall(r"mask IoU\W+([\d.]+)", said)]
+    assert len(ious) == len(PROMPTS)
+    assert min(ious) >= 0.995
+    assert "relative error" not in said
+    assert "fp16, in FP32: patch projection, layer norms, softmax, residual stream, decoder" in said
+
+
+def test_out_of_tolerance_is_status_1_and_the_old_repository_stays(tmp_path: Path) -> None:
+    checkpoint, output = tmp_path / "tiny.pt", tmp_path / "models"
+    tiny.save(checkpoint)
+    (output / ENCODER / "old").mkdir(parents=True)
+    result = tiny.run(
+        *("--checkpoint", checkpoint, "--output", output), *("--min-iou", 1.1, "--overwrite")
+    )
+    assert result.exit_code == 1
+    assert result.stdout.count("FAILED") == len(PROMPTS)
+    sentence = _sentence(result)
+    assert sentence.startswith("out of tolerance: point: mask IoU, ")
+    assert sentence.endswith(f"{output} was not written")
+    assert [p.name for p in output.rglob("*")] == [ENCODER, "old"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models", "tiny.pt"]
+
+
+def _missing(folder: Path) -> Path:
+    return folder / "sam3.pt"
+
+
+def _text(folder: Path) -> Path:
+    (folder / "sam3.pt").write_text("not a checkpoint")
+    return folder / "sam3.pt"
+
+
+def _hugging_face(folder: Path) -> Path:
+    torch.save({"detector_model.a": torch.zeros(1)}, folder / "sam3.pt")
+    return folder / "sam3.pt"
+
+
+def _incomplete(folder: Path) -> Path:
+    tiny.save(folder / "sam3.pt")
+    weights = torch.load(folder / "sam3.pt")
+    del weights["model"]["tracker.sam_mask_decoder.iou_token.weight"]
+    torch.save(weights, folder / "sam3.pt")
+    return folder / "sam3.pt"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_missing, "no such file"),
+        (_text, "not a PyTorch checkpoint"),
+        (_hugging_face, "looks like Hugging Face's conversion"),
+        (_incomplete, "lacks tracker.sam_mask_decoder.iou_token.weight"),
+    ],
+)
+def test_a_bad_checkpoint_is_status_2_and_nothing_is_made(
+    tmp_path: Path, make: Callable[[Path], Path], says: str
+) -> None:
+    checkpoint = make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert says in _refused(checkpoint, tmp_path / "a" / "models")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bad_image_size_is_status_2(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    sentence = _refused(tiny_checkpoint, tmp_path / "models", "--image-size", 100)
+    assert sentence.startswith("image size 100 is not a positive multiple of the patch size 14")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path) -> None:
+    nothing = tmp_path / "sam3.pt"
+    (tmp_path / "file").touch()
+    assert "file is a file" in _refused(nothing, tmp_path / "file", "--overwrite")
+    assert "is in the way: it holds file" in _refused(nothing, tmp_path, "--overwrite")
+    (tmp_path / "models" / ENCODER).mkdir(parents=True)
+    assert "already holds a model repository" in _refused(nothing, tmp_path / "models")
+
+
+def test_an_output_that_cannot_be_written_is_status_2(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "models"
+    assert f"{output} cannot be written: " in _refused(tiny_checkpoint, output)
+
+
+def _command(checkpoint: Path, output: Path) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "export",
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(output),
+    ]
+
+
+def test_the_command_itself_ends_with_status_and_sentence(tmp_path: Path) -> None:
+    command = _command(tmp_path / "sam3.pt", tmp_path / "models")
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert not ended.stdout
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path}/sam3.pt: no such file")
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    with subprocess.Popen(
+        _command(tiny_checkpoint, output), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        while not list(tmp_path.glob(f".models.*/new/{ENCODER}")):  # until it is half-made
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, 2)
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in errors
+
+
+def test_sigterm_ends_an_export_as_ctrl_c_does(tmp_path: Path) -> None:
+    _refused(tmp_path / "sam3.pt", tmp_path / "models")
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: the weights' file does not fit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        sentence = _refused(tiny_checkpoint, tmp_path / "models")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sentence == f"{tmp_path}/models cannot be written: File too large"
+    assert not list(tmp_path.iterdir())
