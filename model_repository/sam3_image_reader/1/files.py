@@ -1,0 +1,126 @@
+"""An image file, judged by its header before a pixel of it is decoded.
+
+bytes │ base64 ──► bytes ──► header: format, pixels, frames ──► RGB [H, W, 3], upright
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from sam3_shared.errors import ImageError
+from sam3_shared.geometry import load_image
+
+MAX_SCANS = 100
+"""Scans of a progressive JPEG, usually ten: each costs a pass over all pixels, and few bytes."""
+
+DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
+"""What a browser puts before base64."""
+
+
+class InvalidFile(ValueError):
+    """A file that is not accepted; the message is the answer to the caller."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted: formats by Pillow's names, the rest as numbers of one image."""
+
+    formats: tuple[str, ...]
+    max_bytes: int
+    max_pixels: int
+    max_frames: int
+
+
+class FileReader:
+    """Decodes image files within limits. One a process: it sets Pillow's own limit as well."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        # Pillow looks at the header's size before its decoders allocate anything.
+        Image.MAX_IMAGE_PIXELS = limits.max_pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+    def read(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode a file, or base64 of one, to RGB [H, W, 3] with its EXIF orientation applied.
+
+        Raises InvalidFile with a sentence that says what is wrong and what is accepted.
+        """
+        file = self._file(data)
+        with self._decoding(), Image.open(BytesIO(file), formats=self._limits.formats) as image:
+            self._check_header(image, file)
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(load_image(image), np.uint8)
+
+    def _file(self, data: bytes) -> bytes:
+        # A file has bytes beyond ASCII from its first few on; base64 text has none.
+        if not data.isascii():
+            return self._within(data, self._limits.max_bytes)
+        # Four characters for three bytes, line breaks, and a data URL's start.
+        self._within(data, self._limits.max_bytes * 7 // 5 + 100)
+        return self._within(self._from_base64(data), self._limits.max_bytes)
+
+    def _within(self, data: bytes, most: int) -> bytes:
+        if len(data) > most:
+            raise InvalidFile(
+                f"encoded_image is larger than the {self._limits.max_bytes} bytes that are "
+                "accepted: compress it more, or scale it down"
+            )
+        return data
+
+    def _from_base64(self, text: bytes) -> bytes:
+        url = DATA_URL.match(text)
+        payload = text[url.end() if url else 0 :].translate(None, b" \t\r\n")
+        try:
+            return base64.b64decode(payload, validate=True)
+        except binascii.Error as error:
+            raise InvalidFile(f"encoded_image is neither a file nor base64: {self._ask}") from error
+
+    def _check_header(self, image: Image.Image, file: bytes) -> None:
+        # The pictures behind a phone's JPEG (MPO) are previews and depths, no frames.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if frames > self._limits.max_frames:
+            raise InvalidFile(
+                f"encoded_image has {frames} frames, and at most {self._limits.max_frames} are "
+                "accepted: send one frame as a picture of its own"
+            )
+        # Where a JPEG holds pixels, this byte pair can only start a scan.
+        if image.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > MAX_SCANS:
+            raise InvalidFile(
+                f"encoded_image has more than the {MAX_SCANS} scans that are accepted: save it "
+                "again as a baseline JPEG"
+            )
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Turn whatever Pillow's decoders raise, which is a wide variety, into InvalidFile."""
+        try:
+            yield
+        except InvalidFile:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InvalidFile(
+                f"encoded_image has more than the {self._limits.max_pixels} pixels that are "
+                "accepted: scale it down"
+            ) from error
+        except UnidentifiedImageError as error:
+            raise InvalidFile(
+                f"encoded_image is no image of an accepted format: {self._ask}"
+            ) from error
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, ImageError) else error
+            raise InvalidFile(f"encoded_image cannot be decoded ({cause}): {self._ask}") from error
+
+    @property
+    def _ask(self) -> str:
+        formats = ", ".join(self._limits.formats)
+        return f"send the bytes of a whole file ({formats}), or base64 of them"

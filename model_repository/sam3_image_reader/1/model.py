@@ -1,0 +1,78 @@
+"""Triton's side of the image reader: requests to arrays, arrays to responses.
+
+    encoded_image ─► files.FileReader ─► RGB [H, W, 3] ─┬─► resize ─────► image [S, S, 3]
+    points ───────────────────────────────────────────┐ ├───────────────► image_size
+                                     pixels.to_coords ◄─┘ ──────────────► point_coords
+
+`sam3_shared` is written by the export: the client's own modules that load and resize, copied, so
+that a file gives the same pixels on either side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from files import FileReader, InvalidFile, Limits
+from numpy.typing import NDArray
+from pixels import InvalidPoint, to_coords
+from sam3_shared.geometry import resize
+
+
+class TritonPythonModel:
+    """One instance of sam3_image_reader."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
+        sizes = {tensor["name"]: tensor["dims"] for tensor in config["output"]}
+        self._side = int(sizes["image"][0])
+        self._reader = FileReader(
+            Limits(
+                formats=tuple(name.strip() for name in parameters["formats"].split(",")),
+                max_bytes=int(parameters["max_bytes"]),
+                max_pixels=int(parameters["max_pixels"]),
+                max_frames=int(parameters["max_frames"]),
+            )
+        )
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request by itself: a bad one gets an error, the others their images."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            rows = [
+                self._read(file, points, labels)
+                for file, points, labels in zip(
+                    _array(request, "encoded_image").ravel(),
+                    _array(request, "points"),
+                    _array(request, "point_labels"),
+                    strict=True,
+                )
+            ]
+        except (InvalidFile, InvalidPoint) as error:
+            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refusal)
+        names = ("image", "point_coords", "image_size")
+        columns = zip(names, zip(*rows, strict=True), strict=True)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.stack(column)) for name, column in columns]
+        )
+
+    def _read(
+        self, file: bytes, points: NDArray[np.float32], labels: NDArray[np.int32]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
+        """One image of a request's batch."""
+        picture = self._reader.read(file)
+        height, width = picture.shape[:2]
+        coords = to_coords(points, labels, width, height)
+        return resize(picture, self._side), coords, np.array([width, height], np.int32)
+
+
+def _array(request: Any, name: str) -> NDArray[Any]:
+    array: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return array

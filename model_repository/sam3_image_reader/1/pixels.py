@@ -1,0 +1,62 @@
+"""Prompts in pixels of one image, checked and turned into fractions of its sides."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sam3_shared.geometry import to_fractions
+
+BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PADDING = 2, 3, -1
+
+
+class InvalidPoint(ValueError):
+    """A point or box that is not accepted; the message is the answer to the caller."""
+
+
+def to_coords(
+    points: NDArray[np.float32], labels: NDArray[np.int32], width: int, height: int
+) -> NDArray[np.float32]:
+    """Turn pixels [N, P, 2] with labels [N, P] into fractions [N, P, 2]; padding becomes zeros.
+
+    As in the Python client, a box that overshoots the image is clipped to it, and a point outside
+    is an error. What else may be wrong with labels is the decoder's to say.
+
+    Raises:
+        InvalidPoint: with a sentence that says what is wrong and what is accepted.
+    """
+    if labels.shape != points.shape[:2]:
+        raise InvalidPoint(
+            f"point_labels has shape {list(labels.shape)}; expected {list(points.shape[:2])}, one "
+            "label for each pair of points"
+        )
+    size = np.array([width, height], np.float32)
+    corners = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
+    clips = corners[..., None] & np.isfinite(points)
+    inside = np.where(clips, np.clip(points, 0, size), points)
+    inside[labels == PADDING] = 0
+    _check_points(inside, width, height)
+    _check_boxes(inside, points, labels)
+    return np.asarray(to_fractions(inside, width, height), np.float32)
+
+
+def _check_points(points: NDArray[np.float32], width: int, height: int) -> None:
+    outside = ~((points >= 0) & (points <= (width, height))).all(axis=-1)
+    for n, p in np.argwhere(outside)[:1]:
+        x, y = points[n, p]
+        raise InvalidPoint(
+            f"points[{n}, {p}] is ({x:g}, {y:g}); x must be within 0…{width} and y within "
+            f"0…{height}, in pixels of the image as people see it"
+        )
+
+
+def _check_boxes(
+    clipped: NDArray[np.float32], points: NDArray[np.float32], labels: NDArray[np.int32]
+) -> None:
+    for n, kinds in enumerate(labels):
+        start, end = clipped[n, kinds == BOX_TOP_LEFT], clipped[n, kinds == BOX_BOTTOM_RIGHT]
+        if len(start) == len(end) == 1 and (start >= end).any():
+            given = points[n, (kinds == BOX_TOP_LEFT) | (kinds == BOX_BOTTOM_RIGHT)].tolist()
+            raise InvalidPoint(
+                f"the box {given} of object {n} has no area inside the image; give the top-left "
+                "corner (label 2) and the bottom-right one (label 3) in pixels"
+            )

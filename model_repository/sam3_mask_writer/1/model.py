@@ -1,0 +1,96 @@
+"""Triton's side of the mask writer: logits to COCO RLE at the image's size.
+
+    low_res_masks, iou_predictions ─► best candidate ─► filled, upsampled, > 0 ─► RLE, box
+    image_size ─────────────────────────────────────────────┘
+
+`sam3_shared` is written by the export: the client's own modules that finish and encode masks,
+copied, so that logits give the same mask on either side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+from sam3_shared.formats import mask_to_rle
+from sam3_shared.masks import finish_masks, mask_boxes
+
+
+class InvalidSize(ValueError):
+    """Sizes that are not accepted; the message is the answer to the caller."""
+
+
+class Finished(NamedTuple):
+    """The masks of one image."""
+
+    masks: NDArray[np.object_]
+    """[N], JSON of {"size": [height, width], "counts": str}"""
+    scores: NDArray[np.float32]
+    """[N]"""
+    boxes: NDArray[np.float32]
+    """[N, 4]"""
+
+
+class TritonPythonModel:
+    """One instance of sam3_mask_writer."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        self._max_pixels = int(config["parameters"]["max_pixels"]["string_value"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request by itself: a bad one gets an error, the others their masks."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        logits, ious, sizes = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+            for name in ("low_res_masks", "iou_predictions", "image_size")
+        )
+        try:
+            _check_candidates(logits, ious)
+            for width, height in sizes.tolist():
+                self._check_size(width, height)
+        except InvalidSize as error:
+            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refusal)
+        images = [_finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
+        columns = zip(Finished._fields, zip(*images, strict=True), strict=True)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.stack(column)) for name, column in columns]
+        )
+
+    def _check_size(self, width: int, height: int) -> None:
+        if not (width > 0 and height > 0 and width * height <= self._max_pixels):
+            raise InvalidSize(
+                f"image_size is {width}×{height}; expected width and height of the image in "
+                f"pixels, of at most {self._max_pixels} together"
+            )
+
+
+def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) -> None:
+    if ious.shape != logits.shape[:3] or ious.shape[-1] == 0:
+        raise InvalidSize(
+            f"low_res_masks has shape {list(logits.shape)} and iou_predictions {list(ious.shape)}; "
+            "expected [B, N, K, M, M] and [B, N, K] with K of at least 1, as one answer has them"
+        )
+
+
+def _finish(logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[int]) -> Finished:
+    """The best candidates [N, M, M] of [N, K, M, M], at width × height."""
+    best = ious.argmax(axis=1)
+    rows = np.arange(len(best))
+    finished = Finished(
+        np.empty(len(best), np.object_),
+        ious[rows, best],
+        np.empty((len(best), 4), np.float32),
+    )
+    for n, k in enumerate(best):  # one at a time: at full size, many masks are much memory
+        mask = finish_masks(logits[n, k][None], *size)
+        finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
+        finished.boxes[n] = mask_boxes(mask)[0]
+    return finished

@@ -1,0 +1,154 @@
+"""Objects of many requests, decoded together: grouped by token count, launched, handed back.
+
+Attention in SAM's decoder runs over all tokens of an object, so objects can share a launch only
+when they have equally many; padding them to one length would change their masks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from program import ProgramError, first_line, load_program
+from prompts import PADDING, POSITIVE, ObjectPrompt
+from store import Features
+from torch import Tensor
+
+LOGIT_LIMIT = 32.0
+"""Returned logits are clamped to ±32, as Meta's predictor does."""
+
+CPU_LAUNCH_PIXELS = 8192
+"""Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The objects of one image and what to answer about them."""
+
+    features: Features
+    objects: Sequence[ObjectPrompt]
+    multimask_output: bool = True
+    best_only: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """K: how many masks each object gets."""
+        return 3 if self.multimask_output and not self.best_only else 1
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A job's answer, on the decoder's device."""
+
+    low_res_masks: Tensor
+    """FP16 [N, K, M, M]"""
+    iou_predictions: Tensor
+    """FP32 [N, K]"""
+
+
+class Decoder:
+    """`decoder.pt2` on one device. Raises `ProgramError` when it cannot be read."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._program = load_program(path, device)
+        self.device = device
+        self.launches = 0
+        """How often the program has run."""
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Decode one click on embeddings of the config's shapes, which warms up the program too.
+
+        Raises `ProgramError` when program and config do not fit together.
+        """
+        blank = Features(*(torch.zeros(shapes[n], device=self.device) for n in Features._fields))
+        labels = np.array([POSITIVE, PADDING], dtype=np.int32)
+        click = ObjectPrompt(np.zeros((2, 2), dtype=np.float32), labels, mask=None)
+        try:
+            self.decode([Job(blank, [click])])
+        except Exception as error:  # torch's guards and kernels share no exception
+            raise ProgramError(
+                f"the decoder does not fit the shapes in config.pbtxt ({first_line(error)}); "
+                "export both together"
+            ) from error
+
+    @torch.inference_mode()
+    def decode(self, jobs: Sequence[Job]) -> list[Masks]:
+        """Decode every object of every job; an object's mask does not depend on its company."""
+        answers = [self._empty_answer(job) for job in jobs]
+        for launch in self._launches(jobs):
+            logits, ious = self._run(jobs, launch)
+            self.launches += 1
+            for row, (j, n) in enumerate(launch):
+                chosen = _choose(jobs[j], ious[row])
+                answers[j].low_res_masks[n] = logits[row, chosen].clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+                answers[j].iou_predictions[n] = ious[row, chosen]
+        return answers
+
+    def _launches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, int]]]:
+        """Yield lists of (job, object), all with the same token count."""
+        groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for j, job in enumerate(jobs):
+            for n, prompt in enumerate(job.objects):
+                groups[prompt.tokens].append((j, n))
+        for members in groups.values():
+            size = self._launch_size(jobs[members[0][0]].features)
+            waiting = iter(members)
+            while launch := list(islice(waiting, size)):
+                yield launch
+
+    def _launch_size(self, features: Features) -> int:
+        pixels = features.image_embed[0].numel()
+        return max(1, CPU_LAUNCH_PIXELS // pixels) if self.device.type == "cpu" else 64
+
+    def _run(self, jobs: Sequence[Job], launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        prompts = [jobs[j].objects[n] for j, n in launch]
+        masks = [prompt.mask for prompt in prompts if prompt.mask is not None]
+        indices = [row for row, prompt in enumerate(prompts) if prompt.mask is not None]
+        features = _gather([jobs[j].features for j, _ in launch])
+        mask_size = features.high_res_feats_0.shape[-1]
+        logits, ious = self._program(
+            **features._asdict(),
+            point_coords=self._tensor(np.stack([prompt.coords for prompt in prompts])),
+            point_labels=self._tensor(np.stack([prompt.labels for prompt in prompts])),
+            mask_input=torch.stack(masks).to(self.device, torch.float32)
+            if masks
+            else torch.empty((0, mask_size, mask_size), device=self.device),
+            mask_index=torch.tensor(indices, dtype=torch.int64, device=self.device),
+        )
+        return logits, ious
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _empty_answer(self, job: Job) -> Masks:
+        objects, candidates = len(job.objects), job.candidates
+        size = job.features.high_res_feats_0.shape[-1]
+        return Masks(
+            torch.empty((objects, candidates, size, size), dtype=torch.float16, device=self.device),
+            torch.empty((objects, candidates), dtype=torch.float32, device=self.device),
+        )
+
+
+def _gather(features: list[Features]) -> Features:
+    """One FP32 embedding per object; objects of one image share it without a copy."""
+    first = features[0]
+    if all(other is first for other in features):
+        # FP32 before expanding: a cast materialises the shared rows.
+        return Features(*(t.float().expand(len(features), *t.shape) for t in first))
+    return Features(*(torch.stack(tensors).float() for tensors in zip(*features, strict=True)))
+
+
+def _choose(job: Job, ious: Tensor) -> slice | Tensor:
+    """The rows of the program's four masks that a job asked for (see export/decoder.py)."""
+    if not job.multimask_output:
+        return slice(0, 1)
+    if job.best_only:
+        return 1 + ious[1:].argmax(dim=0, keepdim=True)
+    return slice(1, None)

@@ -1,0 +1,135 @@
+"""The decoder's own numbers on Triton's metrics endpoint.
+
+Answering a request only counts here; a thread tells Triton once a second, since every update is a
+message to another process. The thread also forgets idle images when no request comes to do that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from store import ImageStore
+
+PERIOD_SECONDS = 1.0
+OBJECTS_BUCKETS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+
+
+class Metrics:
+    """Counts, and the thread that publishes them until `close`."""
+
+    def __init__(self, store: ImageStore, labels: Mapping[str, str]) -> None:
+        self._store = store
+        self._objects = 0
+        self._launches = 0
+        self._seconds = 0.0
+        self._requests: deque[int] = deque()
+        self._numbers = self._declare(store)
+        for name, number in self._numbers.items():
+            number.open(name, labels)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def _declare(self, store: ImageStore) -> dict[str, _Number]:
+        counts, kept = store.counts, "sam3_kept_images"
+        return {
+            kept: _Gauge("Images kept for later clicks", lambda: len(store)),
+            f"{kept}_bytes": _Gauge("Memory of the images kept", lambda: store.nbytes),
+            f"{kept}_hits_total": _Counter("Ids asked for and found", lambda: counts.hits),
+            f"{kept}_misses_total": _Counter("Ids asked for in vain", lambda: counts.misses),
+            f"{kept}_evictions_total": _Counter(
+                "Images forgotten, idle or for want of room", lambda: counts.evictions
+            ),
+            "sam3_objects_total": _Counter("Objects answered", lambda: self._objects),
+            "sam3_objects_per_request": _Histogram("Objects in one request", self._take_requests),
+            "sam3_decode_seconds_total": _Counter("Time spent decoding", lambda: self._seconds),
+            "sam3_decode_launches_total": _Counter(
+                "Runs of the decoder, each of many objects", lambda: self._launches
+            ),
+        }
+
+    def count_request(self, objects: int) -> None:
+        """A request was answered with the masks of so many objects."""
+        self._objects += objects
+        self._requests.append(objects)
+
+    def count_decoding(self, seconds: float, launches: int) -> None:
+        """The decoder's program ran `launches` times in `seconds`."""
+        self._seconds += seconds
+        self._launches += launches
+
+    def close(self) -> None:
+        """End the thread and take the numbers off the endpoint."""
+        self._stopped.set()
+        self._thread.join()
+        for number in self._numbers.values():
+            number.close()
+
+    def _take_requests(self) -> list[int]:
+        return [self._requests.popleft() for _ in range(len(self._requests))]
+
+    def _run(self) -> None:
+        while not self._stopped.wait(PERIOD_SECONDS):
+            self._store.sweep()
+            for number in self._numbers.values():
+                number.publish()
+
+
+class _Number:
+    """One metric, and where its value comes from."""
+
+    kind: str
+    """By name: Triton adds the kinds to its module only after this one is imported."""
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, description: str, value: Callable[[], Any]) -> None:
+        self._description = description
+        self._value = value
+        self._published = 0.0
+
+    def open(self, name: str, labels: Mapping[str, str]) -> None:
+        kind = getattr(pb_utils.MetricFamily, self.kind)
+        self._family = pb_utils.MetricFamily(name=name, description=self._description, kind=kind)
+        self._metric = self._family.Metric(labels=dict(labels), **self.options)
+
+    def publish(self) -> None:
+        value = self._value()
+        if value != self._published:
+            self._send(value)
+            self._published = value
+
+    def _send(self, value: Any) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        del self._metric  # Triton wants it gone before its family
+        del self._family
+
+
+class _Gauge(_Number):
+    kind = "GAUGE"
+
+    def _send(self, value: float) -> None:
+        self._metric.set(value)
+
+
+class _Counter(_Number):
+    kind = "COUNTER"
+
+    def _send(self, value: float) -> None:
+        self._metric.increment(value - self._published)
+
+
+class _Histogram(_Number):
+    """Its value is what was observed since the last time."""
+
+    kind = "HISTOGRAM"
+    options: Mapping[str, Any] = {"buckets": OBJECTS_BUCKETS}
+
+    def publish(self) -> None:
+        for value in self._value():
+            self._metric.observe(value)

@@ -1,0 +1,127 @@
+"""The decoder as Triton runs it: loading, and answering requests together but each by itself.
+
+requests ─► wire.read_question ─► decoder.decode (all at once; one by one if that fails)
+                 │      ▲                │
+        prompts.parse_prompts   store    ▼
+                               .get/.keep ◄── wire.respond ─► responses
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Threads that wait for each other sleep rather than spin: on a CPU they share the cores with the
+# encoder, and spinning made a decode five times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import triton_python_backend_utils as pb_utils
+from decoder import Decoder, Masks
+from metrics import Metrics
+from program import ProgramError
+from prompts import InvalidPrompt
+from settings import SettingError, Settings
+from store import ImageNotKept, ImageStore, StoreTooSmall
+from wire import Inputs, InvalidEmbeddings, Question, read_question, refuse, respond
+
+NOT_FOUND = (
+    "image_id not found: it was never issued by this server, or was forgotten; send the image "
+    "again with keep_image"
+)
+OUT_OF_MEMORY = (
+    "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
+)
+
+
+class TritonPythonModel:
+    """One instance of sam3_prompt_decoder."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the program; a TritonModelException's sentence is what the server reports."""
+        try:
+            self._settings = Settings.of(args, json.loads(args["model_config"]))
+            self._decoder = Decoder(self._settings.program, self._settings.device)
+            self._decoder.check(self._settings.feature_shapes)
+        except (SettingError, ProgramError) as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        self._store = ImageStore(
+            max_bytes=self._settings.kept_images_bytes,
+            max_idle_seconds=self._settings.kept_images_idle_seconds,
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._metrics = Metrics(self._store, labels)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request by itself: a bad one gets an error, the others their masks."""
+        answers = [_attempt(self._read, request) for request in requests]
+        questions = {i: q for i, q in enumerate(answers) if isinstance(q, Question)}
+        for i, masks in self._decode(questions).items():
+            answered = isinstance(masks, list)
+            answers[i] = _attempt(self._respond, questions[i], masks) if answered else masks
+        return answers
+
+    def finalize(self) -> None:
+        """End the metrics' thread before Triton takes the process down."""
+        self._metrics.close()
+
+    def _read(self, request: Any) -> Question:
+        settings = self._settings
+        return read_question(Inputs(request), self._store, settings.limits, settings.device)
+
+    def _decode(self, questions: dict[int, Question]) -> dict[int, Any]:
+        """A list of masks for every question, or the refusal of one that cannot be decoded.
+
+        What fails together is tried again one by one: only the guilty is refused.
+        """
+        try:
+            return self._decode_together(questions)
+        except Exception as error:
+            if len(questions) == 1:
+                return dict.fromkeys(questions, _explain(error))
+        # Outside of the handler, where the failure no longer holds its tensors.
+        return {i: self._decode({i: question})[i] for i, question in questions.items()}
+
+    def _decode_together(self, questions: dict[int, Question]) -> dict[int, list[Masks]]:
+        start, launches = time.perf_counter(), self._decoder.launches
+        decoded = self._decoder.decode([job for q in questions.values() for job in q.jobs])
+        if self._settings.device.type == "cuda":
+            torch.cuda.synchronize(self._settings.device)  # or only the queueing is timed
+        self._metrics.count_decoding(time.perf_counter() - start, self._decoder.launches - launches)
+        masks = iter(decoded)
+        return {i: [next(masks) for _ in question.jobs] for i, question in questions.items()}
+
+    def _respond(self, question: Question, masks: list[Masks]) -> Any:
+        response = respond(question, masks, self._store)
+        self._metrics.count_request(question.objects)
+        return response
+
+
+def _attempt(step: Callable[..., Any], *args: Any) -> Any:
+    """The step's result, or the refusal of the one request that it was about."""
+    try:
+        return step(*args)
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> Any:
+    """Refuse a request: in full where the caller can do something about it, or else in the log."""
+    codes = pb_utils.TritonError
+    if isinstance(error, InvalidPrompt | InvalidEmbeddings | StoreTooSmall):
+        return refuse(str(error), codes.INVALID_ARG)
+    if isinstance(error, ImageNotKept):
+        return refuse(NOT_FOUND, codes.NOT_FOUND)
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    if _is_out_of_memory(error):
+        return refuse(OUT_OF_MEMORY, codes.INTERNAL)
+    return refuse("the decoder failed on this request; the server's log says why", codes.INTERNAL)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no exception of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error)

@@ -1,0 +1,75 @@
+"""Reading `decoder.pt2` (see export/decoder.py) onto a device."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+TORCH_VERSION = "torch_version"
+"""Extra file in which the exporter notes which torch wrote the program."""
+
+Program = Callable[..., tuple[Tensor, Tensor]]
+
+
+class ProgramError(Exception):
+    """A program that cannot be used; the message says why and what to do."""
+
+
+def load_program(path: Path, device: torch.device) -> Program:
+    """Read a program and move it to `device`. Raises `ProgramError`."""
+    if not path.is_file():
+        raise ProgramError(
+            f"there is no {path.name} in the model's version folder; build the model repository "
+            "with: python -m export"
+        )
+    _check_intact(path)
+    program = _read(path)
+    if device.type != "cpu":
+        # The device it was traced on is baked into weights, constants and nodes.
+        program = move_to_device_pass(program, device)
+    return program.module()
+
+
+def _check_intact(path: Path) -> None:
+    """Compare checksums, which torch does not: a damaged weight would only make masks wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return  # the reader says so, and better
+    if damaged is not None:
+        raise ProgramError(
+            f"{path.name} is damaged: {damaged} in it is not what was written; copy it again, or "
+            "export it again"
+        )
+
+
+def _read(path: Path) -> ExportedProgram:
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # a damaged or newer file can break the reader anywhere
+        raise ProgramError(
+            f"{path.name} cannot be read by torch {torch.__version__} ({first_line(error)}); it "
+            f"{_origin(path)}: export it again, with a torch that is not newer than this one"
+        ) from error
+
+
+def _origin(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(f"/extra/{TORCH_VERSION}"))
+            return f"was written by torch {archive.read(name).decode()}"
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError):
+        return "is damaged, or no program at all"
+
+
+def first_line(error: Exception) -> str:
+    """The part of an error that fits into a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

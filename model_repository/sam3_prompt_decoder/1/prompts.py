@@ -1,0 +1,167 @@
+"""Prompts of one image, checked: what a request may say, and what it is told when it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PADDING = 1, 0, 2, 3, -1
+LABELS = (PADDING, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+
+
+class InvalidPrompt(ValueError):
+    """A prompt that is not accepted; the message is the answer to the caller."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask of one image."""
+
+    max_objects: int
+    max_tokens: int
+    mask_size: int
+
+
+@dataclass(frozen=True)
+class ObjectPrompt:
+    """One object: T tokens, complete with the trailing not-a-point token if there are any."""
+
+    coords: NDArray[np.float32]
+    """[T, 2], x and y as fractions of the image's width and height."""
+    labels: NDArray[np.int32]
+    """[T]"""
+    mask: Tensor | None
+    """[M, M] logits to refine."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.labels)
+
+
+def parse_prompts(
+    coords: NDArray[np.float32], labels: NDArray[np.int32], masks: Tensor | None, limits: Limits
+) -> list[ObjectPrompt]:
+    """Check the prompts of one image and strip the padding.
+
+    Args:
+        coords: FP32 [N, P, 2]; labels: INT32 [N, P]; masks: [N, M, M] logits, where a plane of
+            NaN stands for "no mask".
+
+    Raises:
+        InvalidPrompt: with a sentence that says what is wrong and what is accepted.
+    """
+    _check_shapes(coords, labels, masks, limits)
+    _check_values(coords, labels)
+    has_mask = _check_masks(masks, len(labels))
+    _check_objects(labels, has_mask)
+    return [
+        _object(coords[n], labels[n], masks[n] if masks is not None and has_mask[n] else None)
+        for n in range(len(labels))
+    ]
+
+
+def _object(
+    coords: NDArray[np.float32], labels: NDArray[np.int32], mask: Tensor | None
+) -> ObjectPrompt:
+    """Without padding, but with the one not-a-point token SAM adds when there is a point or box."""
+    real = labels != PADDING
+    if not real.any():
+        return ObjectPrompt(coords[:0], labels[:0], mask)
+    return ObjectPrompt(
+        np.concatenate((coords[real], np.zeros((1, 2), np.float32))),
+        np.append(labels[real], np.int32(PADDING)),
+        mask,
+    )
+
+
+def _check_shapes(
+    coords: NDArray[np.float32], labels: NDArray[np.int32], masks: Tensor | None, limits: Limits
+) -> None:
+    if coords.ndim != 3 or coords.shape[-1] != 2:
+        raise InvalidPrompt(
+            f"point_coords has shape {list(coords.shape)}; expected [N, P, 2]: N objects of P "
+            "tokens, x and y each"
+        )
+    if labels.shape != coords.shape[:2]:
+        raise InvalidPrompt(
+            f"point_labels has shape {list(labels.shape)}; expected {list(coords.shape[:2])}, "
+            "one label for each pair of point_coords"
+        )
+    objects, tokens = labels.shape
+    if objects > limits.max_objects:
+        raise InvalidPrompt(
+            f"{objects} objects in one request; at most {limits.max_objects} are accepted: split "
+            "the request (keep_image saves encoding the image again)"
+        )
+    if tokens > limits.max_tokens:
+        raise InvalidPrompt(
+            f"{tokens} tokens an object; at most {limits.max_tokens} are accepted (a point is one "
+            "token, a box two)"
+        )
+    size = limits.mask_size
+    if masks is not None and tuple(masks.shape) != (objects, size, size):
+        raise InvalidPrompt(
+            f"mask_input has shape {list(masks.shape)}; expected [{objects}, {size}, {size}]: the "
+            "low_res_masks of an earlier answer, one for each object"
+        )
+
+
+def _check_values(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
+    _refuse_first(
+        ~np.isin(labels, LABELS),
+        lambda n, p: (
+            f"point_labels[{n}, {p}] is {labels[n, p]}; accepted are 1 (positive point), "
+            "0 (negative point), 2 and 3 (a box's top-left and bottom-right corner), -1 (padding)"
+        ),
+    )
+    outside = ~((coords >= 0) & (coords <= 1)).all(axis=-1) & (labels != PADDING)
+    _refuse_first(
+        outside,
+        lambda n, p: (
+            f"point_coords[{n}, {p}] is ({coords[n, p, 0]:g}, {coords[n, p, 1]:g}); x and y must "
+            "be finite fractions of the image's width and height, from 0 to 1"
+        ),
+    )
+
+
+def _check_objects(labels: NDArray[np.int32], has_mask: NDArray[np.bool_]) -> None:
+    corners = [(labels == label).sum(axis=1) for label in (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)]
+    _refuse_first(
+        (corners[0] != corners[1]) | (corners[0] > 1),
+        lambda n: (
+            f"object {n} has {corners[0][n]} top-left (label 2) and {corners[1][n]} bottom-right "
+            "(label 3) box corners; an object has one box, with both corners, or none"
+        ),
+    )
+    _refuse_first(
+        (labels == PADDING).all(axis=1) & ~has_mask,
+        lambda n: f"object {n} has neither a point nor a box nor a mask; give it at least one",
+    )
+
+
+def _check_masks(masks: Tensor | None, objects: int) -> NDArray[np.bool_]:
+    """Which objects have a mask to refine."""
+    if masks is None:
+        return np.zeros(objects, dtype=np.bool_)
+    planes = masks.flatten(1)
+    absent = planes.isnan().all(dim=1)
+    finite = planes.isfinite().all(dim=1)
+    absent_or_finite = torch.stack((absent, finite)).cpu().numpy()
+    _refuse_first(
+        ~absent_or_finite.any(axis=0),
+        lambda n: (
+            f"mask_input[{n}] has NaN or infinite logits; all must be finite, or all NaN where "
+            "the object has no mask"
+        ),
+    )
+    return ~np.asarray(absent_or_finite[0], dtype=np.bool_)
+
+
+def _refuse_first(wrong: NDArray[np.bool_], sentence: Callable[..., str]) -> None:
+    if wrong.any():
+        raise InvalidPrompt(sentence(*(int(i) for i in np.argwhere(wrong)[0])))

@@ -1,0 +1,160 @@
+"""Requests to jobs, masks to responses: the wire contract on Triton's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from decoder import Job, Masks
+from numpy.typing import NDArray
+from prompts import InvalidPrompt, Limits, parse_prompts
+from store import Features, ImageStore
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+
+class InvalidEmbeddings(ValueError):
+    """Embeddings of which no mask can be made; the message is the answer to the caller."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request, understood: for each image of its batch a job, and whether to keep it."""
+
+    jobs: list[Job]
+    image_ids: list[str]
+    """The ids under which the images are kept already; empty for embeddings."""
+    keep_image: list[bool]
+
+    @property
+    def objects(self) -> int:
+        return sum(len(job.objects) for job in self.jobs)
+
+
+class Inputs:
+    """The tensors of one request, by name."""
+
+    def __init__(self, request: Any) -> None:
+        self._given = {tensor.name(): tensor for tensor in request.inputs()}
+
+    def tensor(self, name: str, device: torch.device) -> Tensor | None:
+        """An input where it is, without a copy unless it must change devices."""
+        given = self._given.get(name)
+        return None if given is None else from_dlpack(given.to_dlpack()).to(device)
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        """A small input in host memory."""
+        given = self._given.get(name)
+        if given is None:
+            return None
+        on_host = given.is_cpu()
+        return np.asarray(given.as_numpy() if on_host else from_dlpack(given.to_dlpack()).cpu())
+
+    def flags(self, name: str, images: int, *, default: bool) -> list[bool]:
+        """A switch for each image of the batch."""
+        given = self.array(name)
+        return [default] * images if given is None else [bool(flag) for flag in given.ravel()]
+
+
+def read_question(
+    inputs: Inputs, store: ImageStore, limits: Limits, device: torch.device
+) -> Question:
+    """Understand one request.
+
+    Raises `InvalidPrompt`, `ImageNotKept` and `StoreTooSmall`, whose messages are the answer.
+    """
+    image_ids, images = _read_images(inputs, store, device)
+    keep_image = inputs.flags("keep_image", len(images), default=False)
+    for features, image_id, keep in zip(images, image_ids, keep_image, strict=True):
+        if keep and not image_id and store.max_bytes:
+            store.check_size(features)
+    return Question(_read_jobs(inputs, images, limits, device), image_ids, keep_image)
+
+
+def _read_images(
+    inputs: Inputs, store: ImageStore, device: torch.device
+) -> tuple[list[str], list[Features]]:
+    """The images of a request's batch, embedded by the encoder or kept from an earlier call."""
+    tensors = [inputs.tensor(name, device) for name in Features._fields]
+    present = [tensor for tensor in tensors if tensor is not None]
+    given_ids = inputs.array("image_id")
+    if given_ids is not None and not present:
+        # Whatever is not an id's spelling is no id's spelling: it will not be found.
+        image_ids = [image_id.decode(errors="replace") for image_id in given_ids.ravel()]
+        return image_ids, [store.get(image_id) for image_id in image_ids]
+    if given_ids is None and len(present) == len(tensors):
+        images = [Features(*rows) for rows in zip(*present, strict=True)]
+        return [""] * len(images), images
+    raise InvalidPrompt(
+        f"give an image either by all of {', '.join(Features._fields)} or by image_id"
+    )
+
+
+def _read_jobs(
+    inputs: Inputs, images: Sequence[Features], limits: Limits, device: torch.device
+) -> list[Job]:
+    coords, labels = inputs.array("point_coords"), inputs.array("point_labels")
+    if coords is None or labels is None:
+        raise InvalidPrompt("point_coords and point_labels are required")
+    masks = inputs.tensor("mask_input", device)
+    if masks is not None and masks.shape[1] == 0:
+        masks = None  # masks of no object: what a caller sends whose requests all look alike
+    multimask_output = inputs.flags("multimask_output", len(images), default=True)
+    best_only = inputs.flags("best_only", len(images), default=False)
+    jobs = [
+        Job(
+            features,
+            parse_prompts(coords[b], labels[b], None if masks is None else masks[b], limits),
+            multimask_output[b],
+            best_only[b],
+        )
+        for b, features in enumerate(images)
+    ]
+    if len({job.candidates for job in jobs}) > 1:
+        raise InvalidPrompt(
+            "multimask_output and best_only ask for one mask an object in some images of the "
+            "batch and for three in others; ask for the same in all, or send two requests"
+        )
+    return jobs
+
+
+def respond(question: Question, masks: Sequence[Masks], store: ImageStore) -> Any:
+    """Answer one request, keeping its images if it asks for that. Raises `InvalidEmbeddings`."""
+    if not all(_is_finite(m) for m in masks):
+        raise InvalidEmbeddings(
+            "the image's embeddings give masks that are not finite; send what sam3_image_encoder "
+            "answers, unchanged"
+        )
+    ids = [
+        (image_id or (store.keep(job.features) if store.max_bytes else "")) if keep else ""
+        for job, image_id, keep in zip(
+            question.jobs, question.image_ids, question.keep_image, strict=True
+        )
+    ]
+    return pb_utils.InferenceResponse(
+        [
+            _output("low_res_masks", [m.low_res_masks for m in masks]),
+            _output("iou_predictions", [m.iou_predictions for m in masks]),
+            pb_utils.Tensor("image_id", np.array(ids, dtype=np.object_).reshape(-1, 1)),
+        ]
+    )
+
+
+def _is_finite(masks: Masks) -> bool:
+    finite = masks.low_res_masks.isfinite().all() & masks.iou_predictions.isfinite().all()
+    return bool(finite)
+
+
+def _output(name: str, images: Sequence[Tensor]) -> Any:
+    # One image, the usual case, is not copied.
+    batch = images[0].unsqueeze(0) if len(images) == 1 else torch.stack(list(images))
+    return pb_utils.Tensor.from_dlpack(name, batch)
+
+
+def refuse(sentence: str, code: int) -> Any:
+    """Answer one request with an error."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))

@@ -1,0 +1,61 @@
+"""The tiny model as the decoder's program, and as Meta's predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoder import Decoder
+from numpy.typing import NDArray
+
+from benchmarks.reference import meta_predictor
+from export.repository import DECODER
+from tests.export import tiny
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """So small a model only waits for its threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
+    return tiny.export_once(tmp_path_factory.mktemp("fp32"), "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_fp16(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
+    return tiny.export_once(tmp_path_factory.mktemp("fp16"), "fp16")
+
+
+@pytest.fixture(scope="session")
+def program(exported: tiny.Export) -> Path:
+    return exported.repository / DECODER / "1" / "decoder.pt2"
+
+
+@pytest.fixture(scope="module")
+def decoder(program: Path, one_thread: None) -> Decoder:
+    return Decoder(program, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def picture() -> NDArray[np.uint8]:
+    """RGB [S, S, 3] at the tiny model's size, so that nobody resizes it."""
+    side = tiny.ARCHITECTURE.image_size
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def meta(exported: tiny.Export, picture: NDArray[np.uint8]) -> Any:
+    """Meta's predictor, its image set to `picture`."""
+    predictor = meta_predictor(exported.checkpoint)
+    predictor.set_image(picture)
+    return predictor

@@ -1,0 +1,271 @@
+"""Objects decoded together are what each of them is alone, and what Meta's predictor says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoder import LOGIT_LIMIT, Decoder, Job, Masks
+from numpy.typing import NDArray
+from program import ProgramError
+from prompts import Limits, ObjectPrompt, parse_prompts
+from store import Features
+from torch import Tensor
+
+from tests.export import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+M = tiny.ARCHITECTURE.mask_size
+LIMITS = Limits(max_objects=64, max_tokens=16, mask_size=M)
+SHAPES = {
+    "image_embed": (64, 8, 8),
+    "high_res_feats_0": (8, 32, 32),
+    "high_res_feats_1": (16, 16, 16),
+}
+
+
+def features(seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(*(torch.randn(shape, generator=generator) for shape in SHAPES.values()))
+
+
+def prompt(labels: Sequence[int], mask: int | None = None, seed: int = 0) -> ObjectPrompt:
+    """One object with random coordinates and, if a seed for it is given, a random mask."""
+    rng = np.random.default_rng((seed, *(label + 1 for label in labels)))
+    coords = rng.random((1, len(labels), 2), dtype=np.float32)
+    masks = None
+    if mask is not None:
+        masks = torch.randn(1, M, M, generator=torch.Generator().manual_seed(mask)) * 5
+    (parsed,) = parse_prompts(coords, np.array([labels], np.int32), masks, LIMITS)
+    return parsed
+
+
+OBJECTS = (
+    prompt([1]),
+    prompt([1], seed=1),
+    prompt([1], mask=1),
+    prompt([1, 0, 0]),
+    prompt([2, 3]),
+    prompt([2, 3, 1], mask=2),
+    prompt([], mask=3),
+    prompt([], mask=4),
+)
+"""Token counts 2, 4, 3, 0; with masks and without."""
+
+
+def alone(decoder: Decoder, job: Job, n: int) -> Masks:
+    (answer,) = decoder.decode([replace(job, objects=[job.objects[n]])])
+    return answer
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Equal but for the order of sums, which the size of a launch changes, and FP16's last bit."""
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.semantic("masks", "an object's mask does not depend on what else is asked", "equality")
+@pytest.mark.parametrize("order", ["as they are", "reversed", "shuffled"])
+def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order: str) -> None:
+    """Neither on other objects, nor on their tokens, masks and images, nor on the order."""
+    indices = list(range(len(OBJECTS)))
+    if order == "reversed":
+        indices.reverse()
+    if order == "shuffled":
+        np.random.default_rng(0).shuffle(indices)
+    jobs = [
+        Job(features(1), [OBJECTS[i] for i in indices]),
+        Job(features(2), [OBJECTS[i] for i in indices[:3]]),
+        Job(features(1), []),
+        Job(features(3), [OBJECTS[i] for i in indices[4:]]),
+    ]
+    for job, together in zip(jobs, decoder.decode(jobs), strict=True):
+        for n in range(len(job.objects)):
+            single = alone(decoder, job, n)
+            close(together.low_res_masks[n : n + 1], single.low_res_masks)
+            close(together.iou_predictions[n : n + 1], single.iou_predictions)
+
+
+def test_objects_do_differ(decoder: Decoder) -> None:
+    """Or the test above would say nothing."""
+    (answer,) = decoder.decode([Job(features(1), OBJECTS)])
+    (other,) = decoder.decode([Job(features(2), OBJECTS)])
+    flat = answer.low_res_masks.float().flatten(1)
+    distances = torch.cdist(flat, flat) + torch.eye(len(flat)) * 1e9
+    assert distances.min() > 1e-2
+    differences = (flat - other.low_res_masks.float().flatten(1)).norm(dim=1)
+    assert differences.min() > 1e-2
+
+
+@pytest.mark.semantic("masks", "padding changes nothing, to the bit", "equality")
+def test_padding_changes_nothing_to_the_bit(decoder: Decoder) -> None:
+    coords = np.random.default_rng(0).random((1, 3, 2), dtype=np.float32)
+    labels = np.array([[1, 0, 1]], np.int32)
+    plain = parse_prompts(coords, labels, None, LIMITS)
+    padding = np.full((1, 9, 2), 0.5, np.float32), np.full((1, 9), -1, np.int32)
+    padded = parse_prompts(
+        np.concatenate((coords, padding[0]), 1),
+        np.concatenate((labels, padding[1]), 1),
+        None,
+        LIMITS,
+    )
+    first, second = (
+        decoder.decode([Job(features(1), plain)]),
+        decoder.decode([Job(features(1), padded)]),
+    )
+    assert torch.equal(first[0].low_res_masks, second[0].low_res_masks)
+    assert torch.equal(first[0].iou_predictions, second[0].iou_predictions)
+
+
+def test_shared_embeddings_are_as_good_as_copies(decoder: Decoder) -> None:
+    shared = features(1)
+    copies = [Job(Features(*(t.clone() for t in shared)), [o]) for o in OBJECTS]
+    (together,) = decoder.decode([Job(shared, OBJECTS)])
+    apart = decoder.decode(copies)
+    for n, answer in enumerate(apart):
+        close(together.low_res_masks[n], answer.low_res_masks[0])
+
+
+def test_half_precision_embeddings_are_decoded_in_fp32(decoder: Decoder) -> None:
+    half = Features(*(t.half() for t in features(1)))
+    single = Features(*(t.float() for t in half))
+    for jobs in ([half], [half, Features(*(t.clone() for t in half))]):
+        answers = decoder.decode([Job(f, OBJECTS) for f in jobs])
+        (expected,) = decoder.decode([Job(single, OBJECTS)])
+        close(answers[0].low_res_masks, expected.low_res_masks)
+        assert answers[0].iou_predictions.dtype == torch.float32
+
+
+def test_large_requests_are_split_into_launches(decoder: Decoder) -> None:
+    many = [prompt([1], seed=i) for i in range(300)]
+    before = decoder.launches
+    (answer,) = decoder.decode([Job(features(1), many)])
+    assert 1 < decoder.launches - before < 300
+    for n in (0, 150, 299):
+        close(answer.low_res_masks[n], alone(decoder, Job(features(1), many), n).low_res_masks[0])
+
+
+def test_one_launch_for_each_token_count(decoder: Decoder) -> None:
+    before = decoder.launches
+    decoder.decode([Job(features(i), OBJECTS) for i in range(4)])
+    assert decoder.launches - before == len({o.tokens for o in OBJECTS})
+    decoder.decode([])
+    decoder.decode([Job(features(1), [])])
+    assert decoder.launches - before == len({o.tokens for o in OBJECTS})
+
+
+@pytest.mark.parametrize(
+    ("multimask", "best", "k"),
+    [(True, False, 3), (True, True, 1), (False, False, 1), (False, True, 1)],
+)
+def test_shapes_and_types(decoder: Decoder, multimask: bool, best: bool, k: int) -> None:
+    for objects in ((), OBJECTS[:1], OBJECTS):
+        (answer,) = decoder.decode([Job(features(1), objects, multimask, best)])
+        assert answer.low_res_masks.shape == (len(objects), k, M, M)
+        assert answer.iou_predictions.shape == (len(objects), k)
+        assert answer.low_res_masks.dtype == torch.float16
+        assert answer.iou_predictions.dtype == torch.float32
+        assert not objects or answer.low_res_masks.abs().max() <= LOGIT_LIMIT
+
+
+@pytest.mark.semantic(
+    "masks", "`best_only` is the candidate of the highest predicted IoU", "the contract"
+)
+def test_best_only_is_the_candidate_of_the_highest_score(decoder: Decoder) -> None:
+    jobs = [Job(features(1), OBJECTS), Job(features(1), OBJECTS, best_only=True)]
+    every, best = decoder.decode(jobs)
+    chosen = every.iou_predictions.argmax(1)
+    assert len(set(chosen.tolist())) > 1
+    for n, k in enumerate(chosen):
+        assert torch.equal(best.low_res_masks[n, 0], every.low_res_masks[n, k])
+        assert best.iou_predictions[n, 0] == every.iou_predictions[n, k]
+
+
+def test_a_program_of_other_sizes_is_refused(decoder: Decoder) -> None:
+    decoder.check(SHAPES)
+    with pytest.raises(ProgramError, match=r"does not fit the shapes in config.pbtxt .*; export"):
+        decoder.check({**SHAPES, "image_embed": (64, 9, 9)})
+
+
+def _features_of(meta: Any) -> Features:
+    found = meta._features
+    return Features(found["image_embed"][0], *(level[0] for level in found["high_res_feats"]))
+
+
+POINTS = np.array([[30.0, 60.0], [80.0, 20.0], [10.0, 100.0]])
+LABELS = np.array([1, 1, 0])
+BOX = np.array([20.0, 30.0, 90.0, 100.0])
+CASES: dict[str, dict[str, NDArray[Any]]] = {
+    "point": {"point_coords": POINTS[:1], "point_labels": LABELS[:1]},
+    "points": {"point_coords": POINTS, "point_labels": LABELS},
+    "box": {"box": BOX},
+    "box and points": {"box": BOX, "point_coords": POINTS, "point_labels": LABELS},
+    "mask alone": {},
+}
+
+
+def _ours(case: dict[str, NDArray[Any]], mask: NDArray[np.float32] | None) -> ObjectPrompt:
+    side = tiny.ARCHITECTURE.image_size
+    box = case.get("box", np.zeros(0)).reshape(-1, 2)
+    coords = np.concatenate((box, case.get("point_coords", np.zeros((0, 2)))))
+    labels = np.concatenate(([2, 3][: len(box)], case.get("point_labels", [])))
+    (parsed,) = parse_prompts(
+        (coords / side).astype(np.float32)[None],
+        labels.astype(np.int32)[None],
+        None if mask is None else torch.from_numpy(mask),
+        LIMITS,
+    )
+    return parsed
+
+
+@pytest.mark.semantic(
+    "masks",
+    "the decoder's masks and scores, with and without `multimask_output`, demo model",
+    "Meta's predictor",
+)
+@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_metas_predictor(
+    decoder: Decoder, meta: Any, case: str, multimask: bool, refined: bool
+) -> None:
+    given = CASES[case]
+    mask = None
+    if refined or case == "mask alone":
+        first = meta.predict(**CASES["point"])
+        mask = first[2][:1]
+    _, scores, logits = meta.predict(**given, mask_input=mask, multimask_output=multimask)
+    (answer,) = decoder.decode([Job(_features_of(meta), [_ours(given, mask)], multimask)])
+    close(answer.low_res_masks[0].float(), torch.from_numpy(logits))
+    close(answer.iou_predictions[0], torch.from_numpy(scores))
+
+
+@pytest.mark.semantic(
+    "masks", "a single mask that is unstable falls back as Meta's does", "Meta's predictor"
+)
+def test_a_single_mask_falls_back_where_metas_does(decoder: Decoder, meta: Any) -> None:
+    """Without `multimask_output`, an unstable mask gives way to the best candidate, a stable one
+    does not; random clicks meet both kinds."""
+    clicks = np.random.default_rng(0).random((24, 1, 2)) * tiny.ARCHITECTURE.image_size
+    label = np.ones(1, dtype=np.int32)
+    stable = set()
+    cases = [{"point_coords": click, "point_labels": label} for click in clicks]
+    objects = [_ours(case, None) for case in cases]
+    single, every = decoder.decode([Job(_features_of(meta), objects, m) for m in (False, True)])
+    for n, case in enumerate(cases):
+        _, scores, logits = meta.predict(**case, multimask_output=False)
+        close(single.low_res_masks[n].float(), torch.from_numpy(logits))
+        close(single.iou_predictions[n], torch.from_numpy(scores))
+        best = int(every.iou_predictions[n].argmax())
+        stable.add(not torch.equal(single.low_res_masks[n, 0], every.low_res_masks[n, best]))
+    assert stable == {True, False}
+
+
+def test_a_missing_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProgramError, match=r"no decoder\.pt2"):
+        Decoder(tmp_path / "decoder.pt2", torch.device("cpu"))

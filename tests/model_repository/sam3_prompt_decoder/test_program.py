@@ -1,0 +1,96 @@
+"""A program that cannot be used is refused with what is wrong and what to do."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from program import TORCH_VERSION, ProgramError, load_program
+
+from export import decoder as exporter
+
+CPU = torch.device("cpu")
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ProgramError) as caught:
+        load_program(path, CPU)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert str(path.parent) not in sentence
+    return sentence
+
+
+def test_exporter_and_server_agree_on_where_the_version_stands() -> None:
+    assert TORCH_VERSION == exporter.TORCH_VERSION
+
+
+def test_a_missing_program(tmp_path: Path) -> None:
+    assert refused(tmp_path / "decoder.pt2") == (
+        "there is no decoder.pt2 in the model's version folder; build the model repository with: "
+        "python -m export"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no program", b"PK\x03\x04 no program"])
+def test_garbage(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "decoder.pt2"
+    path.write_bytes(content)
+    sentence = refused(path)
+    assert sentence.startswith(f"decoder.pt2 cannot be read by torch {torch.__version__} (")
+    assert "it is damaged, or no program at all: export it again" in sentence
+
+
+def test_a_truncated_program(program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "decoder.pt2"
+    path.write_bytes(program.read_bytes()[:100_000])
+    assert "it is damaged, or no program at all" in refused(path)
+
+
+def test_a_damaged_weight(program: Path, tmp_path: Path) -> None:
+    """One that torch would load without a word, and that would only make masks wrong."""
+    path = tmp_path / "decoder.pt2"
+    whole = bytearray(program.read_bytes())
+    with zipfile.ZipFile(program) as archive:
+        weights = max(archive.infolist(), key=lambda item: item.file_size)
+    whole[weights.header_offset + weights.compress_size // 2] ^= 0x40
+    path.write_bytes(whole)
+    sentence = refused(path)
+    assert f"decoder.pt2 is damaged: {weights.filename} in it" in sentence
+
+
+def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> None:
+    """As torch itself would see it: a graph in a spelling that it does not know."""
+    path = tmp_path / "decoder.pt2"
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename.endswith("models/model.json"):
+                content = content.replace(b'"schema_version"', b'"version_of_schema"')
+                content = content.replace(b"torch.ops.aten.", b"torch.ops.later.")
+            if item.filename.endswith(TORCH_VERSION):
+                content = b"99.1.0"
+            new.writestr(item, content)
+    sentence = refused(path)
+    assert "it was written by torch 99.1.0: export it again, with a torch that is not" in sentence
+
+
+def test_a_program_is_moved_whole(program: Path) -> None:
+    """To `meta`, the one other device every machine has: it refuses what was left behind."""
+    inputs = {
+        "image_embed": torch.zeros(1, 64, 8, 8),
+        "high_res_feats_0": torch.zeros(1, 8, 32, 32),
+        "high_res_feats_1": torch.zeros(1, 16, 16, 16),
+        "point_coords": torch.zeros(1, 2, 2),
+        "point_labels": torch.ones(1, 2, dtype=torch.int32),
+        "mask_input": torch.zeros(0, 32, 32),
+        "mask_index": torch.zeros(0, dtype=torch.int64),
+    }
+    elsewhere = {name: value.to("meta") for name, value in inputs.items()}
+    with pytest.raises(RuntimeError, match="device"):
+        load_program(program, CPU)(**elsewhere)
+    masks, ious = load_program(program, torch.device("meta"))(**elsewhere)
+    assert (masks.device.type, masks.shape) == ("meta", (1, 4, 32, 32))
+    assert (ious.device.type, ious.shape) == ("meta", (1, 4))

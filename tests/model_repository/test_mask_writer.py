@@ -1,0 +1,70 @@
+"""sam3_mask_writer: what it refuses, and the shapes at the edges. Its masks: test_thin_clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.model_repository.asking import Ask, decoded, refusal
+from triton_sam3 import Client
+
+WRITER = "sam3_mask_writer"
+
+
+@pytest.fixture(scope="module")
+def foreground(client: Client) -> dict[str, NDArray[Any]]:
+    """An answer of one object, three candidates, foreground everywhere."""
+    served = client.status().served
+    assert served is not None
+    shape = (1, 1, 3, served.mask_side, served.mask_side)
+    scores = np.array([[[0.2, 0.9, 0.4]]], np.float32)
+    return {"low_res_masks": np.ones(shape, np.float16), "iou_predictions": scores}
+
+
+def size(width: int, height: int) -> NDArray[np.int32]:
+    return np.array([[width, height]], np.int32)
+
+
+def test_the_candidate_with_the_best_score_is_written(
+    ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    logits = foreground["low_res_masks"].copy()
+    logits[:, :, [0, 2]] = -1
+    answer = ask(WRITER, **{**foreground, "low_res_masks": logits}, image_size=size(30, 20))
+    assert decoded(answer).shape == (1, 20, 30)
+    assert decoded(answer).all()
+    np.testing.assert_array_equal(answer["scores"], np.array([[0.9]], np.float32))
+    np.testing.assert_array_equal(answer["boxes"], [[[0, 0, 30, 20]]])
+
+
+@pytest.mark.parametrize("wrong", [(0, 5), (5, -1), (40_000, 40_000), (2**31 - 1, 2**31 - 1)])
+def test_a_size_no_image_has_is_refused(
+    wrong: tuple[int, int], ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    sentence = refusal(ask, WRITER, **foreground, image_size=size(*wrong))
+    assert f"image_size is {wrong[0]}×{wrong[1]}; expected width and height" in sentence
+
+
+def test_logits_and_scores_of_different_answers_are_refused(
+    ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    other = {**foreground, "iou_predictions": foreground["iou_predictions"][..., :2]}
+    assert "expected [B, N, K, M, M]" in refusal(ask, WRITER, **other, image_size=size(30, 20))
+
+
+def test_an_image_wider_than_opencv_counts_in_16_bits(
+    ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    answer = ask(WRITER, **foreground, image_size=size(50_000, 3))
+    assert decoded(answer).shape == (1, 3, 50_000)
+    assert decoded(answer).all()
+
+
+def test_no_objects_give_no_masks(ask: Ask, foreground: dict[str, NDArray[Any]]) -> None:
+    none = {name: array[:, :0] for name, array in foreground.items()}
+    answer = ask(WRITER, **none, image_size=size(30, 20))
+    shapes = {name: array.shape for name, array in answer.items()}
+    assert shapes == {"masks": (1, 0), "scores": (1, 0), "boxes": (1, 0, 4)}
