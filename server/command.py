@@ -1,0 +1,94 @@
+"""The command line of tritonserver, in one place."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import SetupError
+
+EXIT_TIMEOUT_SECONDS = 5
+ADMINISTRATION = "model-repository,shared-memory,trace,logging"
+ADMIN_HEADER = "triton-sam3-admin"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens: one IPv4 interface in digits, three TCP ports."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    @property
+    def ports(self) -> set[int]:
+        """All three."""
+        return {self.http_port, self.grpc_port, self.metrics_port}
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
+    def reachable_host(self) -> str:
+        """The host for a URL: a wildcard address is reached through loopback."""
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+
+
+def command_line(
+    executable: Path,
+    repository: Path,
+    address: Address,
+    *,
+    shm_prefix: str,
+    admin_key: str,
+    backend_directory: Path | None = None,
+    extra_args: Sequence[str] = (),
+) -> list[str]:
+    """The arguments that start `executable` on `repository`.
+
+    - `explicit` model control: every model is loaded at the start, and one whose Python stub
+      died can be unloaded and loaded again, which no other mode allows.
+    - beyond loopback, what administers a server asks for `admin_key`: who may load a model may
+      run any code, who may set the log or trace file may write any file.
+    - no auto-completion: the configs are complete, and what they leave out is an error.
+    - a short exit timeout: a model that is still loading would hold up the end for 30 s.
+    - `shm_prefix`: so that this server's shared memory can be told from any other's.
+
+    `extra_args` come last: where Triton takes an option once, theirs wins. Raises SetupError if
+    they move or close an endpoint, which nobody would find then.
+    """
+    listen = {
+        "--http-address": address.host,
+        "--http-port": address.http_port,
+        "--grpc-address": address.host,
+        "--grpc-port": address.grpc_port,
+        "--metrics-address": address.host,
+        "--metrics-port": address.metrics_port,
+    }
+    fixed = {*listen, "--allow-http", "--allow-grpc", "--allow-metrics"}
+    if clash := sorted(fixed & {arg.split("=")[0] for arg in extra_args}):
+        raise SetupError(
+            f"extra_args must not hold {', '.join(clash)}: all three endpoints are always open, "
+            "on the host and the ports given apart from them."
+        )
+    return [
+        str(executable),
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        "--disable-auto-complete-config",
+        *(f"{option}={value}" for option, value in listen.items()),
+        *([] if address.is_loopback else _restrictions(admin_key)),
+        f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        *([f"--backend-directory={backend_directory}"] if backend_directory else []),
+        *extra_args,
+    ]
+
+
+def _restrictions(admin_key: str) -> list[str]:
+    guard = f"{ADMINISTRATION}:{ADMIN_HEADER}={admin_key}"
+    return [f"--http-restricted-api={guard}", f"--grpc-restricted-protocol={guard}"]

@@ -1,0 +1,151 @@
+"""A running tritonserver with the keeper above it and the stubs below it."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from server import installation, keeper
+from server.command import EXIT_TIMEOUT_SECONDS, Address, command_line
+from server.errors import SetupError, StartError
+
+GRACE_SECONDS = EXIT_TIMEOUT_SECONDS + 5.0
+KEEPER_SECONDS = 5.0
+_SAFE_PATH = re.compile(r"[\w./+-]+", re.ASCII)
+
+
+class Family:
+    """Starts all of it when made; `end` must be called, more than once does no harm.
+
+    Raises SetupError if there is no tritonserver, StartError if it cannot be executed.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        address: Address,
+        *,
+        extra_args: Sequence[str],
+        env: Mapping[str, str],
+        log: Path | None,
+    ) -> None:
+        self.admin_key = secrets.token_hex()
+        self.pid = 0
+        self._shm_prefix = f"triton_sam3_{secrets.token_hex(6)}_"
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._log: BinaryIO = _open_log(log)
+        weakref.finalize(self, self._log.close)  # still readable after the end
+        self._log_start = self._log.seek(0, os.SEEK_END)
+        self._work_dir = _make_work_dir()
+        self._repository = repository.resolve()
+        try:
+            self._start(address, extra_args, {**os.environ, **env})
+        except BaseException:
+            self.end(signal.SIGUSR1)
+            raise
+
+    def returncode(self) -> int | None:
+        """None while anything of it runs, then tritonserver's exit status."""
+        return None if self._keeper is None else self._keeper.poll()
+
+    def wait(self) -> int:
+        """Block until tritonserver ends by itself; its exit status."""
+        return 0 if self._keeper is None else self._keeper.wait()
+
+    def read_log(self) -> str:
+        """What this server and its stubs have written so far."""
+        size = os.fstat(self._log.fileno()).st_size - self._log_start
+        text = os.pread(self._log.fileno(), size, self._log_start).decode(errors="replace")
+        return text.replace(str(self._work_dir / "models"), str(self._repository))
+
+    def end(self, signal_number: int) -> None:
+        """Send the keeper one of its signals, wait for it, and clean up if it was killed."""
+        if self._keeper is not None:
+            self._keeper.send_signal(signal_number)
+            try:
+                self._keeper.wait(GRACE_SECONDS + KEEPER_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()
+            if self._keeper.wait() < 0 and self.pid:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+        keeper.remove_leftovers(self._shm_prefix, self._work_dir)
+
+    def _start(
+        self, address: Address, extra_args: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        found = installation.find(self._work_dir, environment)
+        command = command_line(
+            found.executable,
+            self._safe_repository(),
+            address,
+            shm_prefix=self._shm_prefix,
+            admin_key=self.admin_key,
+            backend_directory=found.backend_directory,
+            extra_args=extra_args,
+        )
+        self._start_keeper(command, {**environment, **found.environment})
+
+    def _safe_repository(self) -> Path:
+        """Triton 2.51 puts the path of a model into a shell command, unquoted."""
+        if _SAFE_PATH.fullmatch(str(self._repository)):
+            return self._repository
+        link = self._work_dir / "models"
+        link.symlink_to(self._repository, target_is_directory=True)
+        return link
+
+    def _start_keeper(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end) as report:
+            try:
+                self._keeper = subprocess.Popen(
+                    self._keeper_command(write_end, command),
+                    # The stubs put the working directory first on sys.path: nothing may lie there.
+                    cwd=self._work_dir,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    pass_fds=(write_end,),
+                    start_new_session=True,  # Ctrl-C in a terminal is the caller's to handle
+                )
+            finally:
+                os.close(write_end)
+            pid = report.read()
+        if not pid:
+            raise StartError(f"tritonserver could not be executed:\n{self.read_log()}")
+        self.pid = int(pid)
+
+    def _keeper_command(self, report_fd: int, command: Sequence[str]) -> list[str]:
+        return [
+            *(sys.executable, "-I", "-S", str(Path(keeper.__file__).resolve())),
+            f"--caller={os.getpid()}",
+            f"--grace={GRACE_SECONDS}",
+            f"--shm-prefix={self._shm_prefix}",
+            f"--work-dir={self._work_dir}",
+            f"--report-fd={report_fd}",
+            *("--", *command),
+        ]
+
+
+def _open_log(path: Path | None) -> BinaryIO:
+    if path is None:
+        return tempfile.TemporaryFile("a+b")
+    try:
+        return path.open("a+b")
+    except OSError as error:
+        raise SetupError(f"Cannot write the log to {path}: {error.strerror}.") from error
+
+
+def _make_work_dir() -> Path:
+    usual = tempfile.gettempdir()
+    parent = usual if _SAFE_PATH.fullmatch(usual) else "/tmp"  # as for the repository
+    return Path(tempfile.mkdtemp(prefix="triton-sam3-server-", dir=parent)).resolve()

@@ -1,0 +1,98 @@
+"""Questions to a running server, over plain HTTP: is it ready, and does it answer?"""
+
+import http.client
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from server.errors import StartError
+
+ENSEMBLE = "sam3_interactive"
+IMAGE, COORDINATES, LABELS, SCORES = "image", "point_coords", "point_labels", "iou_predictions"
+
+
+class Probe:
+    """One server's HTTP endpoint."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+
+    def is_ready(self) -> bool:
+        """Whether the server and every model say that they are ready."""
+        try:
+            return self._request("GET", "/v2/health/ready", timeout=5)[0] == http.client.OK
+        except OSError:
+            return False
+
+    def canary(self, timeout: float) -> None:
+        """One click in the middle of a black image through the ensemble, where there is one.
+
+        timeout: seconds. Raises StartError if the answer is anything but finite scores, OSError
+        if there is none.
+        """
+        status, config = self._request("GET", f"/v2/models/{ENSEMBLE}/config", timeout=timeout)
+        if status != http.client.OK:
+            return  # another repository: its readiness must do
+        header, pixels = canary_request(json.loads(config))
+        status, answer = self._request(
+            "POST",
+            f"/v2/models/{ENSEMBLE}/infer",
+            timeout=timeout,
+            body=header + pixels,
+            headers={"Inference-Header-Content-Length": str(len(header))},
+        )
+        check_canary(status, answer)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+        try:
+            connection.request(method, path, body=body, headers=dict(headers or {}))
+            response = connection.getresponse()
+            return response.status, response.read()
+        except http.client.HTTPException as error:  # the server went away in mid-sentence
+            raise ConnectionError(repr(error)) from error
+        finally:
+            connection.close()
+
+
+def canary_request(config: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """The JSON header and the binary image of the canary, sized by the ensemble's config."""
+    image = next(entry for entry in config["input"] if entry["name"] == IMAGE)
+    shape = [1, *(int(side) for side in image["dims"])]
+    pixels = bytes(math.prod(shape))
+    header = {
+        "inputs": [
+            {
+                "name": IMAGE,
+                "datatype": "UINT8",
+                "shape": shape,
+                "parameters": {"binary_data_size": len(pixels)},
+            },
+            {"name": COORDINATES, "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [0.5, 0.5]},
+            {"name": LABELS, "datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
+        ],
+        "outputs": [{"name": SCORES}],
+    }
+    return json.dumps(header).encode(), pixels
+
+
+def check_canary(status: int, answer: bytes) -> None:
+    """Raise StartError unless `answer` holds finite scores."""
+    try:
+        body = json.loads(answer)
+    except ValueError:
+        body = {"error": answer[:500].decode(errors="replace")}
+    if status != http.client.OK:
+        raise StartError(f"The canary inference failed: {body.get('error', body)}")
+    scores = [value for output in body["outputs"] for value in output["data"]]
+    if not scores or not all(isinstance(s, float | int) and math.isfinite(s) for s in scores):
+        raise StartError(f"The canary inference answered without finite scores: {scores}")

@@ -1,0 +1,138 @@
+"""The process between a `TritonServer` and its tritonserver: nothing outlives it.
+
+    caller ── keeper ── tritonserver ── Python stubs (one per model instance)
+
+Triton leaves its stubs and their shared memory behind when it is killed, and nobody would stop
+Triton when the caller is. So the keeper is the parent: it ends the whole family when told to
+(signals), when tritonserver ends by itself, and when the caller disappears. Then it removes the
+shared memory and the temporary folder. It runs as a plain script with nothing but the standard
+library, so that it starts at once and cannot fail on the caller's environment.
+
+SIGTERM, SIGINT, SIGHUP   let tritonserver finish, at most `--grace` seconds, then kill
+SIGUSR1                   kill at once
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+GRACEFUL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+WATCHED = {*GRACEFUL, signal.SIGUSR1, signal.SIGCHLD}
+CALLER_CHECK_SECONDS = 0.25
+CANNOT_EXECUTE = 126  # as a shell says it
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def remove_leftovers(shm_prefix: str, work_dir: Path) -> None:
+    """Delete every shared memory region that starts with `shm_prefix`, and `work_dir`."""
+    for region in SHARED_MEMORY.glob(f"{shm_prefix}*"):
+        region.unlink(missing_ok=True)
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    keeper = os.getpid()
+
+    def in_child() -> None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != keeper:  # killed before the line above took effect
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=in_child,  # noqa: PLW1509 - this process has one thread
+    )
+
+
+def _has_ended(pid: int) -> bool:
+    """Reap orphans; say whether `pid` ended, leaving it unreaped so that its id stays taken."""
+    while True:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return False
+        if ended.si_pid == pid:
+            return True
+        os.waitpid(ended.si_pid, 0)
+
+
+def _watch(pid: int, caller: int, grace: float) -> None:
+    """Return when tritonserver has ended or the time has come to kill it."""
+    deadline = None
+    while not _has_ended(pid) and os.getppid() == caller:
+        received = signal.sigtimedwait(WATCHED, CALLER_CHECK_SECONDS)
+        if received is not None and received.si_signo == signal.SIGUSR1:
+            return
+        if received is not None and received.si_signo in GRACEFUL and deadline is None:
+            deadline = time.monotonic() + grace
+            os.kill(pid, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            return
+
+
+def _children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def _kill_family(server: "subprocess.Popen[bytes]") -> None:
+    """Kill tritonserver's group, then whatever it orphaned: a subreaper inherits those."""
+    os.killpg(server.pid, signal.SIGKILL)  # unreaped so far, so the id cannot be another's
+    server.wait()
+    while orphans := _children():
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _keep(command: Sequence[str], report_fd: int, caller: int, grace: float) -> int:
+    """Run `command` to its end, report its process id; its exit status as a shell tells it."""
+    try:
+        server = _start(command)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return CANNOT_EXECUTE
+    try:
+        with os.fdopen(report_fd, "w") as report:
+            report.write(str(server.pid))
+        _watch(server.pid, caller, grace)
+    finally:
+        _kill_family(server)
+    return server.returncode if server.returncode >= 0 else 128 - server.returncode
+
+
+def main() -> int:
+    """Keep one command, as the arguments say, and clean up after it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--caller", type=int, required=True)
+    parser.add_argument("--grace", type=float, required=True)
+    parser.add_argument("--shm-prefix", required=True)
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("command", nargs="+")
+    args = parser.parse_args()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        return _keep(args.command, args.report_fd, args.caller, args.grace)
+    finally:
+        remove_leftovers(args.shm_prefix, args.work_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""TCP ports: which are free, and which a process listens on."""
+
+import errno
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from server.command import Address
+from server.errors import PortInUseError, SetupError
+
+LARGEST_PORT = 65535
+_LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+def choose(
+    host: str, http_port: int | None, grpc_port: int | None, metrics_port: int | None
+) -> Address:
+    """The three ports as asked for, or free ones for None or 0.
+
+    A free port is only free now: whoever starts a server on it must be ready to lose the race.
+    Raises PortInUseError, and SetupError for anything that could never be listened on.
+    """
+    wanted = {"HTTP": http_port or 0, "gRPC": grpc_port or 0, "metrics": metrics_port or 0}
+    _check(wanted)
+    with ExitStack() as held:  # all at once, or two of them could be the same
+        bound = [_hold(held, host, port, name) for name, port in wanted.items()]
+    return Address(bound[0][0], *(port for _, port in bound))
+
+
+def listened_on(pid: int) -> set[int]:
+    """The ports on which the process itself listens; none if it has gone."""
+    proc = Path(f"/proc/{pid}")
+    with suppress(FileNotFoundError, ProcessLookupError):
+        sockets = {str(descriptor.readlink()) for descriptor in (proc / "fd").iterdir()}
+        tables = [(proc / "net" / name).read_text() for name in ("tcp", "tcp6")]
+        rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+        return {
+            int(row[1].rpartition(":")[2], base=16)
+            for row in rows
+            if row[3] == _LISTENING and f"socket:[{row[9]}]" in sockets
+        }
+    return set()
+
+
+def _check(wanted: Mapping[str, int]) -> None:
+    given = [port for port in wanted.values() if port]
+    if len(set(given)) < len(given):
+        listed = ", ".join(f"{name} {port}" for name, port in wanted.items())
+        raise SetupError(f"The three ports must differ, not: {listed}.")
+    for name, port in wanted.items():
+        if not 0 <= port <= LARGEST_PORT:
+            raise SetupError(f"The {name} port must be from 0 to {LARGEST_PORT}, not {port}.")
+
+
+def _hold(held: ExitStack, host: str, port: int, name: str) -> tuple[str, int]:
+    """The numeric address (Triton's HTTP endpoint does not look names up) and the port."""
+    holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    # A port whose last connections are still closing (TIME_WAIT) is free to a server.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind((host, port))
+        holder.listen()  # only a listener keeps others with SO_REUSEADDR away
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+            raise SetupError(f"{host} is not an IPv4 address of this machine.") from error
+        raise PortInUseError(
+            f"Cannot use {host}:{port} for {name}: {error.strerror}. Stop what is listening there, "
+            "or give another port (0: a free one)."
+        ) from error
+    numeric, chosen = holder.getsockname()
+    return str(numeric), int(chosen)

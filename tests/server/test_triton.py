@@ -1,0 +1,291 @@
+"""The life of a server: nothing of it may outlive it, whatever ends it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+
+from server import (
+    PortInUseError,
+    RepositoryError,
+    StartError,
+    TritonServer,
+    ports,
+)
+from server.command import Address
+from tests.server import tiny
+from tests.server.conftest import Start
+from tests.server.tiny import Traces
+
+SOON = 5.0
+
+
+def plus_one(server: TritonServer, model: str = "plus_one") -> list[float]:
+    with tritonclient.http.InferenceServerClient(server.http_url.split("://")[1]) as client:
+        x = tritonclient.http.InferInput("x", [1, 3], "FP32")
+        x.set_data_from_numpy(np.array([[1, 2, 3]], np.float32))
+        return list(client.infer(model, [x]).as_numpy("y")[0])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server that no test harms, where a shell and sys.path could go wrong."""
+    folder = tmp_path_factory.mktemp("my models (new); $(touch oops)")
+    tiny.add_plus_one(folder)
+    add_plus_two(folder)
+    report = "import sys, numpy; print('stub', sys.version, sys.prefix, numpy.__file__, flush=True)"
+    tiny.add_python(folder, "report", report)
+    (folder / "numpy.py").write_text("raise ImportError('not from the working directory')")
+    server = TritonServer(folder)
+    before = Path.cwd()
+    try:
+        os.chdir(folder)
+        server.start()
+        os.chdir(before)
+        yield server
+    finally:
+        os.chdir(before)
+        server.kill()
+
+
+def add_plus_two(repository: Path) -> None:
+    """An ensemble that runs plus_one twice."""
+    step = (
+        'step {{ model_name: "plus_one" model_version: -1 '
+        'input_map {{ key: "x" value: "{}" }} output_map {{ key: "y" value: "{}" }} }}'
+    )
+    steps = step.format("x", "between") + step.format("between", "y")
+    text = tiny.config(
+        "", tiny.X, tiny.Y, instances="", more=f"ensemble_scheduling {{ {steps} }}"
+    ).replace('backend: ""', 'platform: "ensemble"')
+    tiny.add_model(repository, "plus_two", text)
+
+
+def test_awkward_paths_do_not_matter(shared: TritonServer) -> None:
+    assert "touch oops" in str(shared.repository.resolve())
+    assert plus_one(shared) == [2, 3, 4]
+
+
+def test_an_ensemble_of_two(shared: TritonServer) -> None:
+    assert plus_one(shared, "plus_two") == [3, 4, 5]
+
+
+def test_stubs_run_this_python_with_its_packages(shared: TritonServer) -> None:
+    assert f"stub {sys.version} {sys.prefix} {np.__file__}" in shared.read_log()
+
+
+def test_a_server_starts_once(shared: TritonServer) -> None:
+    with pytest.raises(RuntimeError, match="already running"):
+        shared.start()
+
+
+def test_servers_do_not_disturb_each_other(
+    shared: TritonServer, working: Path, start: Start
+) -> None:
+    start(working).kill()
+    assert plus_one(shared) == [2, 3, 4]
+    assert Traces.of(shared.pid).regions()
+
+
+def test_from_start_to_stop(working: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), TritonServer(working) as server:
+        traces = Traces.of(server.pid)
+        assert server.is_alive()
+        assert plus_one(server) == [2, 3, 4]
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url.split("://")[1]) as client:
+            assert client.is_server_ready()
+        assert "nv_inference_request_success" in tiny.get(server.metrics_url)
+        assert len(traces.processes()) == 3  # keeper, tritonserver, one stub
+        assert traces.regions()
+        raise KeyboardInterrupt
+    assert not server.is_alive()
+    assert not traces.left()
+    assert "successfully unloaded 'plus_one'" in server.read_log()
+
+
+def test_a_killed_tritonserver_takes_its_stubs_along(working: Path, start: Start) -> None:
+    server = start(working)
+    traces, urls = Traces.of(server.pid), (server.http_url, server.grpc_url, server.metrics_url)
+    os.kill(server.pid, signal.SIGKILL)
+    assert traces.gone_within(SOON)
+    assert server.wait() == 128 + signal.SIGKILL
+    assert not server.is_alive()
+
+    server.restart()
+    assert urls == (server.http_url, server.grpc_url, server.metrics_url)
+    assert plus_one(server) == [2, 3, 4]
+
+
+def test_a_dead_stub_can_be_loaded_again(working: Path, start: Start) -> None:
+    server = start(working)
+    (stub,) = set(Traces.of(server.pid).processes()) & set(tiny.children(server.pid))
+    os.kill(stub, signal.SIGKILL)
+    with tritonclient.http.InferenceServerClient(server.http_url.split("://")[1]) as client:
+        client.unload_model("plus_one")
+        client.load_model("plus_one")
+    assert plus_one(server) == [2, 3, 4]
+
+
+def test_kill_leaves_nothing(working: Path, start: Start) -> None:
+    server = start(working)
+    traces = Traces.of(server.pid)
+    server.kill()
+    assert not traces.left()
+    server.stop()  # and once more does no harm
+
+
+def test_a_killed_keeper_takes_everything_along(working: Path, start: Start) -> None:
+    server = start(working)
+    traces = Traces.of(server.pid)
+    os.kill(traces.keeper, signal.SIGKILL)
+    assert tiny.wait_for(lambda: not traces.processes(), SOON)
+    assert not server.is_alive()
+    server.stop()
+    assert not traces.left()
+
+
+CALLER = """
+import pathlib, sys, time
+from server import TritonServer
+server = TritonServer(pathlib.Path(sys.argv[1])).start()
+print(server.pid, flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("Signal" in server.read_log() or "undisturbed", flush=True)
+"""
+
+
+@pytest.fixture
+def caller(working: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another Python with a server of its own, in a process group as a terminal makes it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLER, str(working)],
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_callers_ctrl_c_is_its_own_to_handle(caller: "subprocess.Popen[bytes]") -> None:
+    assert caller.stdout and caller.stdout.readline()
+    os.killpg(caller.pid, signal.SIGINT)
+    assert caller.stdout.readline() == b"undisturbed\n"
+
+
+def test_a_killed_caller_takes_everything_along(caller: "subprocess.Popen[bytes]") -> None:
+    assert caller.stdout
+    traces = Traces.of(int(caller.stdout.readline()))
+    assert len(traces.processes()) == 3
+    caller.kill()
+    assert traces.gone_within(SOON)
+
+
+def test_a_broken_model_is_named_with_its_reason(tmp_path: Path) -> None:
+    tiny.add_python(tmp_path, "broken", tiny.FAILING)
+    server = TritonServer(tmp_path)
+    with pytest.raises(StartError, match=r"^broken: RuntimeError: no luck today\n.*model\.py\(3\)"):
+        server.start()
+    assert not server.is_alive()
+
+
+def test_a_model_that_crashes_is_named(tmp_path: Path) -> None:
+    tiny.add_python(tmp_path, "crashing", "import os; os.abort()")
+    with pytest.raises(StartError, match=r"^crashing: Stub process .* it crashed"):
+        TritonServer(tmp_path).start()
+
+
+def test_a_model_that_loads_for_ever(working: Path, tmp_path: Path) -> None:
+    tiny.add_python(working, "slow", tiny.SLOW)
+    server = TritonServer(working, start_timeout=1.5, log=tmp_path / "log")
+    began = time.monotonic()
+    with pytest.raises(StartError, match=r"(?s)Not ready after 1.5 s.*ModelInstanceInitialize"):
+        server.start()
+    assert time.monotonic() - began < 1.5 + SOON
+    assert "loading: slow:1" in (tmp_path / "log").read_text()
+
+
+def test_a_lost_race_for_a_free_port_is_run_again(
+    working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        stolen = taken.getsockname()[1]
+        http, grpc, _ = free_ports()
+        offers = [
+            Address("127.0.0.1", http, grpc, stolen),
+            Address("127.0.0.1", stolen, grpc, http),
+        ]
+        choose = ports.choose
+        monkeypatch.setattr(
+            ports, "choose", lambda *args: offers.pop() if offers else choose(*args)
+        )
+        server = start(working)
+    assert not offers
+    assert stolen not in server.address.ports
+    assert plus_one(server) == [2, 3, 4]
+
+
+def free_ports() -> tuple[int, int, int]:
+    address = ports.choose("127.0.0.1", None, None, None)
+    return address.http_port, address.grpc_port, address.metrics_port
+
+
+def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = TritonServer(working, grpc_port=taken.getsockname()[1])
+        with pytest.raises(PortInUseError):
+            server.start()
+    assert not server.is_alive()
+
+
+def test_administration_needs_the_key_beyond_loopback(
+    working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Address, "is_loopback", False)  # but do not listen out there
+    server = start(working)
+    assert plus_one(server) == [2, 3, 4]
+    http = tritonclient.http.InferenceServerClient(server.http_url.split("://")[1])
+    grpc = tritonclient.grpc.InferenceServerClient(server.grpc_url.split("://")[1])
+    prefixed = {f"triton-grpc-protocol-{key}": key for key in server.admin_headers}
+    with http, grpc:
+        for client in (http, grpc):
+            with pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"):
+                client.unload_model("plus_one")
+            with pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"):
+                client.unload_model("plus_one", headers=dict.fromkeys(prefixed, "guess"))
+        http.unload_model("plus_one", headers=server.admin_headers)
+        assert not http.is_model_ready("plus_one")
+
+
+def test_what_is_not_a_repository(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    reasons = {
+        "missing": "there is no such folder",
+        "file": "it is not a folder",
+        ".": "no folder in it has a config.pbtxt",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(RepositoryError, match=reason):
+            TritonServer(tmp_path / name).start()
+
+
+def test_before_the_first_start_there_is_no_address(working: Path) -> None:
+    server = TritonServer(working)
+    assert not server.is_alive()
+    server.stop()
+    with pytest.raises(RuntimeError, match="never started"):
+        _ = server.http_url
