@@ -1,0 +1,60 @@
+"""SAM 3's interactive segmentation on a Triton server: points, boxes and masks in, masks out.
+
+from triton_sam3 import Client
+
+with Client("grpc://127.0.0.1:8001") as client:
+    result = client.segment("photo.jpg", points=[(320, 240)])
+    result.masks  # bool [1, H, W]
+
+    with client.open("photo.jpg") as view:
+        view.click(320, 240)
+        view.click(100, 80, positive=False)
+"""
+
+from .aio import AsyncClient, AsyncView
+from .block import run_block
+from .client import Client
+from .errors import (
+    DeadlineExceeded,
+    ImageError,
+    ImageNotKept,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+    PromptError,
+    SAM3Error,
+    ServerError,
+    ServerUnreachable,
+    TransportError,
+)
+from .many import Outcome
+from .prompts import Box, Point, Prompt
+from .results import Mask, Segmentation
+from .status import ServerStatus
+from .view import View
+
+__all__ = [
+    "AsyncClient",
+    "AsyncView",
+    "Box",
+    "Client",
+    "DeadlineExceeded",
+    "ImageError",
+    "ImageNotKept",
+    "InvalidRequest",
+    "Mask",
+    "ModelUnavailable",
+    "Outcome",
+    "Overloaded",
+    "Point",
+    "Prompt",
+    "PromptError",
+    "SAM3Error",
+    "Segmentation",
+    "ServerError",
+    "ServerStatus",
+    "ServerUnreachable",
+    "TransportError",
+    "View",
+    "run_block",
+]

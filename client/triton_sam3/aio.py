@@ -1,0 +1,221 @@
+"""The asyncio client: awaits the same flows that `Client` performs."""
+
+import asyncio
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+)
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from .endpoint import DEFAULT_URL, TLS, Endpoint
+from .engine import Engine, Options, Prompts, gather_prompts
+from .flow import Flow
+from .geometry import ImageLike
+from .many import Outcome, attempt_async, jobs, run_async, with_progress_async
+from .prompts import Prompt
+from .results import Segmentation
+from .retry import Retries
+from .status import ServerStatus, status
+from .steps import perform_async
+from .transports import AsyncTransport, closed, open_async_transport
+from .view import Session
+
+T = TypeVar("T")
+Run = Callable[[Flow[Any]], Coroutine[Any, Any, Any]]
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments, the same methods, to be awaited.
+
+    Belongs to one event loop. Decoding, resizing and mask finishing run in threads, so that the
+    loop stays free.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 120.0,
+        retries: int = 4,
+        shared_memory: Literal["system", "cuda"] | None = None,
+        remember_images: int = 32,
+        root_certificates: str | Path | None = None,
+        private_key: str | Path | None = None,
+        certificate_chain: str | Path | None = None,
+    ) -> None:
+        tls = TLS(root_certificates, private_key, certificate_chain)
+        self._endpoint = Endpoint.parse(url, tls)
+        self.url = self._endpoint.url
+        self._headers = dict(headers or {})
+        self._engine = Engine(
+            Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
+        )
+        self._transport: AsyncTransport | None = None
+        self._closed = False
+
+    async def segment(
+        self,
+        image: ImageLike,
+        points: Any = None,
+        boxes: Any = None,
+        *,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        threshold: float = 0.0,
+        multimask_output: bool = True,
+    ) -> Segmentation:
+        """See `Client.segment`."""
+        chosen = gather_prompts(points, boxes, prompts)
+        options = Options(threshold, multimask_output)
+        return await self._run(self._engine.segment(image, chosen, options))
+
+    def segment_many(
+        self,
+        images: Iterable[ImageLike],
+        prompts: Any,
+        *,
+        threshold: float = 0.0,
+        multimask_output: bool = True,
+        concurrency: int = 8,
+        in_order: bool = True,
+        progress: bool = False,
+    ) -> AsyncIterator[Outcome]:
+        """See `Client.segment_many`; ``async for outcome in client.segment_many(…)``."""
+        options = Options(threshold, multimask_output)
+
+        def segment(image: ImageLike, chosen: Prompts) -> Awaitable[Segmentation]:
+            return self._run(self._engine.segment(image, chosen, options, keep=False))
+
+        work = jobs(images, prompts, concurrency)
+        outcomes = run_async(work, partial(attempt_async, segment=segment), concurrency, in_order)
+        return with_progress_async(outcomes, images) if progress else outcomes
+
+    async def status(self) -> ServerStatus:
+        """See `Client.status`."""
+        return await self._run(status(self._engine, self.url))
+
+    def open(self, image: ImageLike) -> "Opening":
+        """See `Client.open`; ``async with client.open(image) as view`` or ``await`` it."""
+        return Opening(self._open(image))
+
+    async def _open(self, image: ImageLike) -> "AsyncView":
+        picture, slot = await self._run(self._engine.open(image))
+        return AsyncView(Session(self._engine, picture, slot), self._run)
+
+    async def close(self) -> None:
+        """See `Client.close`."""
+        already, self._closed = self._closed, True
+        if self._transport is None or already:
+            return
+        try:
+            await perform_async(self._engine.close(), self._transport)
+        finally:
+            await self._transport.close()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _run(self, flow: Flow[T]) -> T:
+        if self._closed:
+            raise closed(self.url)
+        if self._transport is None:  # made here, inside the event loop it belongs to
+            self._transport = open_async_transport(self._endpoint, self._headers)
+        return await perform_async(flow, self._transport)
+
+
+class Opening:
+    """An image being opened: await it, or enter it with ``async with``."""
+
+    def __init__(self, work: Coroutine[Any, Any, "AsyncView"]) -> None:
+        self._work = work
+        self._view: AsyncView | None = None
+
+    def __await__(self) -> Generator[Any, Any, "AsyncView"]:
+        return self._work.__await__()
+
+    async def __aenter__(self) -> "AsyncView":
+        self._view = await self._work
+        return self._view
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._view is not None:
+            self._view.close()
+
+
+class AsyncView:
+    """`View` for asyncio. Clicks made at the same time are answered in the order they were made."""
+
+    def __init__(self, session: Session, run: Run) -> None:
+        self._session = session
+        self._run = run
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        return self._session.size
+
+    async def segment(
+        self,
+        points: Any = None,
+        boxes: Any = None,
+        *,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        threshold: float = 0.0,
+        multimask_output: bool = True,
+    ) -> Segmentation:
+        """See `View.segment`."""
+        options = Options(threshold, multimask_output)
+        flow = self._session.segment(points, boxes, prompts, options)
+        result: Segmentation = await self._run(flow)
+        return result
+
+    async def click(self, x: float, y: float, positive: bool = True) -> Segmentation:
+        """See `View.click`."""
+        result: Segmentation = await self._run(self._session.click(x, y, positive))
+        return result
+
+    async def undo(self) -> Segmentation:
+        """See `View.undo`."""
+        result: Segmentation = await self._run(self._session.undo())
+        return result
+
+    async def reset(self) -> Segmentation:
+        """See `View.reset`."""
+        result: Segmentation = await self._run(self._session.reset())
+        return result
+
+    def close(self) -> None:
+        """See `View.close`."""
+        self._session.closed = True
+
+    async def __aenter__(self) -> "AsyncView":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

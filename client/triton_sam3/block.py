@@ -1,0 +1,211 @@
+"""Run a step written for Roboflow's workflow block on your own server.
+
+    {"type": "roboflow_core/sam3_interactive@v1",   ┐
+     "images": "$inputs.image",                     │
+     "points": […] or "$inputs.points",             ├─► segment(image, …) per image ─► predictions
+     "boxes": "$steps.detector.predictions",        │
+     "threshold": 0.0, "multimask_output": true}    ┘
+
+Only the step is read: the values its selectors stand for are given by the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .errors import PromptError
+from .geometry import ImageLike
+from .prompts import to_prompts
+from .results import Segmentation
+
+BLOCK_TYPE = "roboflow_core/sam3_interactive@v1"
+DEFAULTS: dict[str, Any] = {
+    "points": None,
+    "boxes": None,
+    "threshold": 0.0,
+    "multimask_output": True,
+}
+
+
+class Segmenter(Protocol):
+    """Whatever segments one image: a client, or an object that stands in for one."""
+
+    def segment(
+        self,
+        image: ImageLike,
+        *,
+        points: Any = None,
+        boxes: Any = None,
+        threshold: float = 0.0,
+        multimask_output: bool = True,
+    ) -> Segmentation:
+        """Segment `image`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockCall:
+    """One image's arguments for `segment`, and the name its masks give as their parent."""
+
+    image: ImageLike
+    points: Any
+    boxes: Any
+    threshold: float
+    multimask_output: bool
+    parent_id: str
+
+
+def run_block(
+    segmenter: Segmenter,
+    definition: Mapping[str, Any],
+    images: ImageLike | Sequence[ImageLike] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    serialize_results: bool = False,
+) -> list[dict[str, Any]]:
+    """Run one `sam3_interactive@v1` step and return what the block returns.
+
+    definition: the step's JSON. A string such as "$inputs.points" or "$steps.detector.predictions"
+        stands for a value of `inputs`.
+    images: one image, or a list of them; without, the step's own "images" is looked up.
+    inputs: values by selector ("$steps.detector.predictions"), those of the workflow's inputs also
+        by name alone ("points"). Boxes are a batch, a list with one value per image (anything
+        `parse_boxes` takes, or None); a single value goes with every image, as points do.
+    serialize_results: false gives `supervision.Detections`, true the JSON-ready dict.
+
+    Returns a list of {"predictions": …}, one per image. Masks without a pixel are left out, as the
+    block does. Raises PromptError for a step that is not this block's, a selector without a value,
+    and all that `segment` raises.
+    """
+    results = []
+    for call in block_calls(definition, images, inputs):
+        answer = segmenter.segment(
+            call.image,
+            points=call.points,
+            boxes=call.boxes,
+            threshold=call.threshold,
+            multimask_output=call.multimask_output,
+        )
+        results.append(block_output(answer, call, serialize_results=serialize_results))
+    return results
+
+
+def block_calls(
+    definition: Mapping[str, Any],
+    images: ImageLike | Sequence[ImageLike] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> list[BlockCall]:
+    """Turn a step and the values of its selectors into one call per image; see `run_block`."""
+    _check_type(definition)
+    values = inputs or {}
+    fields = {
+        name: _resolve(definition.get(name, default), name, values)
+        for name, default in DEFAULTS.items()
+    }
+    given: Any = images
+    if given is None:
+        given = _resolve(definition.get("images"), "images", values)
+    is_list = isinstance(given, (list, tuple))
+    batch: list[Any] = list(given) if is_list else [given]
+    common = {
+        "points": fields["points"],
+        "threshold": _threshold(fields["threshold"]),
+        "multimask_output": _multimask_output(fields["multimask_output"]),
+    }
+    boxes = _boxes_per_image(fields["boxes"], len(batch), is_list)
+    parents = _parent_ids(definition.get("images"), len(batch), is_list)
+    calls = [
+        BlockCall(image=image, boxes=its_boxes, parent_id=parent, **common)
+        for image, its_boxes, parent in zip(batch, boxes, parents, strict=True)
+    ]
+    for call in calls:
+        to_prompts(call.points, call.boxes)  # all that is wrong shows before the first image goes
+    return calls
+
+
+def block_output(
+    answer: Segmentation, call: BlockCall, *, serialize_results: bool = False
+) -> dict[str, Any]:
+    """Return one image's answer as the block does: {"predictions": …}."""
+    visible = dataclasses.replace(answer[answer.boxes.any(axis=1)], parent_id=call.parent_id)
+    if serialize_results:
+        return {"predictions": visible.to_roboflow()}
+    detections = visible.to_supervision()
+    # The image is its own parent and root: it was not cropped from another.
+    size = detections.data["image_dimensions"]
+    for parent in ("parent", "root_parent"):
+        detections.data[f"{parent}_id"] = detections.data["parent_id"]
+        detections.data[f"{parent}_coordinates"] = np.zeros((len(visible), 2), np.int64)
+        detections.data[f"{parent}_dimensions"] = size
+    return {"predictions": detections}
+
+
+def _check_type(definition: Mapping[str, Any]) -> None:
+    if "steps" in definition:
+        raise PromptError(
+            f"this is a whole workflow: pass its one step of type {BLOCK_TYPE!r} instead"
+        )
+    if definition.get("type") != BLOCK_TYPE:
+        raise PromptError(
+            f"the step's type is {definition.get('type')!r}, and only {BLOCK_TYPE!r} runs here"
+        )
+
+
+def _resolve(value: Any, name: str, inputs: Mapping[str, Any]) -> Any:
+    """Return the value a selector stands for; anything that is not a selector is the value."""
+    if value is None and name == "images":
+        raise PromptError("the step has no 'images', and none were given")
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("$"):
+        raise PromptError(
+            f"{name} is {value!r}: a string must be a selector such as '$inputs.{name}'"
+        )
+    for key in (value, value.removeprefix("$inputs.")):
+        if key in inputs:
+            return inputs[key]
+    raise PromptError(f"{name} is {value!r}, which has no value: give inputs={{{value!r}: …}}")
+
+
+def _boxes_per_image(boxes: Any, count: int, is_list: bool) -> list[Any]:
+    """Share boxes out: a list of detections is a batch even when a lone image is not in a list."""
+    batched = isinstance(boxes, (list, tuple)) and (is_list or all(map(_is_detections, boxes)))
+    if not batched or not boxes:
+        return [boxes] * count
+    if len(boxes) != count:
+        raise PromptError(
+            f"there are boxes for {len(boxes)} images, and {count} images: give one value per "
+            "image, or a single value that is not a list for all of them"
+        )
+    return list(boxes)
+
+
+def _is_detections(boxes: Any) -> bool:
+    """Whether this is all the boxes of one image rather than one of them."""
+    whole_response = isinstance(boxes, Mapping) and "predictions" in boxes
+    return boxes is None or hasattr(boxes, "xyxy") or whole_response
+
+
+def _threshold(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise PromptError(f"threshold must be a number, got {value!r}")
+    return float(value)
+
+
+def _multimask_output(value: Any) -> bool:
+    if value is None:
+        return bool(DEFAULTS["multimask_output"])
+    if not isinstance(value, (bool, np.bool_)):
+        raise PromptError(f"multimask_output must be true or false, got {value!r}")
+    return bool(value)
+
+
+def _parent_ids(selector: Any, count: int, is_list: bool) -> list[str]:
+    """Names of the images, as a workflow derives them from the name of its input."""
+    name = str(selector or "image").rsplit(".", 1)[-1]
+    return [f"{name}.[{index}]" for index in range(count)] if is_list else [name]

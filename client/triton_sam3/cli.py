@@ -1,0 +1,327 @@
+"""`triton-sam3`: segment from the command line.
+
+Exit codes: 0 done; 1 the server failed, or could not be reached, or is not ready; 2 the input is
+wrong; 3 some images of a folder could not be segmented, and the others were.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from .client import Client
+from .endpoint import DEFAULT_URL
+from .errors import ImageError, InvalidRequest, PromptError, SAM3Error
+from .many import Outcome
+from .prompts import to_prompts
+from .results import Segmentation
+from .status import ServerStatus, store_metrics
+
+FAILED, BAD_INPUT, SOME_FAILED = 1, 2, 3
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+class Format(str, Enum):
+    """What segment-dir writes for each image."""
+
+    json = "json"
+    npz = "npz"
+    png = "png"
+
+
+class SharedMemoryKind(str, Enum):
+    """Kinds of shared memory."""
+
+    system = "system"
+    cuda = "cuda"
+
+
+# Optional[…] rather than … | None: typer evaluates these at run time, and Python 3.10 is supported.
+Url = Annotated[str, typer.Option(envvar="TRITON_SAM3_URL", help="grpc[s]:// or http[s]://")]
+Headers = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--header", metavar="NAME:VALUE", help="Sent with every request; repeatable."),
+]
+Timeout = Annotated[float, typer.Option(help="Seconds a request may take, retries included.")]
+Certificates = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="PEM file of the authorities to trust, for TLS.", exists=True),
+]
+Shared = Annotated[
+    Optional[SharedMemoryKind],  # noqa: UP045
+    typer.Option("--shared-memory", help="For a server on this host."),
+]
+Points = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--point", metavar="X,Y[,0]", help="Pixels; ,0 marks background. Repeatable."),
+]
+Boxes = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Pixels; each is one object. Repeatable."),
+]
+Threshold = Annotated[float, typer.Option(help="Least predicted IoU of a mask.")]
+Multimask = Annotated[
+    bool, typer.Option("--multimask/--single-mask", help="Choose among three masks an object.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="The image's file.")],
+    point: Points = None,
+    box: Boxes = None,
+    threshold: Threshold = 0.0,
+    multimask: Multimask = True,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help=".png or .jpg overlay, .json, or .npz", dir_okay=False),
+    ] = None,
+    index_mask: Annotated[
+        bool, typer.Option("--index-mask", help="Write a .png of mask numbers, no overlay.")
+    ] = False,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    header: Headers = None,
+    timeout: Timeout = 120.0,
+    root_certificates: Certificates = None,
+    shared_memory: Shared = None,
+) -> None:
+    """Segment one image: all points are one object, every box is another."""
+    with _reported():
+        asked = _asked(point, box)
+        with _connect(url, header, timeout, root_certificates, shared_memory) as client:
+            result = client.segment(image, **asked, threshold=threshold, multimask_output=multimask)
+        if output is not None:
+            _save(result, output, None if index_mask else image, asked)
+    if as_json:
+        typer.echo(json.dumps(result.to_roboflow(rle=True)))
+    else:
+        Console().print(_mask_table(result))
+
+
+@app.command()
+def segment_dir(
+    folder: Annotated[Path, typer.Argument(help="Its images, not those of folders in it.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to, one file an image.")],
+    point: Points = None,
+    box: Boxes = None,
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help='JSON: {"image.jpg": {"points": […], "boxes": […]}, …}, instead of the same '
+            "points and boxes for every image.",
+            exists=True,
+        ),
+    ] = None,
+    threshold: Threshold = 0.0,
+    multimask: Multimask = True,
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.json,
+    concurrency: Annotated[int, typer.Option(min=1, help="Images at work at once.")] = 8,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    header: Headers = None,
+    timeout: Timeout = 120.0,
+    root_certificates: Certificates = None,
+    shared_memory: Shared = None,
+) -> None:
+    """Segment every image of a folder; one that fails does not stop the others."""
+    with _reported():
+        images, asked = _folder_work(folder, prompts, point, box)
+        output.mkdir(parents=True, exist_ok=True)
+        with _connect(url, header, timeout, root_certificates, shared_memory) as client:
+            outcomes = client.segment_many(
+                images,
+                asked,
+                threshold=threshold,
+                multimask_output=multimask,
+                concurrency=concurrency,
+                progress=not as_json,
+            )
+            lines = [_written(outcome, output, format) for outcome in outcomes]
+    failed = [line for line in lines if "error" in line]
+    if as_json:
+        typer.echo(json.dumps(lines))
+    else:
+        for line in failed:
+            typer.echo(f"{line['image']}: {line['error']}", err=True)
+        typer.echo(f"{len(lines) - len(failed)} of {len(lines)} images segmented to {output}")
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def status(
+    metrics_url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Also show the store of kept images: http://host:8002/metrics"),
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    header: Headers = None,
+    timeout: Timeout = 10.0,
+    root_certificates: Certificates = None,
+) -> None:
+    """Show the server, its models and, given the metrics' URL, the images it keeps."""
+    with _reported():
+        with _connect(url, header, timeout, root_certificates, None) as client:
+            found = client.status()
+        metrics = store_metrics(metrics_url, timeout) if metrics_url else {}
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "ready": found.ready, "metrics": metrics}))
+    else:
+        _print_status(found, metrics)
+    if not found.ready:
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """The command's entry point."""
+    app()
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn errors into one sentence on stderr and an exit code."""
+    try:
+        yield
+    except (PromptError, ImageError, InvalidRequest) as error:
+        _fail(error, BAD_INPUT)
+    except SAM3Error as error:
+        _fail(error, FAILED)
+    except (ValueError, OSError) as error:
+        _fail(error, BAD_INPUT)
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"triton-sam3: {error}", err=True)
+    raise typer.Exit(code) from error
+
+
+def _connect(
+    url: str,
+    header: list[str] | None,
+    timeout: float,
+    root_certificates: Path | None,
+    shared_memory: SharedMemoryKind | None,
+) -> Client:
+    headers = {}
+    for line in header or ():
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip():
+            raise ValueError(f"header {line!r} is not NAME:VALUE")
+        headers[name.strip()] = value.strip()
+    return Client(
+        url,
+        headers=headers,
+        timeout=timeout,
+        root_certificates=root_certificates,
+        shared_memory=shared_memory.value if shared_memory else None,
+    )
+
+
+def _asked(point: list[str] | None, box: list[str] | None) -> dict[str, Any]:
+    """The points and boxes of the command line, as `Client.segment` takes them."""
+    points = [_numbers(text, (2, 3), "--point", "X,Y or X,Y,0") for text in point or ()]
+    boxes = [_numbers(text, (4,), "--box", "X0,Y0,X1,Y1") for text in box or ()]
+    return {"points": points or None, "boxes": boxes or None}
+
+
+def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in counts:
+        raise PromptError(f"{option} {text!r} is not {form}")
+    return values
+
+
+def _save(result: Segmentation, output: Path, image: Path | None, asked: dict[str, Any]) -> None:
+    if image is not None and output.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        Image.fromarray(result.draw(image, prompts=to_prompts(**asked))).save(output)
+    else:
+        result.save(output)
+
+
+def _folder_work(
+    folder: Path, prompts: Path | None, point: list[str] | None, box: list[str] | None
+) -> tuple[list[Path], Any]:
+    """The images of a folder and what is asked about them, as `Client.segment_many` takes it."""
+    if not folder.is_dir():
+        raise ImageError(f"there is no folder {str(folder)!r}")
+    if prompts is None:
+        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
+        asked: Any = _asked(point, box)
+        to_prompts(**asked)  # wrong for every image: better said once
+    else:
+        if point or box:
+            raise PromptError("give either --prompts, or --point and --box")
+        by_name = _read_prompts(prompts)
+        images, asked = [folder / name for name in by_name], list(by_name.values())
+    if not images:
+        raise ImageError(f"there are no images in {str(folder)!r}")
+    return images, asked
+
+
+def _read_prompts(path: Path) -> dict[str, Any]:
+    try:
+        by_name = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(by_name, dict) or not all(isinstance(v, dict) for v in by_name.values()):
+        raise PromptError(f'{str(path)!r} must hold {{"image.jpg": {{"points": […]}}, …}}')
+    return by_name
+
+
+def _suffixes() -> set[str]:
+    Image.init()
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
+
+
+def _written(outcome: Outcome, folder: Path, format: Format) -> dict[str, Any]:
+    """Write one outcome; a line about it for scripts."""
+    image = Path(str(outcome.image))
+    try:
+        result = outcome.unwrap()
+        target = folder / f"{image.name}.{format.value}"
+        result.save(target, image if format is Format.png else None)
+    except Exception as error:
+        return {"image": str(image), "error": str(error)}
+    return {"image": str(image), "output": str(target), "masks": len(result)}
+
+
+def _mask_table(result: Segmentation) -> Table:
+    table = Table("class", "score", "box (x0, y0, x1, y1)", "pixels", title=f"{len(result)} masks")
+    for mask in result:
+        box = ", ".join(f"{side:g}" for side in mask.box)
+        table.add_row(mask.class_name, f"{mask.score:.3f}", box, str(mask.area))
+    return table
+
+
+def _print_status(found: ServerStatus, metrics: dict[str, float]) -> None:
+    table = Table("model", "versions", "ready", title=f"{found.server} {found.version} {found.url}")
+    for model in found.models:
+        table.add_row(model.name, ", ".join(model.versions), "yes" if model.ready else "NO")
+    console = Console()
+    console.print(table)
+    if found.served is not None:
+        side, masks = found.served.image_side, found.served.mask_side
+        console.print(f"images {side}×{side}, mask logits {masks}×{masks}")
+    for name, value in metrics.items():
+        console.print(f"{name} {value:g}")
+
+
+if __name__ == "__main__":
+    main()

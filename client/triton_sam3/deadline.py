@@ -1,0 +1,14 @@
+"""`timeout`, a block of awaits with a deadline.
+
+Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that arrives together with the
+answer, and the cancelled task would go on.
+"""
+
+import sys
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout  # type: ignore[import-not-found]  # comes with aiohttp
+
+__all__ = ["timeout"]

@@ -1,0 +1,242 @@
+"""The client's logic without its I/O: every public call as a flow of requests (see flow.py).
+
+image ─► Picture ─► its slot ─┬─ id unknown: send the pixels, have them kept, note the id
+                              └─ id known:   send the id (lost? forget it, send the pixels)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import contract
+from .errors import ImageNotKept, PromptError
+from .flow import Acquire, Compute, Flow, Infer, Lock, Query
+from .geometry import ImageLike, load_image, resize
+from .kept import ImageMemory, ImageSlot
+from .prompts import PackedPrompts, Prompt, pack, to_prompts
+from .protocol import (
+    Answer,
+    Flags,
+    ServedModel,
+    click_request,
+    digest,
+    image_request,
+    keep_request,
+    read_answer,
+    read_image_id,
+)
+from .regions import Kind
+from .results import Segmentation
+from .retry import Retries
+from .shared_memory import SharedMemory
+
+Prompts = Sequence[Prompt]
+
+_TRIES_BY_ID = 2
+"""A lost id may already have been replaced by another caller; after that the image is sent."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose about an answer, see `Client.segment`."""
+
+    threshold: float = 0.0
+    multimask_output: bool = True
+
+
+def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] | None) -> Prompts:
+    """One list of prompts from the two ways to give them."""
+    if prompts is None:
+        return to_prompts(points, boxes)
+    if points is not None or boxes is not None:
+        raise PromptError("give either prompts, or points and boxes; a Prompt can hold both")
+    chosen = (prompts,) if isinstance(prompts, Prompt) else tuple(prompts)
+    for prompt in chosen:
+        if not isinstance(prompt, Prompt):
+            raise PromptError(f"prompts must be Prompt values, got {prompt!r}")
+    return chosen
+
+
+def finish(
+    answers: Sequence[Answer], prompts: Prompts, picture: "Picture", threshold: float
+) -> Segmentation:
+    """The masks of a picture from its answers, in the order of the prompts."""
+    if answers:
+        logits = np.concatenate([answer.logits for answer in answers])
+        scores = np.concatenate([answer.scores for answer in answers])
+    else:
+        logits, scores = np.empty((0, 0, 0), np.float16), np.empty(0, np.float32)
+    size = (picture.width, picture.height)
+    return Segmentation.from_logits(logits, scores, prompts, size, threshold=threshold)
+
+
+class Picture:
+    """An image on its way to the server: size, content digest, and the pixels the server takes."""
+
+    def __init__(self, image: ImageLike) -> None:
+        self._source: npt.NDArray[np.uint8] | None = load_image(image)
+        self.height, self.width = self._source.shape[:2]
+        self.digest = digest(self._source)
+        self._pixels: npt.NDArray[np.uint8] | None = None
+
+    def pixels(self, side: int) -> npt.NDArray[np.uint8]:
+        """RGB [side, side, 3]. Made once; the original is let go, so later edits do no harm."""
+        if self._pixels is None:
+            assert self._source is not None
+            self._pixels = resize(self._source, side)
+            self._source = None
+        return self._pixels
+
+    def pack(self, prompts: Prompts, served: ServedModel) -> PackedPrompts:
+        """The prompts as they travel; PromptError for what does not fit this picture."""
+        return pack(prompts, self.width, self.height, served.mask_side)
+
+
+class Engine:
+    """The state behind one client (what the server serves, which images it keeps) and its flows."""
+
+    def __init__(
+        self,
+        retries: Retries,
+        remember_images: int,
+        shared_memory: Kind | None,
+        make_lock: Callable[[], Lock],
+    ) -> None:
+        self.retries = retries
+        self.make_lock = make_lock
+        self._memory = ImageMemory(remember_images, make_lock)
+        self._remembers = remember_images > 0
+        self._shared_memory = SharedMemory(shared_memory) if shared_memory else None
+        self._served: ServedModel | None = None
+
+    def served(self) -> Flow[ServedModel]:
+        """What the server's configuration says; asked once."""
+        if self._served is None:
+            interactive = yield from self._config(contract.INTERACTIVE)
+            decoder = yield from self._config(contract.DECODER)
+            self._served = ServedModel.from_configs(interactive, decoder)
+        return self._served
+
+    def _config(self, model: str) -> Flow[dict[str, Any]]:
+        config = yield from self.retries.send(Query("get_model_config", (model,)))
+        return dict(config.get("config", config))  # gRPC wraps what HTTP returns bare
+
+    def open(self, image: ImageLike) -> Flow[tuple[Picture, ImageSlot]]:
+        """Have the server keep the image, unless it is known to."""
+        picture = yield Compute(lambda: Picture(image))
+        slot = self._memory.slot(picture.digest)
+        yield from self._keep(picture, slot)
+        return picture, slot
+
+    def segment(
+        self, image: ImageLike, prompts: Prompts, options: Options, *, keep: bool = True
+    ) -> Flow[Segmentation]:
+        """Masks for any number of prompts; `keep` false leaves no image behind on the server."""
+        picture = yield Compute(lambda: Picture(image))
+        remembered = keep and self._remembers and prompts
+        slot = self._memory.slot(picture.digest) if remembered else None
+        return (yield from self.segment_picture(picture, slot, prompts, options))
+
+    def segment_picture(
+        self, picture: Picture, slot: ImageSlot | None, prompts: Prompts, options: Options
+    ) -> Flow[Segmentation]:
+        """As many requests as the server's limit asks for, all about one encoding."""
+        if not prompts:
+            return finish([], prompts, picture, options.threshold)
+        served = yield from self.served()
+        limit = served.max_objects or len(prompts)
+        if slot is None and len(prompts) > limit:
+            slot = ImageSlot(self.make_lock())
+        flags = Flags(multimask_output=options.multimask_output)
+        # All packed before any is sent: a bad prompt at the end costs no request at the start.
+        chunks = [prompts[start : start + limit] for start in range(0, len(prompts), limit)]
+        packed = [picture.pack(chunk, served) for chunk in chunks]
+        answers: list[Answer] = []
+        for each in packed:
+            answers.append((yield from self.ask(picture, slot, each, flags)))
+        result: Segmentation = yield Compute(
+            lambda: finish(answers, prompts, picture, options.threshold)
+        )
+        return result
+
+    def ask(
+        self, picture: Picture, slot: ImageSlot | None, packed: PackedPrompts, flags: Flags
+    ) -> Flow[Answer]:
+        """One request, by id where the slot has one; without a slot nothing is kept."""
+        served = yield from self.served()
+
+        def by_pixels() -> Flow[Any]:
+            pixels = yield Compute(lambda: picture.pixels(served.image_side))
+            sent = Flags(flags.multimask_output, keep_image=slot is not None)
+            return (yield from self._infer(image_request(pixels, picture.digest, packed, sent)))
+
+        def by_id(image_id: bytes) -> Flow[Any]:
+            request = click_request(image_id, picture.digest, packed, flags)
+            return (yield from self._infer(request))
+
+        if slot is None:
+            outputs = yield from by_pixels()
+        else:
+            outputs = yield from _by_id_or_pixels(slot, by_id, by_pixels, self.retries.timeout)
+        return read_answer(outputs, len(packed.point_labels))
+
+    def _keep(self, picture: Picture, slot: ImageSlot) -> Flow[None]:
+        """Fill an empty slot. A request needs a prompt, and so this one has one in the middle."""
+        served = yield from self.served()
+        middle = Prompt(points=[(picture.width / 2, picture.height / 2)])
+        packed = picture.pack([middle], served)
+        pixels = yield Compute(lambda: picture.pixels(served.image_side))
+        yield Acquire(slot.lock, self.retries.timeout)
+        try:
+            if slot.image_id is None:
+                outputs = yield from self._infer(keep_request(pixels, picture.digest, packed))
+                slot.image_id = read_image_id(outputs) or None
+        finally:
+            slot.lock.release()
+
+    def _infer(self, request: Infer) -> Flow[dict[str, npt.NDArray[Any]]]:
+        send = self._shared_memory.send if self._shared_memory else _send_inline
+        outputs: dict[str, npt.NDArray[Any]] = yield from send(request, self.retries)
+        return outputs
+
+    def close(self) -> Flow[None]:
+        """Take back what the server holds of this client's memory."""
+        if self._shared_memory is not None:
+            yield from self._shared_memory.close(self.retries)
+
+
+def _send_inline(request: Infer, retries: Retries) -> Flow[Any]:
+    return (yield from retries.send(request))
+
+
+def _by_id_or_pixels(
+    slot: ImageSlot,
+    by_id: Callable[[bytes], Flow[Any]],
+    by_pixels: Callable[[], Flow[Any]],
+    timeout: float,
+) -> Flow[Any]:
+    """Ask by id where there is one; otherwise one caller sends the pixels and the rest wait."""
+
+    def fill_slot() -> Flow[Any]:
+        outputs = yield from by_pixels()
+        slot.image_id = read_image_id(outputs) or None
+        return outputs
+
+    for _ in range(_TRIES_BY_ID):
+        image_id = slot.image_id
+        if image_id is None:
+            yield Acquire(slot.lock, timeout)
+            try:
+                image_id = slot.image_id
+                if image_id is None:
+                    return (yield from fill_slot())
+            finally:
+                slot.lock.release()
+        try:
+            return (yield from by_id(image_id))
+        except ImageNotKept:
+            slot.forget(image_id)
+    return (yield from fill_slot())

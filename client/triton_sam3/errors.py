@@ -1,0 +1,62 @@
+"""Everything this package raises.
+
+SAM3Error
+├── PromptError (ValueError)                  a prompt is wrong; nothing was sent
+├── ImageError (ValueError)                   an image cannot be read, or is of a kind not accepted
+├── ServerError                               the server answered with an error
+│   ├── InvalidRequest                        it refused the request: correct it, do not retry
+│   ├── ImageNotKept                          the image id is unknown or evicted: send the image
+│   ├── Overloaded                            it takes no more work for now: retry later
+│   └── ModelUnavailable                      the model is not loaded, or not ready
+└── TransportError                            no answer came back
+    ├── ServerUnreachable (ConnectionError)   nothing answers at the URL
+    └── DeadlineExceeded (TimeoutError)       the answer took longer than the caller allowed
+
+Catch ``SAM3Error`` for all of them, or the built-in named in brackets where code already does.
+"""
+
+from __future__ import annotations
+
+
+class SAM3Error(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class PromptError(SAM3Error, ValueError):
+    """A prompt is wrong; nothing was sent. The message quotes the value and says what is taken."""
+
+
+class ImageError(SAM3Error, ValueError):
+    """An image cannot be read, or is of a kind that is not accepted; nothing was sent."""
+
+
+class ServerError(SAM3Error):
+    """The server answered with an error."""
+
+
+class InvalidRequest(ServerError):
+    """The server refused the request as wrong (INVALID_ARG); the same request fails again."""
+
+
+class ImageNotKept(ServerError):
+    """The server knows no such image id, or has evicted it; send the image again."""
+
+
+class Overloaded(ServerError):
+    """The server refuses work for now; the same request may succeed later."""
+
+
+class ModelUnavailable(ServerError):
+    """The model is not loaded on this server, or is not ready."""
+
+
+class TransportError(SAM3Error):
+    """No answer came back from the server."""
+
+
+class ServerUnreachable(TransportError, ConnectionError):
+    """Nothing answers at the URL; the message says which URL was tried and what to check."""
+
+
+class DeadlineExceeded(TransportError, TimeoutError):
+    """The answer took longer than the deadline; the server may still have done the work."""

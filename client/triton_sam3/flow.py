@@ -1,0 +1,92 @@
+"""What a client does, written once: a flow yields the steps, a client performs them.
+
+A flow is a generator. It yields the values below, receives each one's result (or has its error
+thrown in), and returns the answer. `Client` performs the steps blocking, `AsyncClient` awaits
+them; the order of requests, retries and healing is pure code that neither of them repeats.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Lock: TypeAlias = "asyncio.Lock | threading.Lock"
+T = TypeVar("T")
+Flow = Generator["Step", Any, T]
+
+
+@dataclass(frozen=True)
+class InSharedMemory:
+    """An input that lies in a registered shared memory region instead of in the request."""
+
+    region: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Infer:
+    """One inference: arrays by tensor name, batch dimension in front. Returns arrays by name."""
+
+    model: str
+    inputs: Mapping[str, Array | InSharedMemory]
+    outputs: tuple[str, ...]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data that travel inside the request; what lies in shared memory is 0."""
+        return sum(_wire_size(value) for value in self.inputs.values())
+
+
+def _wire_size(value: Array | InSharedMemory) -> int:
+    if isinstance(value, InSharedMemory):
+        return 0
+    if value.dtype == np.object_:
+        return sum(4 + len(item) for item in value.flat)
+    return int(value.nbytes)
+
+
+@dataclass(frozen=True)
+class Query:
+    """Any other call: a method of tritonclient's clients, which all four share by name."""
+
+    method: str
+    args: tuple[str | int | bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Send `request`, giving up `timeout` seconds later."""
+
+    request: Infer | Query
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Sleep:
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Work that keeps a processor busy: an event loop hands it to a thread."""
+
+    function: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Acquire:
+    """Wait for `lock`, at most `timeout` seconds; the flow releases it itself."""
+
+    lock: Lock
+    timeout: float
+
+
+Step = Call | Sleep | Compute | Acquire

@@ -1,0 +1,91 @@
+"""Boolean masks in the formats other programs read.
+
+bool [H, W] ─► polygons      rings through the centres of the outermost pixels, with holes
+            ─► COCO RLE      {"size": [H, W], "counts": str}, loses nothing
+            ─► Roboflow      one prediction of its instance-segmentation JSON
+            ─► index mask    one image, each pixel the number of its object
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+MIN_RING = 3
+"""Vertices Roboflow's readers ask of a polygon; shorter rings repeat their last vertex."""
+
+
+@dataclass(frozen=True, eq=False)
+class Polygon:
+    """One connected region of a mask.
+
+    outer: int32 [K, 2], x and y of the vertices in pixels, through the region's own edge pixels.
+    holes: rings like `outer`, through the region's pixels around each hole.
+    """
+
+    outer: NDArray[np.int32]
+    holes: tuple[NDArray[np.int32], ...] = ()
+
+
+def mask_to_polygons(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
+    """Trace the regions of a mask [H, W] (8-connected), the largest outline first."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    if not width:
+        return ()
+    window = mask[y : y + height, x : x + width].view(np.uint8)
+    rings, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(x, y))
+    vertices = [np.asarray(ring[:, 0], np.int32) for ring in rings]
+    holes: dict[int, list[NDArray[np.int32]]] = {}
+    for ring, (_, _, _, parent) in zip(vertices, tree[0], strict=True):
+        holes.setdefault(int(parent), []).append(ring)
+    outers = [index for index, links in enumerate(tree[0]) if links[3] < 0]
+    outers.sort(key=lambda index: -cv2.contourArea(rings[index]))
+    return tuple(Polygon(vertices[index], tuple(holes.get(index, ()))) for index in outers)
+
+
+def polygons_to_mask(polygons: Sequence[Polygon], width: int, height: int) -> NDArray[np.bool_]:
+    """Draw polygons into a mask [height, width]; undoes `mask_to_polygons` exactly."""
+    canvas = np.zeros((height, width), np.uint8)
+    for polygon in polygons:
+        # Even-odd filling paints every ring's own pixels, which belong to the region.
+        cv2.fillPoly(canvas, [polygon.outer, *polygon.holes], 1)
+    return canvas.view(np.bool_)
+
+
+def mask_to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Encode a mask [H, W] as COCO's compressed RLE, with counts as str so that it is JSON."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    # COCO counts down columns. Transposing only where there is something, and by OpenCV, is many
+    # times faster than numpy.asfortranarray of the whole.
+    columns = np.zeros(mask.shape[::-1], np.uint8)
+    if width:
+        window = mask[y : y + height, x : x + width].view(np.uint8)
+        columns[x : x + width, y : y + height] = cv2.transpose(window)
+    rle = coco_mask.encode(columns.T)
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def to_roboflow_ring(polygons: Sequence[Polygon]) -> list[dict[str, float]]:
+    """Outline of the largest region, the one ring Roboflow's `points` has room for."""
+    ring = [{"x": float(x), "y": float(y)} for x, y in polygons[0].outer]
+    return ring + ring[-1:] * (MIN_RING - len(ring))
+
+
+def index_mask(
+    masks: NDArray[np.bool_], scores: NDArray[np.floating[Any]]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """One image [H, W]: 0 for background, i + 1 for mask i; where masks overlap, the best score.
+
+    uint8 for up to 255 masks, uint16 beyond.
+    """
+    small = len(masks) <= np.iinfo(np.uint8).max
+    indices: Any = np.zeros(masks.shape[1:], np.uint8 if small else np.uint16)
+    for index in np.argsort(scores, kind="stable"):
+        indices[masks[index]] = index + 1
+    return indices  # type: ignore[no-any-return]

@@ -1,0 +1,140 @@
+"""From what a caller holds to what the encoder takes.
+
+    path │ PIL image │ uint8 array ──load_image──► [H, W, 3] RGB ──resize──► [S, S, 3] RGB
+    x, y in pixels ──to_fractions──► x / W, y / H
+
+The image is stretched to a square without letterboxing, so fractions of its sides name the same
+place before and after.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any]
+"""A file's path, a PIL image, or an RGB uint8 array [H, W, 3] (also [H, W], [H, W, 1], [H, W, 4],
+and bool masks [H, W])."""
+
+ACCEPTED = (
+    "accepted are a path, a PIL image, or a uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
+)
+
+
+def load_image(image: ImageLike) -> NDArray[np.uint8]:
+    """Return `image` as RGB uint8 [H, W, 3], C-contiguous, values 0 to 255.
+
+    A file's EXIF orientation is applied; a PIL image and an array are taken as they stand, because
+    the caller's coordinates are in their frame. Grey becomes three equal channels, alpha is
+    dropped, a 16-bit file keeps its upper 8 bits, and of several frames the first counts.
+    An array that already fits is returned itself, not a copy.
+
+    Raises ImageError for anything else, naming what is accepted.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        with _decoding("the PIL image"):  # it may not have been decoded yet
+            return _from_pil(image, "the PIL image")
+    if isinstance(image, (str, os.PathLike)):
+        return _from_file(os.fsdecode(image))
+    hint = "; open encoded bytes with PIL.Image.open(io.BytesIO(data))"
+    raise ImageError(
+        f"an image cannot be a {type(image).__name__}: {ACCEPTED}"
+        + (hint if isinstance(image, (bytes, bytearray, memoryview)) else "")
+    )
+
+
+def resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Stretch RGB uint8 [H, W, 3] to [side, side, 3]: bilinear, antialiased, as the reference does.
+
+    Within one grey level of torchvision's `Resize` on a float tensor, which is what SAM 3 uses.
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    if max(height, width) <= side:
+        # Antialiasing changes nothing when no side shrinks, and OpenCV is the faster of the two.
+        return np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR), np.uint8)
+    stretched = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(stretched)
+
+
+def to_fractions(xy: NDArray[np.floating[Any]], width: int, height: int) -> NDArray[np.float32]:
+    """Turn pixels [..., 2] (x, y) into float32 fractions of the image's width and height."""
+    # Divided in float32, as the reference does, so the model sees the very same numbers.
+    return xy.astype(np.float32) / np.array([width, height], np.float32)
+
+
+def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(f"an array of shape {array.shape} is not an image: {ACCEPTED}{hint}")
+    if 0 in array.shape:
+        raise ImageError(f"an array of shape {array.shape} has no pixels: {ACCEPTED}")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"an array of {array.dtype} is not an image: {ACCEPTED}; "
+            "scale it to 0..255 and convert it with .astype(numpy.uint8)"
+        )
+    if array.ndim == 2:
+        array = array[:, :, np.newaxis]
+    if array.shape[2] == 1:
+        array = np.broadcast_to(array, (*array.shape[:2], 3))
+    return np.ascontiguousarray(array[:, :, :3])
+
+
+def _from_file(path: str) -> NDArray[np.uint8]:
+    if "://" in path:
+        raise ImageError(f"{path!r} is a URL: download it first; {ACCEPTED}")
+    if not Path(path).is_file():
+        raise ImageError(f"there is no file {path!r}")
+    with _decoding(repr(path)), Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _from_pil(image, repr(path))
+
+
+def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels: it is {image.width}×{image.height}")
+    if image.mode == "F":
+        raise ImageError(f"{name} holds floating-point values; scale it to 0..255 first")
+    if image.mode.startswith("I"):
+        return _from_array(_high_byte(np.asarray(image), name))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about going to RGB directly
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _high_byte(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """Upper 8 bits of 16-bit grey; Pillow's own conversion clips at 255 instead."""
+    if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+        raise ImageError(f"{name} holds values beyond 16 bits; scale it to 0..255 first")
+    return (values >> 8).astype(np.uint8)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever Pillow's decoders raise, which is a wide variety, into an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} has too many pixels to be opened safely: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image Pillow can read") from error
+    except Exception as error:
+        raise ImageError(f"{name} cannot be read: {error}") from error

@@ -1,0 +1,198 @@
+"""Many images at once: a window of requests in flight slides over them.
+
+    images, prompts ─► Job… ─► at most `concurrency` at work ─► Outcome…, in order or as completed
+
+An image that fails is an outcome with an error; the others go on. Images are taken from the
+iterable only as the window reaches them, and outcomes wait only within the window.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .engine import Prompts, gather_prompts
+from .errors import PromptError
+from .geometry import ImageLike
+from .prompts import Prompt
+from .results import Segmentation
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of one image: either `result` or `error` is set.
+
+    index: the image's place among the images, from 0; image: as it was given.
+    """
+
+    index: int
+    image: ImageLike
+    result: Segmentation | None = None
+    error: Exception | None = None
+
+    def unwrap(self) -> Segmentation:
+        """The result; raises the error if there is one instead."""
+        if self.result is None:
+            raise self.error or AssertionError("an outcome has a result or an error")
+        return self.result
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One image with what is asked about it."""
+
+    index: int
+    image: ImageLike
+    asked: Any
+
+    def prompts(self) -> Prompts:
+        """The prompts of this image; PromptError for what cannot be read as such."""
+        if isinstance(self.asked, Mapping):
+            unknown = set(self.asked) - {"points", "boxes"}
+            if unknown:
+                raise PromptError(f"prompts {self.asked!r}: the keys are points and boxes")
+            return gather_prompts(self.asked.get("points"), self.asked.get("boxes"), None)
+        return gather_prompts(None, None, self.asked)
+
+
+def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterator[Job]:
+    """Pair images with prompts; a single mapping goes with every image.
+
+    Raises at once what can be known at once: PromptError for a number of prompts that does not
+    match the images, ValueError for a concurrency below 1.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    if isinstance(prompts, Mapping | Prompt):
+        return _pair(images, repeat(prompts))
+    if isinstance(images, Sized) and isinstance(prompts, Sized) and len(images) != len(prompts):
+        raise _uneven(len(prompts), len(images))
+    return _pair(images, iter(prompts))
+
+
+def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:
+    for index, image in enumerate(images):
+        try:
+            asked = next(prompts)
+        except StopIteration:
+            raise _uneven(index, "more") from None
+        yield Job(index, image, asked)
+
+
+def _uneven(prompts: int, images: int | str) -> PromptError:
+    return PromptError(
+        f"there are prompts for {prompts} images, and {images} images: give one entry per image, "
+        "or one mapping for all"
+    )
+
+
+def attempt(job: Job, segment: Callable[[ImageLike, Prompts], Segmentation]) -> Outcome:
+    """Segment one image; whatever goes wrong with it stays with it."""
+    try:
+        return Outcome(job.index, job.image, segment(job.image, job.prompts()))
+    except Exception as error:
+        return Outcome(job.index, job.image, error=error)
+
+
+async def attempt_async(
+    job: Job, segment: Callable[[ImageLike, Prompts], Awaitable[Segmentation]]
+) -> Outcome:
+    """`attempt`, awaited."""
+    try:
+        return Outcome(job.index, job.image, await segment(job.image, job.prompts()))
+    except Exception as error:
+        return Outcome(job.index, job.image, error=error)
+
+
+def run(
+    work: Iterator[Job], attempt_one: Callable[[Job], Outcome], concurrency: int, in_order: bool
+) -> Iterator[Outcome]:
+    """Outcomes of all jobs, `concurrency` of them at a time in threads."""
+    executor = ThreadPoolExecutor(concurrency, thread_name_prefix="triton-sam3")
+    window: dict[Future[Outcome], None] = {}  # a dict keeps the order of submission
+    try:
+        for job in work:
+            window[executor.submit(attempt_one, job)] = None
+            if len(window) >= concurrency:
+                yield from _finished(window, in_order)
+        while window:
+            yield from _finished(window, in_order)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(window: dict[Future[Outcome], None], in_order: bool) -> Iterator[Outcome]:
+    """Wait for the oldest job, or for any, and take it out of the window."""
+    ready = [next(iter(window))] if in_order else wait(window, return_when=FIRST_COMPLETED).done
+    for future in ready:
+        del window[future]
+        yield future.result()
+
+
+async def run_async(
+    work: Iterator[Job],
+    attempt_one: Callable[[Job], Awaitable[Outcome]],
+    concurrency: int,
+    in_order: bool,
+) -> AsyncIterator[Outcome]:
+    """`run` with tasks instead of threads."""
+    window: dict[asyncio.Future[Outcome], None] = {}
+    try:
+        for job in work:
+            window[asyncio.ensure_future(attempt_one(job))] = None
+            if len(window) >= concurrency:
+                for outcome in await _finished_async(window, in_order):
+                    yield outcome
+        while window:
+            for outcome in await _finished_async(window, in_order):
+                yield outcome
+    finally:
+        for future in window:
+            future.cancel()
+        await asyncio.gather(*window, return_exceptions=True)
+
+
+async def _finished_async(
+    window: dict[asyncio.Future[Outcome], None], in_order: bool
+) -> list[Outcome]:
+    ready: Iterable[asyncio.Future[Outcome]] = [next(iter(window))]
+    if not in_order:
+        ready, _ = await asyncio.wait(window, return_when=asyncio.FIRST_COMPLETED)
+    outcomes = [await future for future in ready]
+    for future in ready:
+        del window[future]
+    return outcomes
+
+
+def with_progress(outcomes: Iterator[Outcome], images: Iterable[ImageLike]) -> Iterator[Outcome]:
+    """The same outcomes, counted by a bar on stderr."""
+    with _bar() as bar:
+        task = bar.add_task("", total=_length(images))
+        for outcome in outcomes:
+            bar.advance(task)
+            yield outcome
+
+
+async def with_progress_async(
+    outcomes: AsyncIterator[Outcome], images: Iterable[ImageLike]
+) -> AsyncIterator[Outcome]:
+    """`with_progress`, awaited."""
+    with _bar() as bar:
+        task = bar.add_task("", total=_length(images))
+        async for outcome in outcomes:
+            bar.advance(task)
+            yield outcome
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _length(images: Iterable[ImageLike]) -> int | None:
+    return len(images) if isinstance(images, Sized) else None

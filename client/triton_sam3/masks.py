@@ -1,0 +1,99 @@
+"""From the server's mask logits to boolean masks at the caller's size.
+
+    logits [M, M] ─► small background regions filled ─► bilinear to [H, W] ─► > 0 ─► bool mask
+
+The same three steps, in the same order, as the reference predictor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+FILLED = 10.0
+"""Logit a filled hole gets: as the reference, clearly foreground but not the clamp's extreme."""
+
+ROWS_AT_ONCE = 128
+"""Rows upsampled at a time: a strip of float32 that fits a cache, however large the image."""
+
+
+def hole_area(mask_side: int) -> float:
+    """Largest background region that counts as a hole, in pixels of the M × M logits.
+
+    The reference fills 256 px on SAM 3's grid of 288, a square of 16 px or 1/18 of the side; the
+    fraction carries the rule over to models of another size.
+    """
+    return (mask_side / 18) ** 2
+
+
+def finish_masks(
+    logits: NDArray[np.floating[Any]],
+    width: int,
+    height: int,
+    *,
+    max_hole_area: float | None = None,
+) -> NDArray[np.bool_]:
+    """Turn logits [N, M, M] (float16 or float32) into masks [N, height, width].
+
+    Background regions (logit ≤ 0, 8-connected) of at most `max_hole_area` pixels of the M × M grid
+    are filled (default `hole_area(M)`, 0 fills none), the logits are upsampled bilinearly with
+    half-pixel centres, and what is strictly above 0 is the object.
+    """
+    side = logits.shape[-1]
+    limit = hole_area(side) if max_hole_area is None else max_hole_area
+    # Zeroed memory is not touched until written: many small objects on a large image stay cheap.
+    masks = np.zeros((len(logits), height, width), np.bool_)
+    for mask, plane in zip(masks, logits, strict=True):
+        _upsample_into(mask, _fill_holes(plane.astype(np.float32), limit))
+    return masks
+
+
+def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Boxes [N, 4] (x_min, y_min, x_max, y_max) of masks [N, H, W] in pixels.
+
+    The maxima are exclusive, so that x_max - x_min is the width; an empty mask's box is all zeros.
+    """
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+        box[:] = x, y, x + width, y + height
+    return boxes
+
+
+def mask_areas(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Pixels of each of the masks [N, H, W], as int64 [N]."""
+    return np.array([cv2.countNonZero(mask.view(np.uint8)) for mask in masks], np.int64)
+
+
+def _fill_holes(plane: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+    background = (plane <= 0).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
+    small = stats[:, cv2.CC_STAT_AREA] <= limit
+    small[0] = False  # label 0 is the foreground
+    if small.any():
+        plane[small[labels]] = FILLED
+    return plane
+
+
+def _upsample_into(mask: NDArray[np.bool_], plane: NDArray[np.float32]) -> None:
+    """Upsample logits [M, M] and write where they are above 0 into a zeroed mask [H, W].
+
+    Only output rows that can be above 0 are computed. First down, then across: each output row
+    depends on its own row of the first step alone, so strips change no value.
+    """
+    height, width = mask.shape
+    side = len(plane)
+    if not (plane > 0).any():
+        return
+    tall = cv2.resize(plane, (side, height), interpolation=cv2.INTER_LINEAR)
+    positive = np.flatnonzero((tall > 0).any(axis=1))
+    if not len(positive):
+        return
+    stop = int(positive[-1]) + 1
+    for top in range(int(positive[0]), stop, ROWS_AT_ONCE):
+        rows = tall[top : min(top + ROWS_AT_ONCE, stop)]
+        wide = cv2.resize(rows, (width, len(rows)), interpolation=cv2.INTER_LINEAR)
+        np.greater(wide, 0, out=mask[top : top + len(rows)])

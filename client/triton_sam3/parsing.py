@@ -1,0 +1,207 @@
+"""Reading what callers write for points, boxes and masks, and saying what is wrong with it.
+
+    {"x", "y", "positive"} │ (x, y) │ (x, y, positive)            ─► Point
+    (x_min, y_min, x_max, y_max) │ a dict of corners or a centre  ─► Box
+    logits [M, M]                                                 ─► float16 [M, M]
+
+Python's numbers and lists, NumPy's arrays and scalars, and any library's with `tolist` will do.
+Every error quotes the value.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PromptError
+
+POINT_FORMS = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
+BOX_FORMS = (
+    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
+    "centre as x, y and its width and height, in pixels"
+)
+
+CORNER_KEYS = (
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x0", "y0", "x1", "y1"),
+    ("x1", "y1", "x2", "y2"),
+)
+"""Spellings of a box's corners in dicts, tried in this order."""
+CENTRE_KEYS = ("x", "y", "width", "height")
+
+LARGEST_COORDINATE = 1e9
+"""No image is this wide; beyond it, a coordinate is infinity in disguise."""
+
+
+class Point(NamedTuple):
+    """A labelled point in absolute pixels; `positive` false marks what is not the object."""
+
+    x: float
+    y: float
+    positive: bool = True
+
+
+class Box(NamedTuple):
+    """A box in absolute pixels, x_min < x_max and y_min < y_max."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+
+
+def parse_points(points: Any) -> tuple[Point, ...]:
+    """Read labelled points of one object.
+
+    points: None, or a sequence whose items are {"x", "y", "positive"} (positive by default true),
+    (x, y) or (x, y, positive); an array [n, 2] or [n, 3] too. Raises PromptError quoting the value
+    for a missing, boolean, NaN or infinite coordinate and for a wrong length.
+    """
+    if points is None:
+        return ()
+    return tuple(_parse_point(point) for point in listed(points, "points", POINT_FORMS))
+
+
+def _parse_point(point: Any) -> Point:
+    name = f"point {quote(point)}"
+    if isinstance(point, Mapping):
+        _require(point, ("x", "y"), name, POINT_FORMS)
+        parts = [point["x"], point["y"], point.get("positive", True)]
+    else:
+        parts = _items(point) or []
+        if len(parts) not in (2, 3):
+            raise PromptError(f"{quote(point)} is not a point: {POINT_FORMS}")
+    x, y = (_coordinate(value, name) for value in parts[:2])
+    return Point(x, y, _polarity(parts[2], name) if len(parts) == 3 else True)
+
+
+def _polarity(value: Any, name: str) -> bool:
+    """True or 1, False or 0. Anything else is more likely a mistake than a yes."""
+    native = _native(value)
+    if isinstance(native, (bool, int, float)) and native in (0, 1):
+        return bool(native)
+    raise PromptError(f"{name}: positive must be true or false, got {quote(value)}")
+
+
+def parse_box(box: Any) -> Box:
+    """Read one box: (x_min, y_min, x_max, y_max), or a dict of its corners or centre and size.
+
+    Raises PromptError quoting the value for NaN, a wrong length and a box without an area.
+    """
+    name = f"box {quote(box)}"
+    if isinstance(box, Mapping):
+        corners = _corners_of_mapping(box, name)
+    else:
+        corners = [_coordinate(value, name) for value in _items(box) or []]
+        if len(corners) != 4:
+            raise PromptError(f"{quote(box)} is not a box: {BOX_FORMS}")
+    parsed = Box(*corners)
+    if parsed.x_min >= parsed.x_max or parsed.y_min >= parsed.y_max:
+        raise PromptError(f"{name} has no area: x_min must be below x_max, y_min below y_max")
+    return parsed
+
+
+def _corners_of_mapping(box: Mapping[str, Any], name: str) -> list[float]:
+    for keys in CORNER_KEYS:
+        if all(key in box for key in keys):
+            return [_coordinate(box[key], name) for key in keys]
+    _require(box, CENTRE_KEYS, name, BOX_FORMS)
+    x, y, width, height = (_coordinate(box[key], name) for key in CENTRE_KEYS)
+    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+
+
+def parse_mask(mask: Any) -> NDArray[np.float16]:
+    """Read the logits of an earlier answer, [M, M] or [1, M, M]; return float16, read-only."""
+    logits = np.asarray(mask)
+    if logits.ndim == 3 and logits.shape[0] == 1:
+        logits = logits[0]
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1] or logits.dtype.kind != "f":
+        raise PromptError(
+            "a mask must be the logits [M, M] of an earlier answer as floating-point numbers, "
+            f"got {logits.dtype} {list(logits.shape)}"
+        )
+    # NaN has a meaning of its own on the wire, and float16 ends at 65504.
+    if not (np.abs(logits) <= np.finfo(np.float16).max).all():
+        raise PromptError("a mask's logits must be finite and fit float16; these do not")
+    kept = logits.astype(np.float16)
+    kept.flags.writeable = False
+    return kept
+
+
+def parse_class_id(class_id: Any) -> int:
+    """Read a class id, a whole number of any type."""
+    native = _native(class_id)
+    if isinstance(native, bool) or not isinstance(native, (int, float)) or native % 1 != 0:
+        raise PromptError(f"class_id must be a whole number, got {quote(class_id)}")
+    return int(native)
+
+
+def listed(values: Any, what: str, forms: str) -> list[Any]:
+    """Return the items of a list of `what`; raise PromptError for anything else.
+
+    Bare numbers are no list of anything here: (320, 240) is one point, not two.
+    """
+    items = _items(values)
+    if items is None or any(isinstance(item, numbers.Number) for item in items):
+        raise PromptError(
+            f"{what} must be a list, even of one, got {quote(values)}: {forms}",
+        )
+    return items
+
+
+def quote(value: Any) -> str:
+    """`repr` for messages, NumPy's values written as plain numbers and lists."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    """Shortens as well: a detection may carry a polygon of thousands of points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = 5
+        self.maxdict = 8
+        self.maxstring = self.maxother = 80
+
+    def repr1(self, value: Any, level: int) -> str:
+        return super().repr1(_native(value), level)
+
+
+_SHORT = _Short()
+
+
+def _native(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _items(value: Any) -> list[Any] | None:
+    """Return the items of whatever lists values; None for text, mappings and single values."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        return None
+    return None if getattr(value, "ndim", 1) == 0 else list(value)
+
+
+def _require(mapping: Mapping[str, Any], keys: tuple[str, ...], name: str, forms: str) -> None:
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise PromptError(f"{name} has no {' and no '.join(missing)}: {forms}")
+
+
+def _coordinate(value: Any, name: str) -> float:
+    native = _native(value)
+    if isinstance(native, bool) or not isinstance(native, numbers.Real):
+        raise PromptError(f"{name}: coordinates must be numbers, got {quote(value)}")
+    try:
+        number = float(native)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST_COORDINATE:  # false for NaN too
+        raise PromptError(f"{name}: coordinates must be finite pixels, got {quote(value)}")
+    return number

@@ -1,0 +1,234 @@
+"""Prompts: what a caller says about an object, checked and packed for the wire.
+
+    points  ─parse_points─►  Point…  ┐
+    boxes   ─parse_boxes──►  Prompt… ├─to_prompts─►  Prompt… ─pack─► point_coords, point_labels,
+    earlier logits ──────────────────┘  (one Prompt = one object)    mask_input
+
+Coordinates are absolute pixels of the caller's image, x to the right and y down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PromptError
+from .geometry import to_fractions
+from .parsing import (
+    BOX_FORMS,
+    Box,
+    Point,
+    listed,
+    parse_box,
+    parse_class_id,
+    parse_mask,
+    parse_points,
+)
+
+__all__ = [
+    "Box",
+    "PackedPrompts",
+    "Point",
+    "Prompt",
+    "pack",
+    "parse_boxes",
+    "parse_points",
+    "to_prompts",
+]
+
+FOREGROUND_CLASS_ID = -1
+FOREGROUND_CLASS_NAME = "foreground"
+
+LABEL_NEGATIVE, LABEL_POSITIVE, LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT = 0, 1, 2, 3
+LABEL_PADDING = -1
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Prompt:
+    """One object to segment: labelled points, a box, an earlier answer's logits, or a mix.
+
+    points: whatever `parse_points` takes; kept as a tuple of `Point`.
+    box: (x_min, y_min, x_max, y_max) or any single box `parse_boxes` takes; kept as a `Box`.
+    mask: logits [M, M] or [1, M, M] of an earlier answer; kept as float16 [M, M], read-only.
+    class_name, class_id, detection_id: carried to the mask, never sent.
+
+    Raises PromptError when there is neither points nor box nor mask, or one of them is wrong.
+    """
+
+    points: tuple[Point, ...]
+    box: Box | None
+    mask: NDArray[np.float16] | None
+    class_name: str
+    class_id: int
+    detection_id: str | None
+
+    def __init__(
+        self,
+        points: Any = None,
+        box: Any = None,
+        mask: NDArray[Any] | None = None,
+        *,
+        class_name: str = FOREGROUND_CLASS_NAME,
+        class_id: int = FOREGROUND_CLASS_ID,
+        detection_id: str | None = None,
+    ) -> None:
+        values: dict[str, Any] = {
+            "points": parse_points(points),
+            "box": None if box is None else parse_box(box),
+            "mask": None if mask is None else parse_mask(mask),
+            "class_name": str(class_name),
+            "class_id": parse_class_id(class_id),
+            "detection_id": None if detection_id is None else str(detection_id),
+        }
+        if not values["points"] and values["box"] is None and values["mask"] is None:
+            raise PromptError("a prompt needs points, a box or a mask, and this one has none")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPrompts:
+    """N prompts as the wire takes them, P the most tokens any of them has.
+
+    point_coords: float32 [N, P, 2], x and y as fractions of the image's width and height.
+    point_labels: int32 [N, P], 1 positive, 0 negative, 2 and 3 a box's corners, -1 padding.
+    mask_input: float16 [N, M, M], a plane of NaN where a prompt has no mask; None when none has.
+    """
+
+    point_coords: NDArray[np.float32]
+    point_labels: NDArray[np.int32]
+    mask_input: NDArray[np.float16] | None
+
+
+def to_prompts(points: Any = None, boxes: Any = None) -> tuple[Prompt, ...]:
+    """Boxes first, one object each, then all the points as one object.
+
+    Empty boxes without points give no prompts at all, for a detector that found nothing is no
+    mistake; neither points nor boxes is one, and raises PromptError.
+    """
+    parsed_points = parse_points(points)
+    prompts = parse_boxes(boxes)
+    if boxes is None and not parsed_points:
+        raise PromptError("there is nothing to segment: give points, boxes or both")
+    return (*prompts, Prompt(points=parsed_points)) if parsed_points else prompts
+
+
+def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
+    """Read boxes, one prompt each, with class id, class name and detection id where they have them.
+
+    boxes: None; an array or list [n, 4] of x_min, y_min, x_max, y_max; dicts with those keys
+    (also xmin…, x0…y1, x1…y2) or with a centre x, y, width, height; Roboflow's response
+    {"predictions": […]}; a `supervision.Detections`.
+    Raises PromptError quoting the value for NaN, a wrong length, and a box without an area.
+    """
+    if boxes is None:
+        return ()
+    while isinstance(boxes, Mapping) and "predictions" in boxes:  # a block's output nests them
+        boxes = boxes["predictions"]
+    if hasattr(boxes, "xyxy"):
+        return _from_detections(boxes)
+    return tuple(_parse_box_prompt(box) for box in listed(boxes, "boxes", BOX_FORMS))
+
+
+def pack(
+    prompts: Sequence[Prompt], width: int, height: int, mask_side: int | None = None
+) -> PackedPrompts:
+    """Pack prompts for an image of width × height pixels.
+
+    A box's two tokens come before the points; a box that overshoots the image is clipped to it.
+    mask_side: M, the side of the server's mask logits; needed when a prompt carries a mask.
+    Raises PromptError for a point or a whole box outside the image and a mask of another size.
+    """
+    tokens = [_tokens(prompt, width, height) for prompt in prompts]
+    # One column of padding rather than none: a prompt of only a mask then has the same rank and no
+    # zero-length dimension, which not every path of the server takes.
+    longest = max((len(labels) for _, labels in tokens), default=0) or 1
+    coords = np.zeros((len(prompts), longest, 2), np.float32)
+    labels = np.full((len(prompts), longest), LABEL_PADDING, np.int32)
+    for row, (xy, kinds) in enumerate(tokens):
+        pixels = np.array(xy, np.float64).reshape(-1, 2)
+        coords[row, : len(kinds)] = to_fractions(pixels, width, height)
+        labels[row, : len(kinds)] = kinds
+    return PackedPrompts(coords, labels, _pack_masks(prompts, mask_side))
+
+
+def _parse_box_prompt(box: Any) -> Prompt:
+    if not isinstance(box, Mapping):
+        return Prompt(box=box)
+    class_name = box.get("class_name", box.get("class"))
+    return _box_prompt(box, class_name, box.get("class_id"), box.get("detection_id"))
+
+
+def _from_detections(detections: Any) -> tuple[Prompt, ...]:
+    """Read a `supervision.Detections`, known by its fields so that it need not be installed."""
+    boxes = np.asarray(detections.xyxy)
+    data = getattr(detections, "data", None) or {}
+    class_id = getattr(detections, "class_id", None)
+    columns = (data.get("class_name"), class_id, data.get("detection_id"))
+    rows = [[None] * len(boxes) if column is None else column for column in columns]
+    return tuple(_box_prompt(*row) for row in zip(boxes, *rows, strict=True))
+
+
+def _box_prompt(box: Any, class_name: Any, class_id: Any, detection_id: Any) -> Prompt:
+    return Prompt(
+        box=box,
+        class_name=FOREGROUND_CLASS_NAME if class_name is None else class_name,
+        class_id=FOREGROUND_CLASS_ID if class_id is None else class_id,
+        detection_id=detection_id,
+    )
+
+
+def _tokens(prompt: Prompt, width: int, height: int) -> tuple[list[tuple[float, float]], list[int]]:
+    xy: list[tuple[float, float]] = []
+    labels: list[int] = []
+    if prompt.box is not None:
+        x_min, y_min, x_max, y_max = _clip(prompt.box, width, height)
+        xy += [(x_min, y_min), (x_max, y_max)]
+        labels += [LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT]
+    for point in prompt.points:
+        _check_inside(point, width, height)
+        xy.append((point.x, point.y))
+        labels.append(LABEL_POSITIVE if point.positive else LABEL_NEGATIVE)
+    return xy, labels
+
+
+def _clip(box: Box, width: int, height: int) -> Box:
+    clipped = Box(
+        max(box.x_min, 0.0), max(box.y_min, 0.0), min(box.x_max, width), min(box.y_max, height)
+    )
+    if clipped.x_min >= clipped.x_max or clipped.y_min >= clipped.y_max:
+        raise PromptError(
+            f"box {tuple(box)} is outside the image of {width}×{height} pixels altogether"
+        )
+    return clipped
+
+
+def _check_inside(point: Point, width: int, height: int) -> None:
+    if not (0 <= point.x <= width and 0 <= point.y <= height):
+        raise PromptError(
+            f"point ({point.x}, {point.y}) is outside the image: "
+            f"x must be within 0…{width}, y within 0…{height}"
+        )
+
+
+def _pack_masks(prompts: Sequence[Prompt], mask_side: int | None) -> NDArray[np.float16] | None:
+    carried = [prompt.mask for prompt in prompts]
+    if all(mask is None for mask in carried):
+        return None
+    if mask_side is None:
+        raise PromptError("a prompt carries a mask, and the size of the server's masks is unknown")
+    planes = np.full((len(prompts), mask_side, mask_side), np.nan, np.float16)
+    for plane, mask in zip(planes, carried, strict=True):
+        if mask is None:
+            continue
+        if mask.shape != plane.shape:
+            raise PromptError(
+                f"a mask of {mask.shape[0]}×{mask.shape[1]} does not fit this server's masks of "
+                f"{mask_side}×{mask_side}: pass the logits of an answer by the same model"
+            )
+        plane[:] = mask
+    return planes

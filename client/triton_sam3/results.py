@@ -1,0 +1,333 @@
+"""What a call returns: the masks of one image, as a frozen value.
+
+Segmentation  ─[i]─► Mask                      one object
+              ─[rows]─► Segmentation           a selection; filter(threshold) is one
+              ─to_supervision()─► sv.Detections
+              ─to_roboflow(), to_coco()─► JSON-ready dicts
+              ─polygons(), draw(image), save(path)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from . import drawing, formats
+from .errors import ImageError
+from .formats import Polygon
+from .geometry import ImageLike, load_image
+from .masks import finish_masks, mask_areas, mask_boxes
+from .prompts import Prompt
+
+PREDICTION_TYPE = "instance-segmentation"
+REPR_MASKS = 4
+"""Masks a `repr` names; an answer may hold hundreds."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask:
+    """One object's mask.
+
+    mask: bool [H, W] at the size of the caller's image.
+    score: predicted IoU, roughly 0 to 1.
+    box: float32 [4], x_min, y_min, x_max, y_max of the mask in pixels, the maxima exclusive.
+    logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`.
+    class_id, class_name, detection_id: of the prompt.
+    """
+
+    mask: NDArray[np.bool_]
+    score: float
+    box: NDArray[np.float32]
+    logits: NDArray[np.float16]
+    class_id: int
+    class_name: str
+    detection_id: str
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Mask({self.class_name!r}, score {self.score:.2f}, {width}×{height})"
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return int(mask_areas(self.mask[np.newaxis])[0])
+
+    def polygons(self) -> tuple[Polygon, ...]:
+        """Outlines of the mask's regions with their holes, the largest first."""
+        return formats.mask_to_polygons(self.mask)
+
+    def rle(self) -> dict[str, Any]:
+        """COCO's compressed RLE of the mask, ready for JSON."""
+        return formats.mask_to_rle(self.mask)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Segmentation:
+    """The masks of one image, in the order of the prompts; the arrays are read-only.
+
+    masks: bool [N, H, W] at the size of the caller's image.
+    scores: float32 [N], predicted IoU, roughly 0 to 1.
+    boxes: float32 [N, 4], x_min, y_min, x_max, y_max of the masks in pixels, maxima exclusive;
+        zeros for an empty mask.
+    logits: float16 [N, M, M], to refine with.
+    class_ids: int64 [N]; class_names, detection_ids: N strings; all three of the prompts.
+    image_size: width and height of the caller's image in pixels.
+    parent_id: the image's name, wherever a format asks what the masks belong to.
+    """
+
+    masks: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    logits: NDArray[np.float16]
+    class_ids: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    detection_ids: tuple[str, ...]
+    image_size: tuple[int, int]
+    parent_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("masks", "scores", "boxes", "logits", "class_ids"):
+            frozen = getattr(self, name).view()
+            frozen.flags.writeable = False
+            object.__setattr__(self, name, frozen)
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: NDArray[np.floating[Any]],
+        scores: NDArray[np.floating[Any]],
+        prompts: Sequence[Prompt],
+        image_size: tuple[int, int],
+        *,
+        threshold: float = 0.0,
+        parent_id: str = "",
+    ) -> Segmentation:
+        """Make masks of the server's answer, dropping those scored below `threshold`.
+
+        logits: [N, M, M], the chosen candidate of each prompt; scores: [N], its predicted IoU.
+        A prompt without a detection id gets a new one.
+        """
+        kept = np.flatnonzero(scores >= threshold)
+        chosen = [prompts[index] for index in kept]
+        masks = finish_masks(logits[kept], *image_size)
+        return cls(
+            masks=masks,
+            scores=scores[kept].astype(np.float32),
+            boxes=mask_boxes(masks),
+            logits=logits[kept].astype(np.float16, copy=False),
+            class_ids=np.array([prompt.class_id for prompt in chosen], np.int64),
+            class_names=tuple(prompt.class_name for prompt in chosen),
+            detection_ids=tuple(prompt.detection_id or str(uuid.uuid4()) for prompt in chosen),
+            image_size=image_size,
+            parent_id=parent_id,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Segmentation:
+        """Read what `save` wrote to an .npz file."""
+        with np.load(path, allow_pickle=False) as arrays:
+            width, height = (int(side) for side in arrays["image_size"])
+            return cls(
+                **{name: arrays[name] for name in ("masks", "scores", "boxes", "logits")},
+                class_ids=arrays["class_ids"],
+                class_names=tuple(arrays["class_names"].tolist()),
+                detection_ids=tuple(arrays["detection_ids"].tolist()),
+                image_size=(width, height),
+                parent_id=str(arrays["parent_id"]),
+            )
+
+    def __repr__(self) -> str:
+        width, height = self.image_size
+        listed = [f"{mask.class_name} {mask.score:.2f}" for mask in self[:REPR_MASKS]]
+        more = ", …" if len(self) > REPR_MASKS else ""
+        return f"Segmentation({len(self)} masks, {width}×{height}: {', '.join(listed)}{more})"
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __iter__(self) -> Iterator[Mask]:
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, key: int | np.integer[Any]) -> Mask: ...
+    @overload
+    def __getitem__(self, key: slice | Sequence[int] | NDArray[Any]) -> Segmentation: ...
+    def __getitem__(
+        self, key: int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
+    ) -> Mask | Segmentation:
+        """One `Mask` for a number; a `Segmentation` for a slice, indices or a bool per mask."""
+        if isinstance(key, (int, np.integer)):
+            return Mask(
+                self.masks[key],
+                float(self.scores[key]),
+                self.boxes[key],
+                self.logits[key],
+                int(self.class_ids[key]),
+                self.class_names[key],
+                self.detection_ids[key],
+            )
+        rows = np.arange(len(self))[key]
+        return Segmentation(
+            masks=self.masks[key],
+            scores=self.scores[key],
+            boxes=self.boxes[key],
+            logits=self.logits[key],
+            class_ids=self.class_ids[key],
+            class_names=tuple(self.class_names[row] for row in rows),
+            detection_ids=tuple(self.detection_ids[row] for row in rows),
+            image_size=self.image_size,
+            parent_id=self.parent_id,
+        )
+
+    def filter(self, threshold: float) -> Segmentation:
+        """Masks scored at least `threshold`."""
+        return self[self.scores >= threshold]
+
+    @property
+    def areas(self) -> NDArray[np.int64]:
+        """Pixels of each mask, [N]."""
+        return mask_areas(self.masks)
+
+    def polygons(self) -> tuple[tuple[Polygon, ...], ...]:
+        """Per mask, the outlines of its regions with their holes, the largest first."""
+        return tuple(mask.polygons() for mask in self)
+
+    def to_supervision(self) -> Any:
+        """Return `supervision.Detections`: xyxy, mask, confidence, class_id, and in data
+        class_name, detection_id, parent_id, image_dimensions (height, width), prediction_type.
+
+        Raises ImportError when supervision is not installed.
+        """
+        try:
+            import supervision as sv  # noqa: PLC0415 - an optional extra
+        except ImportError as error:
+            raise ImportError(
+                "to_supervision() needs supervision: pip install 'triton-sam3[supervision]'"
+            ) from error
+        width, height = self.image_size
+        return sv.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.class_ids,
+            data={
+                "class_name": np.array(self.class_names, np.str_),
+                "detection_id": np.array(self.detection_ids, np.str_),
+                "parent_id": np.array([self.parent_id] * len(self), np.str_),
+                "image_dimensions": np.full((len(self), 2), (height, width)),
+                "prediction_type": np.array([PREDICTION_TYPE] * len(self), np.str_),
+            },
+        )
+
+    def to_roboflow(self, *, rle: bool = False) -> dict[str, Any]:
+        """Return Roboflow's instance-segmentation JSON: {"image": …, "predictions": […]}.
+
+        x and y are the centre of the mask's box. `points` has room for one ring, so it outlines
+        the largest region without its holes; `rle` adds the whole mask as `rle_mask`, which
+        `supervision.Detections.from_inference` prefers. Empty masks, having no outline, are left
+        out, as Roboflow's own serialiser does.
+        """
+        width, height = self.image_size
+        return {
+            "image": {"width": width, "height": height},
+            "predictions": [self._prediction(mask, rle) for mask in self if mask.box.any()],
+        }
+
+    def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
+        """Return COCO annotations: RLE segmentation, bbox (x, y, width, height), area, score.
+
+        category_id is the class id; add an "id" to each when they go into a data set.
+        """
+        return [
+            {
+                "image_id": image_id,
+                "category_id": mask.class_id,
+                "segmentation": mask.rle(),
+                "bbox": [float(side) for side in (*mask.box[:2], *(mask.box[2:] - mask.box[:2]))],
+                "area": mask.area,
+                "iscrowd": 0,
+                "score": mask.score,
+            }
+            for mask in self
+        ]
+
+    def draw(
+        self, image: ImageLike, *, prompts: Iterable[Prompt] = (), opacity: float = 0.5
+    ) -> NDArray[np.uint8]:
+        """Return `image` as RGB uint8 [H, W, 3] with the masks tinted and outlined on it.
+
+        opacity: 0 to 1, how much of the image under a mask is covered. `prompts` are drawn on top:
+        positive points green, negative red, boxes yellow. Raises ImageError when the image is not
+        of the size that was segmented.
+        """
+        pixels = load_image(image)
+        if pixels.shape[1::-1] != self.image_size:
+            raise ImageError(
+                f"the image is {pixels.shape[1]}×{pixels.shape[0]}, and the masks belong to one of "
+                f"{self.image_size[0]}×{self.image_size[1]}: draw on the image that was segmented"
+            )
+        return drawing.overlay(pixels, self.masks, prompts, opacity)
+
+    def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
+        """Write to a file; the suffix says what.
+
+        .json  `to_roboflow(rle=True)`
+        .npz   every array as it is; `Segmentation.load` reads it back
+        .png   with `image`, the overlay of `draw`; without, an index mask: 0 background, i + 1
+               mask i, the best score on top (16-bit beyond 255 masks)
+        .jpg   the overlay; needs `image`
+        """
+        target = Path(path)
+        suffix = target.suffix.lower()
+        if suffix == ".json":
+            target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
+        elif suffix == ".npz":
+            self._save_arrays(target)
+        elif suffix == ".png" and image is None:
+            Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
+        elif suffix in (".png", ".jpg", ".jpeg") and image is not None:
+            Image.fromarray(self.draw(image)).save(target)
+        else:
+            raise ValueError(
+                f"cannot save to {target.name!r}: the suffix must be .json, .npz, .png, "
+                "or .jpg together with the image"
+            )
+
+    def _save_arrays(self, target: Path) -> None:
+        np.savez_compressed(
+            target,
+            masks=self.masks,
+            scores=self.scores,
+            boxes=self.boxes,
+            logits=self.logits,
+            class_ids=self.class_ids,
+            class_names=np.array(self.class_names, np.str_),
+            detection_ids=np.array(self.detection_ids, np.str_),
+            image_size=np.array(self.image_size),
+            parent_id=np.array(self.parent_id),
+        )
+
+    def _prediction(self, mask: Mask, rle: bool) -> dict[str, Any]:
+        x_min, y_min, x_max, y_max = (float(side) for side in mask.box)
+        prediction = {
+            "x": (x_min + x_max) / 2,
+            "y": (y_min + y_max) / 2,
+            "width": x_max - x_min,
+            "height": y_max - y_min,
+            "points": formats.to_roboflow_ring(mask.polygons()),
+            "confidence": mask.score,
+            "class": mask.class_name,
+            "class_id": mask.class_id,
+            "detection_id": mask.detection_id,
+            "parent_id": self.parent_id,
+        }
+        return {**prediction, "rle_mask": mask.rle()} if rle else prediction

@@ -1,0 +1,43 @@
+"""When a request is sent again. Every request may be: none changes what another one answers."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from .errors import Overloaded, SAM3Error, ServerUnreachable
+from .flow import Call, Flow, Infer, Query, Sleep
+
+RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded)
+"""A refused prompt stays refused and a spent deadline stays spent; these may pass."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """At most `attempts` further tries inside one deadline, pausing with full jitter.
+
+    The pause before try n is drawn evenly from 0 to `base` * 2^n seconds, at most `cap`: many
+    clients that lost the same server do not come back at the same moment.
+    """
+
+    attempts: int
+    timeout: float
+    base: float = 0.25
+    cap: float = 4.0
+    clock: Callable[[], float] = time.monotonic
+    uniform: Callable[[float, float], float] = random.uniform
+
+    def send(self, request: Infer | Query) -> Flow[Any]:
+        """Send `request`, again where that is safe, until `timeout` seconds from now."""
+        deadline = self.clock() + self.timeout
+        for attempt in count():
+            try:
+                return (yield Call(request, max(deadline - self.clock(), 0.0)))
+            except RETRYABLE:
+                pause = self.uniform(0.0, min(self.cap, self.base * 2**attempt))
+                if attempt >= self.attempts or self.clock() + pause >= deadline:
+                    raise
+            yield Sleep(pause)
+        raise AssertionError("unreachable")

@@ -1,0 +1,205 @@
+"""Tensors in memory that client and server share, instead of in the request.
+
+    request ─► arrays copied into a region ─► server told where they are ─► region back in the pool
+                  made once: create ─► register ─► unlink; from then on the mapping alone holds it
+
+Nothing outlives its users. A region's file exists only from creation to registration, so a crash
+leaves none behind but in that instant; what the server still has mapped for a dead process, and a
+file of that instant, is swept by the next client, which knows its owner from the name.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .errors import SAM3Error, TransportError
+from .flow import Array, Flow, Infer, InSharedMemory, Query
+from .regions import Kind, Region, check_available, make_region, owner_is_dead, sweep_files
+from .retry import Retries
+from .translation import RegionLost
+
+SMALLEST = 64 * 1024
+"""Tensors of fewer bytes travel in the request: copying them costs less than naming a region."""
+
+_GRAIN = 1 << 20
+"""Regions are whole multiples of this, so that slightly different sizes share one."""
+
+_MOST_REGIONS = 32
+"""Regions a client holds at most, a request each; further requests at the same time go without."""
+
+_FAREWELL = 5.0
+"""Most seconds to wait for a server to let go of a region; closing must not hang."""
+
+_log = logging.getLogger(__name__)
+
+
+class SharedMemory:
+    """The regions of one client, and the flow that sends a request through one of them."""
+
+    def __init__(self, kind: Kind) -> None:
+        check_available(kind)
+        self._kind = kind
+        self._free: list[Region] = []
+        self._lost: list[Region] = []
+        self._guard = threading.Lock()
+        self._alive = 0
+        self._swept = False
+
+    def send(self, request: Infer, retries: Retries) -> Flow[Any]:
+        """Send `request` with its large inputs in a region; a restarted server gets a new one."""
+        large = dict(_large(request.inputs))
+        if not large:
+            return (yield from retries.send(request))
+        try:
+            return (yield from self._send_once(request, large, retries))
+        except RegionLost:
+            self._forsake_all()
+            return (yield from self._send_once(request, large, retries))
+
+    def _send_once(self, request: Infer, large: Mapping[str, Array], retries: Retries) -> Flow[Any]:
+        size = sum(_padded(array.nbytes) for array in large.values())
+        region = yield from self._take(size, retries)
+        if region is None:
+            return (yield from retries.send(request))
+        answered = False
+        try:
+            placed = _place(region, large)
+            outputs = yield from retries.send(replace(request, inputs={**request.inputs, **placed}))
+            answered = True
+            return outputs
+        except SAM3Error as error:
+            answered = not isinstance(error, TransportError | RegionLost)
+            raise
+        finally:
+            # Without an answer the server may still be reading: the region is not used again.
+            with self._guard:
+                (self._free if answered else self._lost).append(region)
+
+    def _take(self, size: int, retries: Retries) -> Flow[Region | None]:
+        """A region of at least `size` bytes; None where there is no more memory to share."""
+        with self._guard:
+            for index, region in enumerate(self._free):
+                if region.size >= size:
+                    return self._free.pop(index)
+        yield from self._clean_up(retries)
+        with self._guard:
+            if self._alive >= _MOST_REGIONS:
+                return None
+            self._alive += 1
+        made: Region | None = None
+        try:
+            made = yield from self._make(_grains(size), retries)
+        finally:
+            if made is None:
+                self._count_down()
+        return made
+
+    def _forsake_all(self) -> None:
+        """A server that lost one region has lost them all."""
+        with self._guard:
+            self._lost += self._free
+            self._free = []
+
+    def _count_down(self) -> None:
+        with self._guard:
+            self._alive -= 1
+
+    def _make(self, size: int, retries: Retries) -> Flow[Region | None]:
+        try:
+            region = make_region(self._kind, size)
+        except OSError as error:
+            _log.warning("no shared memory (%s): sending the image in the request", error)
+            return None
+        try:
+            yield from retries.send(region.register())
+            region.registered()
+        except BaseException as error:
+            region.close()
+            if isinstance(error, SAM3Error) and not isinstance(error, TransportError):
+                raise _not_shared(self._kind, error) from error
+            raise
+        return region
+
+    def _clean_up(self, retries: Retries) -> Flow[None]:
+        """Let go of regions that went without an answer, and once of those of dead processes."""
+        with self._guard:
+            lost, self._lost = self._lost, []
+            sweep, self._swept = not self._swept, True
+        for region in lost:
+            yield from self._forget(region, retries)
+        if sweep:
+            yield from _sweep(self._kind, retries)
+
+    def close(self, retries: Retries) -> Flow[None]:
+        """Take every region back from the server and free it."""
+        with self._guard:
+            regions = self._free + self._lost
+            self._free, self._lost = [], []
+        for region in regions:
+            yield from self._forget(region, retries)
+
+    def _forget(self, region: Region, retries: Retries) -> Flow[None]:
+        """Unregister and free; a server that is gone has forgotten the region by itself."""
+        brief = replace(retries, attempts=0, timeout=min(retries.timeout, _FAREWELL))
+        try:
+            yield from brief.send(region.unregister())
+        except SAM3Error as error:
+            _log.debug("region %s is left to be swept: %s", region.name, error)
+        finally:
+            region.close()
+            self._count_down()
+
+
+def _not_shared(kind: str, error: SAM3Error) -> TransportError:
+    return TransportError(
+        f"the server cannot use shared_memory={kind!r}: {error}; it must run on this host, as this "
+        f"user, and share {'/dev/shm (docker run --ipc=host)' if kind == 'system' else 'the GPU'}; "
+        "leave shared_memory out otherwise"
+    )
+
+
+def _large(inputs: Mapping[str, Array | InSharedMemory]) -> Iterator[tuple[str, Array]]:
+    for name, value in inputs.items():
+        if isinstance(value, np.ndarray) and value.dtype != np.object_ and value.nbytes >= SMALLEST:
+            yield name, value
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64  # each tensor starts on a cache line
+
+
+def _grains(size: int) -> int:
+    return -(-size // _GRAIN) * _GRAIN
+
+
+def _place(region: Region, arrays: Mapping[str, Array]) -> dict[str, InSharedMemory]:
+    placed, offset = {}, 0
+    for name, array in arrays.items():
+        region.write(array, offset)
+        placed[name] = InSharedMemory(region.name, array.shape, array.nbytes, offset)
+        offset += _padded(array.nbytes)
+    return placed
+
+
+def _sweep(kind: Kind, retries: Retries) -> Flow[None]:
+    """Have the server unmap the regions of dead clients of this host, and remove their files."""
+    sweep_files()
+    try:
+        known = yield from retries.send(Query(f"get_{kind}_shared_memory_status"))
+        for name in _region_names(known):
+            if owner_is_dead(name):
+                yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
+    except TransportError:
+        raise
+    except SAM3Error as error:  # a proxy may allow registering and forbid looking at the list
+        _log.debug("regions of dead clients are not swept: %s", error)
+
+
+def _region_names(known: Any) -> Iterator[str]:
+    """HTTP answers a list of regions, gRPC a mapping that is empty when there are none."""
+    regions = known if isinstance(known, list) else known.get("regions", {}).values()
+    return (region["name"] for region in regions)

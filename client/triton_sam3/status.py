@@ -1,0 +1,91 @@
+"""What a server says about itself, for people and probes."""
+
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+
+from . import contract
+from .engine import Engine
+from .errors import ModelUnavailable, ServerUnreachable
+from .flow import Flow, Query
+from .protocol import ServedModel
+
+MODELS = (contract.INTERACTIVE, contract.ENCODER, contract.DECODER)
+
+_METRIC = re.compile(r"^(sam3_\w+)(?<!_bucket)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+"""A line of Prometheus' text format: the decoder's own metrics, but for histograms' buckets."""
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One of the three models: its versions on the server, and whether it is ready."""
+
+    name: str
+    versions: tuple[str, ...]
+    ready: bool
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """A server's name, version and models; `ready` when all of them are.
+
+    served: sizes and limits, None unless all are ready.
+    """
+
+    url: str
+    server: str
+    version: str
+    models: tuple[ModelStatus, ...]
+    served: ServedModel | None
+
+    @property
+    def ready(self) -> bool:
+        return all(model.ready for model in self.models)
+
+
+def status(engine: Engine, url: str) -> Flow[ServerStatus]:
+    """Ask for everything in `ServerStatus`."""
+    server = yield from engine.retries.send(Query("get_server_metadata"))
+    models: list[ModelStatus] = []
+    for name in MODELS:
+        models.append((yield from _model(engine, name)))
+    served = None
+    if all(model.ready for model in models):
+        served = yield from engine.served()
+    return ServerStatus(
+        url=url,
+        server=server["name"],
+        version=server["version"],
+        models=tuple(models),
+        served=served,
+    )
+
+
+def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
+    try:
+        ready = yield from engine.retries.send(Query("is_model_ready", (name,)))
+        metadata = yield from engine.retries.send(Query("get_model_metadata", (name,)))
+    except ModelUnavailable:
+        return ModelStatus(name, (), False)
+    return ModelStatus(name, tuple(metadata.get("versions", ())), bool(ready))
+
+
+def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
+    """The decoder's own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
+
+    metrics_url: http://host:8002/metrics. Several decoders' numbers are added up. Raises
+    ServerUnreachable when nothing answers there.
+    """
+    try:
+        with urllib.request.urlopen(metrics_url, timeout=timeout) as answer:
+            text = answer.read().decode()
+    except (OSError, ValueError) as error:
+        raise ServerUnreachable(
+            f"no metrics from {metrics_url}: {error}; Triton serves them at "
+            "http://host:8002/metrics unless started with --allow-metrics=false"
+        ) from error
+    metrics: dict[str, float] = {}
+    for name, value in _METRIC.findall(text):
+        metrics[name] = metrics.get(name, 0.0) + float(value)
+    return metrics

@@ -1,0 +1,91 @@
+"""Perform a flow's steps: blocking, or awaited. The only place where flows meet I/O."""
+
+import asyncio
+import time
+from typing import Any, TypeVar
+
+from .deadline import timeout
+from .errors import DeadlineExceeded, SAM3Error
+from .flow import Acquire, Call, Compute, Flow, Step
+from .transports import AsyncTransport, Transport
+
+T = TypeVar("T")
+
+
+def perform(flow: Flow[T], transport: Transport) -> T:
+    """Perform a flow's steps one after the other and return what it returns."""
+    resume, value = flow.send, None
+    try:
+        while True:
+            step = resume(value)
+            try:
+                resume, value = flow.send, _perform(step, transport)
+            except SAM3Error as error:
+                resume, value = flow.throw, error
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        flow.close()  # on Ctrl-C and the like, so that locks and shared memory are let go
+
+
+async def perform_async(flow: Flow[T], transport: AsyncTransport) -> T:
+    """`perform`, awaited; work for the processor runs in a thread."""
+    resume, value = flow.send, None
+    try:
+        while True:
+            step = resume(value)
+            try:
+                resume, value = flow.send, await _perform_async(step, transport)
+            except SAM3Error as error:
+                resume, value = flow.throw, error
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    finally:
+        flow.close()
+
+
+def _perform(step: Step, transport: Transport) -> Any:
+    if isinstance(step, Call):
+        return transport.call(step)
+    if isinstance(step, Compute):
+        return step.function()
+    if isinstance(step, Acquire):
+        return _acquire(step)
+    return time.sleep(step.seconds)
+
+
+async def _perform_async(step: Step, transport: AsyncTransport) -> Any:
+    if isinstance(step, Call):
+        return await transport.call(step)
+    if isinstance(step, Compute):
+        return await asyncio.to_thread(step.function)
+    if isinstance(step, Acquire):
+        return await _acquire_async(step)
+    return await asyncio.sleep(step.seconds)
+
+
+def _acquire(step: Acquire) -> None:
+    assert not isinstance(step.lock, asyncio.Lock)
+    if not step.lock.acquire(timeout=step.timeout):
+        raise _waited(step.timeout)
+
+
+async def _acquire_async(step: Acquire) -> None:
+    assert isinstance(step.lock, asyncio.Lock)
+    if not step.lock.locked():
+        await step.lock.acquire()
+        return
+    try:
+        async with timeout(step.timeout):
+            await step.lock.acquire()
+    except asyncio.TimeoutError:
+        raise _waited(step.timeout) from None
+
+
+def _waited(timeout: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"waited {timeout:.3g} s for an earlier call about the same image; the server is slow or "
+        "overloaded, or give the client a longer timeout"
+    )

@@ -1,0 +1,121 @@
+"""Turn whatever the protocol libraries raise into this package's own errors, in one place."""
+
+import asyncio
+import re
+
+import aiohttp
+from tritonclient.utils import InferenceServerException
+
+from . import contract
+from .errors import (
+    DeadlineExceeded,
+    ImageNotKept,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+    SAM3Error,
+    ServerError,
+    ServerUnreachable,
+)
+
+TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (
+    InferenceServerException,
+    OSError,
+    aiohttp.ClientError,
+    asyncio.TimeoutError,
+    TimeoutError,
+)
+
+_GRPC = "StatusCode."
+_KINDS: dict[str, type[SAM3Error]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "OUT_OF_RANGE": InvalidRequest,
+    "400": InvalidRequest,
+    "413": InvalidRequest,
+    "422": InvalidRequest,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "429": Overloaded,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "504": DeadlineExceeded,
+    "UNAVAILABLE": ServerUnreachable,
+    "502": ServerUnreachable,
+    "503": ServerUnreachable,
+}
+_IMAGE_LOST = re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}")
+_OVERLOADED = re.compile(r"exceeds maximum queue size|queue .*full", re.IGNORECASE)
+_NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.IGNORECASE)
+_UNAVAILABLE_MODEL = re.compile(
+    r"unknown model|is not ready|not healthy|no available versions",
+    re.IGNORECASE,
+)
+
+
+_REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_REMEDIES: dict[str | type[SAM3Error], str] = {
+    **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
+    "413": "; a proxy's limit on request bodies is lower than an image's size",
+    Overloaded: "; the server is busy: try again later, or send less at a time",
+    ModelUnavailable: "; check `triton-sam3 status` and the server's log",
+}
+_NOT_JSON = "an exception occurred in the client while decoding the response"
+"""How tritonclient speaks of the page of a proxy."""
+
+_WRAPPING = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
+_REGION_LOST = re.compile(r"unable to find .*shared memory region", re.IGNORECASE)
+
+
+class RegionLost(ServerError):
+    """The server does not know a shared memory region, most likely because it was restarted."""
+
+
+def translate(error: BaseException, url: str, timeout: float) -> SAM3Error:
+    """The error a caller sees for `error`, raised by a call to `url` limited to `timeout` s."""
+    if isinstance(error, InferenceServerException):
+        return _from_server(error, url, timeout)
+    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+        return _deadline(url, timeout)
+    return _unreachable(url, str(error) or type(error).__name__)
+
+
+def _from_server(error: InferenceServerException, url: str, timeout: float) -> SAM3Error:
+    status = str(error.status() or "").removeprefix(_GRPC)
+    text = _WRAPPING.sub("", str(error.message() or "no reason given"))
+    if text.startswith(_NOT_JSON):
+        text = f"HTTP status {status}, from something that is not Triton"
+    kind = _kind(status, text)
+    if _NO_SHARED_MEMORY.search(text):  # Triton names the region, which is nobody's business
+        text = "the server's /dev/shm is full; whoever runs it can give it more (--shm-size)"
+    if kind is DeadlineExceeded:
+        return _deadline(url, timeout)
+    if kind is ServerUnreachable:
+        return _unreachable(url, text)
+    if kind is ServerError and status in _REFUSED:
+        text = f"{url} refuses this client: {text}"
+    return kind(text + _REMEDIES.get(status if status in _REMEDIES else kind, ""))
+
+
+def _kind(status: str, text: str) -> type[SAM3Error]:
+    """Triton's codes are coarse, so a few sentences of its own decide first."""
+    if _IMAGE_LOST.search(text):
+        return ImageNotKept
+    if _REGION_LOST.search(text):
+        return RegionLost
+    if _UNAVAILABLE_MODEL.search(text):
+        return ModelUnavailable
+    if _OVERLOADED.search(text) or _NO_SHARED_MEMORY.search(text):
+        return Overloaded
+    return _KINDS.get(status, ServerError)
+
+
+def _unreachable(url: str, reason: str) -> ServerUnreachable:
+    return ServerUnreachable(
+        f"no answer from {url}: {reason}; is the server running there, and does the port speak "
+        f"{url.split(':', 1)[0]}?"
+    )
+
+
+def _deadline(url: str, timeout: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{url} did not answer within {timeout:.3g} s; the server is slow or overloaded, or give "
+        "the client a longer timeout"
+    )

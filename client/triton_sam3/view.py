@@ -1,0 +1,168 @@
+"""An image the server keeps, and the object being clicked on it.
+
+click ─► all clicks so far + the logits of the last answer ─► one more `Step` on the pile
+undo  ─► the pile without its top; the state before, exactly
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .engine import Engine, Options, Picture, finish, gather_prompts
+from .errors import PromptError
+from .flow import Acquire, Compute, Flow
+from .kept import ImageSlot
+from .prompts import Point, Prompt
+from .protocol import Flags
+from .results import Segmentation
+
+T = TypeVar("T")
+
+_WHATEVER_SCORE = float("-inf")
+"""A person who clicks wants to see the mask, however little the model thinks of it."""
+
+
+@dataclass(frozen=True)
+class Clicked:
+    """The object after a click: all its points, the logits [M, M] to refine, the answer."""
+
+    points: tuple[Point, ...]
+    logits: npt.NDArray[np.float16]
+    result: Segmentation
+
+
+class Session:
+    """What `View` and `AsyncView` share: the pile of clicks, and flows that take turns on it."""
+
+    def __init__(self, engine: Engine, picture: Picture, slot: ImageSlot) -> None:
+        self._engine = engine
+        self._picture = picture
+        self._slot = slot
+        self._clicked: tuple[Clicked, ...] = ()
+        self._turn = engine.make_lock()
+        self.closed = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._picture.width, self._picture.height
+
+    def segment(
+        self, points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] | None, options: Options
+    ) -> Flow[Segmentation]:
+        self._check_open()
+        chosen = gather_prompts(points, boxes, prompts)
+        return self._engine.segment_picture(self._picture, self._slot, chosen, options)
+
+    def click(self, x: float, y: float, positive: bool) -> Flow[Segmentation]:
+        self._check_open()
+        point = Prompt(points=[(x, y, positive)]).points[0]
+        return self._in_turn(self._click(point))
+
+    def undo(self) -> Flow[Segmentation]:
+        return self._in_turn(self._drop(1))
+
+    def reset(self) -> Flow[Segmentation]:
+        return self._in_turn(self._drop(None))
+
+    def _click(self, point: Point) -> Flow[Segmentation]:
+        """The first click may mean a whole or a part, so the model proposes three masks; later
+        ones refine the mask it already chose, as SAM is meant to be used."""
+        last = self._clicked[-1] if self._clicked else None
+        points = (*last.points, point) if last else (point,)
+        prompt = Prompt(points=points, mask=last.logits if last else None)
+        flags = Flags(multimask_output=last is None)
+        picture = self._picture
+        served = yield from self._engine.served()
+        packed = picture.pack([prompt], served)
+        answer = yield from self._engine.ask(picture, self._slot, packed, flags)
+        result: Segmentation = yield Compute(
+            lambda: finish([answer], [prompt], picture, _WHATEVER_SCORE)
+        )
+        self._clicked += (Clicked(points, answer.logits[0], result),)
+        return result
+
+    def _drop(self, count: int | None) -> Flow[Segmentation]:
+        self._clicked = self._clicked[:-count] if count else ()
+        return self._clicked[-1].result if self._clicked else finish([], [], self._picture, 0.0)
+        yield  # makes this a flow: it takes its turn like a click, though it sends nothing
+
+    def _in_turn(self, flow: Flow[T]) -> Flow[T]:
+        """Clicks build on each other, so they are answered one at a time, in the order made."""
+        yield Acquire(self._turn, self._engine.retries.timeout)
+        try:
+            return (yield from flow)
+        finally:
+            self._turn.release()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise PromptError("this view is closed; open the image again to ask about it")
+
+
+class View:
+    """An image kept on the server, from `Client.open`. Use it in a ``with`` block.
+
+    Nothing but prompts is sent: if the server has lost the image, it is sent again by itself.
+    """
+
+    def __init__(self, session: Session, run: Callable[[Flow[Any]], Any]) -> None:
+        self._session = session
+        self._run = run
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        return self._session.size
+
+    def segment(
+        self,
+        points: Any = None,
+        boxes: Any = None,
+        *,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        threshold: float = 0.0,
+        multimask_output: bool = True,
+    ) -> Segmentation:
+        """Like `Client.segment` on this image. Has nothing to do with the object being clicked."""
+        options = Options(threshold, multimask_output)
+        result: Segmentation = self._run(self._session.segment(points, boxes, prompts, options))
+        return result
+
+    def click(self, x: float, y: float, positive: bool = True) -> Segmentation:
+        """Add a click at x, y (absolute pixels) to the object and return its mask so far.
+
+        The first click lets the model choose among three masks (`multimask_output`); each later
+        one refines that choice, with all clicks so far and the last answer's logits. The mask is
+        returned whatever its score. A click that fails leaves the object as it was.
+        """
+        result: Segmentation = self._run(self._session.click(x, y, positive))
+        return result
+
+    def undo(self) -> Segmentation:
+        """Take the last click back and return the earlier answer, empty before the first click."""
+        result: Segmentation = self._run(self._session.undo())
+        return result
+
+    def reset(self) -> Segmentation:
+        """Forget all clicks, to start on another object, and return an empty result."""
+        result: Segmentation = self._run(self._session.reset())
+        return result
+
+    def close(self) -> None:
+        """Refuse further prompts. The server lets go of the image by itself."""
+        self._session.closed = True
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

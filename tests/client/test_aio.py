@@ -1,0 +1,212 @@
+"""The asyncio client against the real server, over gRPC and HTTP."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server import TritonServer
+from tests.client import misbehaving
+from tests.client.statistics import encodings
+from triton_sam3 import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    PromptError,
+    Segmentation,
+    TransportError,
+)
+from triton_sam3.endpoint import Endpoint
+from triton_sam3.flow import Call, Query
+from triton_sam3.transports import AsyncTransport, open_async_transport
+
+Pixels = NDArray[np.uint8]
+Fresh = Callable[[], Pixels]
+POINTS = [(110, 80)]
+BOXES = [(95, 60, 140, 110), (10, 20, 70, 80)]
+VIEWS, CLICKS = 20, 10
+
+
+@pytest.mark.semantic("session", "awaited and blocking answers are the same", "equality")
+async def test_awaited_and_blocking_answers_are_the_same(url: str, coins: Pixels) -> None:
+    with Client(url) as client:
+        expected = client.segment(coins, POINTS, BOXES)
+    async with AsyncClient(url) as client_async:
+        result = await client_async.segment(coins, POINTS, BOXES)
+    np.testing.assert_array_equal(result.masks, expected.masks)
+    np.testing.assert_array_equal(result.scores, expected.scores)
+
+
+async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
+    async with AsyncClient(url) as client:
+        async with client.open(coins) as view:
+            first = await view.click(110, 80)
+        with pytest.raises(PromptError, match="view is closed"):
+            await view.click(110, 80)
+        awaited = await client.open(coins)
+        again = await awaited.click(110, 80)
+        async with await client.open(coins) as view:
+            assert view.size == (384, 303)
+            await view.click(60, 200)
+            assert len(await view.reset()) == 0
+            np.testing.assert_array_equal((await view.click(110, 80)).logits, first.logits)
+            assert len(await view.segment(boxes=BOXES, threshold=-1)) == 2
+            assert len(await view.undo()) == 0
+    np.testing.assert_array_equal(again.logits, first.logits)
+
+
+def clicks_of(number: int) -> list[tuple[float, float, bool]]:
+    """The clicks made on one image: where and how depends on its number."""
+    rng = np.random.default_rng(number)
+    xy = rng.uniform(10, 290, (CLICKS, 2))
+    return [(x, y, bool(i % 3 != 2)) for i, (x, y) in enumerate(xy.tolist())]
+
+
+@pytest.fixture(scope="module")
+def pictures(coins: Pixels) -> list[Pixels]:
+    return [np.roll(coins, 17 * number, axis=1) for number in range(VIEWS)]
+
+
+@pytest.fixture(scope="module")
+def clicked_in_turn(server: TritonServer, pictures: list[Pixels]) -> list[list[Segmentation]]:
+    """What each view answers when it is clicked alone, one click after the other."""
+    answers = []
+    with Client(server.grpc_url) as client:
+        for number, image in enumerate(pictures):
+            with client.open(image) as view:
+                answers.append([view.click(*click) for click in clicks_of(number)])
+    return answers
+
+
+@pytest.mark.semantic(
+    "session", "200 clicks at once over 20 views: none lost, none mixed up", "equality"
+)
+async def test_200_clicks_at_once_over_20_views(
+    url: str,
+    server: TritonServer,
+    pictures: list[Pixels],
+    clicked_in_turn: list[list[Segmentation]],
+) -> None:
+    async with AsyncClient(url) as client:
+        views = await asyncio.gather(*(client.open(image) for image in pictures))
+        before = encodings(server)
+        answers = await asyncio.gather(
+            *(
+                view.click(*click)
+                for turn in range(CLICKS)
+                for view, click in (
+                    (views[number], clicks_of(number)[turn]) for number in range(VIEWS)
+                )
+            )
+        )
+        assert encodings(server) == before
+        assert len(answers) == VIEWS * CLICKS
+        for place, answer in enumerate(answers):
+            turn, number = divmod(place, VIEWS)
+            # As if each view were clicked alone, but for rounding: objects are decoded together.
+            reference = clicked_in_turn[number][turn]
+            np.testing.assert_allclose(answer.scores, reference.scores, atol=1e-2)
+            assert np.mean(answer.masks != reference.masks) < 1e-2
+        undone = await asyncio.gather(*(view.undo() for view in views))
+    assert [result is answers[-2 * VIEWS + number] for number, result in enumerate(undone)] == (
+        [True] * VIEWS
+    )
+
+
+async def test_asking_about_a_new_image_at_once_encodes_it_once(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
+    image = fresh()
+    async with AsyncClient(url) as client:
+        before = encodings(server)
+        await asyncio.gather(*(client.segment(image, POINTS) for _ in range(12)))
+        assert encodings(server) == before + 1
+
+
+async def test_a_cancelled_click_leaves_the_view_usable(url: str, coins: Pixels) -> None:
+    async with AsyncClient(url) as client, client.open(coins) as view:
+        first = await view.click(110, 80)
+        task = asyncio.ensure_future(view.click(60, 200))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        second = await view.click(60, 200)
+        assert await view.undo() is first
+        assert second is not first
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_a_cancellation_that_arrives_with_the_answer_still_counts(scheme: str) -> None:
+    server = {
+        "grpc": misbehaving.grpc_server((grpc.StatusCode.OK, "")),
+        "http": misbehaving.http((200, misbehaving.METADATA)),
+    }[scheme]
+    with server as (url, _):
+        transport = open_async_transport(Endpoint.parse(url), {})
+        for _ in range(40):
+            task = asyncio.ensure_future(_calls_until_cancelled(transport))
+            await asyncio.sleep(random.uniform(0.005, 0.02))
+            task.cancel()
+            done, _ = await asyncio.wait([task], timeout=5)
+            assert done
+            assert task.cancelled()
+        await transport.close()
+
+
+async def _calls_until_cancelled(transport: AsyncTransport) -> None:
+    while True:
+        await transport.call(Call(Query("get_server_metadata"), 20.0))
+
+
+async def test_a_cancelled_encoding_does_not_block_the_image(url: str, fresh: Fresh) -> None:
+    image = fresh()
+    async with AsyncClient(url) as client:
+        task = asyncio.ensure_future(client.segment(image, POINTS))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(await client.segment(image, POINTS, threshold=-1)) == 1
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_callers_waiting_for_one_image_share_a_bound(scheme: str, coins: Pixels) -> None:
+    with misbehaving.tcp(hang_up=False) as port:
+        url = f"{scheme}://127.0.0.1:{port}"
+        async with AsyncClient(url, timeout=0.5) as client:
+            started = asyncio.get_running_loop().time()
+            outcomes = await asyncio.gather(
+                *(client.segment(coins, POINTS) for _ in range(20)), return_exceptions=True
+            )
+            assert {type(outcome) for outcome in outcomes} == {DeadlineExceeded}
+            # Twenty deadlines one after the other would be 10 s.
+            assert asyncio.get_running_loop().time() - started < 5
+
+
+async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
+    client = AsyncClient(url)
+    await client.segment(coins, POINTS)
+    await client.close()
+    await client.close()
+    with pytest.raises(TransportError, match="is closed"):
+        await client.segment(coins, POINTS)
+
+
+async def test_a_restarted_server_goes_unnoticed(own_server: TritonServer, coins: Pixels) -> None:
+    async with (
+        AsyncClient(own_server.grpc_url) as one,
+        AsyncClient(own_server.http_url) as other,
+        one.open(coins) as view,
+        other.open(coins) as second_view,
+    ):
+        before = [await view.click(110, 80), await second_view.click(110, 80)]
+        await asyncio.to_thread(own_server.restart)
+        refined = [await view.click(60, 200), await second_view.click(60, 200)]
+        np.testing.assert_array_equal(refined[0].logits, refined[1].logits)
+        assert await view.undo() is before[0]
+        assert await second_view.undo() is before[1]

@@ -1,0 +1,181 @@
+"""The command line against the real server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from server import TritonServer
+from tests.client import misbehaving
+from triton_sam3 import Client, Segmentation
+from triton_sam3.cli import BAD_INPUT, FAILED, SOME_FAILED, app
+
+POINT, BOX = ["--point", "110,80"], ["--box", "95,60,140,110"]
+
+
+@pytest.fixture
+def photo(coins: NDArray[np.uint8], tmp_path: Path) -> Path:
+    path = tmp_path / "coins.png"
+    Image.fromarray(coins).save(path)
+    return path
+
+
+def invoke(*arguments: Any, url: str | None = None) -> Result:
+    more = ["--url", url] if url else []
+    return CliRunner().invoke(app, [*map(str, arguments), *more])
+
+
+def test_segment_prints_what_the_client_answers(url: str, photo: Path) -> None:
+    result = invoke("segment", photo, *POINT, "--point", "60,200,0", *BOX, "--json", url=url)
+    assert result.exit_code == 0, result.output
+    with Client(url) as client:
+        expected = client.segment(photo, [(110, 80), (60, 200, False)], [(95, 60, 140, 110)])
+    printed, wanted = json.loads(result.stdout), expected.to_roboflow(rle=True)
+    for prediction in [*printed["predictions"], *wanted["predictions"]]:
+        del prediction["detection_id"]  # a new one each time
+    assert printed == wanted
+
+
+def test_segment_prints_a_table(url: str, photo: Path) -> None:
+    result = invoke("segment", photo, *POINT, *BOX, "--threshold", "-1", url=url)
+    assert result.exit_code == 0, result.output
+    assert "2 masks" in result.stdout
+    assert result.stdout.count("foreground") == 2
+
+
+def test_segment_writes_by_the_suffix(url: str, photo: Path, tmp_path: Path) -> None:
+    outputs = {suffix: tmp_path / f"out.{suffix}" for suffix in ("png", "jpg", "json", "npz")}
+    for output in outputs.values():
+        assert invoke("segment", photo, *POINT, "--output", output, url=url).exit_code == 0
+    with Client(url) as client:
+        expected = client.segment(photo, [(110, 80)])
+    np.testing.assert_array_equal(Segmentation.load(outputs["npz"]).masks, expected.masks)
+    assert len(json.loads(outputs["json"].read_text())["predictions"]) == len(expected)
+    overlay = np.asarray(Image.open(outputs["png"]))
+    assert overlay.shape == (303, 384, 3)
+    assert (overlay != np.asarray(Image.open(photo))).any()
+    numbers = tmp_path / "numbers.png"
+    invoke("segment", photo, *POINT, "--output", numbers, "--index-mask", url=url)
+    np.testing.assert_array_equal(np.asarray(Image.open(numbers)) == 1, expected.masks[0])
+
+
+def test_the_url_may_come_from_the_environment(
+    url: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_SAM3_URL", url)
+    assert invoke("segment", photo, *POINT).exit_code == 0
+
+
+def test_shared_memory_is_one_option(url: str, photo: Path) -> None:
+    result = invoke("segment", photo, *POINT, "--shared-memory", "system", url=url)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["segment", "PHOTO"], "there is nothing to segment"),
+        (["segment", "PHOTO", "--point", "1"], "--point '1' is not X,Y or X,Y,0"),
+        (["segment", "PHOTO", "--point", "a,b"], "--point 'a,b' is not X,Y or X,Y,0"),
+        (["segment", "PHOTO", "--box", "1,2,3"], "--box '1,2,3' is not X0,Y0,X1,Y1"),
+        (["segment", "PHOTO", "--box", "5,5,1,1"], "has no area"),
+        (["segment", "PHOTO", "--point", "900,5"], "is outside the image"),
+        (["segment", "nowhere.png", *POINT], "there is no file 'nowhere.png'"),
+        (["segment", "PHOTO", *POINT, "--output", "out.gif"], "cannot save to 'out.gif'"),
+        (["segment", "PHOTO", *POINT, "--header", "token"], "header 'token' is not NAME:VALUE"),
+        (["segment-dir", "nowhere", "--output", "OUT", *POINT], "there is no folder 'nowhere'"),
+        (["segment-dir", "FOLDER", "--output", "OUT"], "there is nothing to segment"),
+        (["segment-dir", "EMPTY", "--output", "OUT", *POINT], "there are no images in"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(
+    server: TritonServer, photo: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {
+        "PHOTO": photo,
+        "FOLDER": photo.parent,
+        "EMPTY": tmp_path / "empty",
+        "OUT": tmp_path / "out",
+    }
+    result = invoke(*(places.get(each, each) for each in arguments), url=server.grpc_url)
+    assert result.exit_code == BAD_INPUT
+    assert result.stderr.startswith("triton-sam3: ")
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_url_that_is_none_is_bad_input(photo: Path) -> None:
+    result = invoke("segment", photo, *POINT, url="localhost:8001")
+    assert result.exit_code == BAD_INPUT
+    assert "is not a server's URL" in result.stderr
+
+
+def test_no_server_is_exit_1(photo: Path) -> None:
+    url = f"grpc://127.0.0.1:{misbehaving.unused_port()}"
+    result = invoke("segment", photo, *POINT, "--timeout", "0.5", url=url)
+    assert result.exit_code == FAILED
+    assert url in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_is_segmented_and_a_broken_file_loses_no_other(
+    url: str, photo: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    result = invoke("segment-dir", folder, "--output", output, *POINT, url=url)
+    assert result.exit_code == SOME_FAILED
+    assert "2 of 3 images segmented" in result.stdout
+    assert "broken.jpg" in result.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["a.png.json", "b.png.json"]
+    assert json.loads((output / "a.png.json").read_text())["image"]["width"] == 384
+
+
+def test_a_folder_with_prompts_of_its_own(url: str, photo: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({photo.name: {"boxes": [[95, 60, 140, 110]]}}))
+    arguments = ["segment-dir", photo.parent, "--output", tmp_path / "out", "--prompts", prompts]
+    result = invoke(*arguments, "--format", "npz", "--threshold", "-1", "--json", url=url)
+    assert result.exit_code == 0, result.output
+    (line,) = json.loads(result.stdout)
+    assert (Path(line["image"]).name, line["masks"]) == (photo.name, 1)
+    assert len(Segmentation.load(line["output"])) == 1
+    both = invoke(*arguments, *POINT, url=url)
+    assert both.exit_code == BAD_INPUT
+    prompts.write_text("[]")
+    assert "must hold" in invoke(*arguments, url=url).stderr
+
+
+def test_status(url: str, server: TritonServer) -> None:
+    result = invoke("status", "--metrics-url", server.metrics_url, url=url)
+    assert result.exit_code == 0, result.output
+    assert "sam3_prompt_decoder" in result.stdout
+    printed = json.loads(invoke("status", "--json", url=url).stdout)
+    assert printed["ready"] is True
+    assert [model["ready"] for model in printed["models"]] == [True] * 3
+
+
+def test_the_installed_command(server: TritonServer) -> None:
+    command = Path(sys.executable).with_name("triton-sam3")
+    done = subprocess.run(
+        [command, "status", "--json", "--url", server.http_url],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"] == server.http_url
+    helped = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "Exit codes" in helped.stdout

@@ -1,0 +1,225 @@
+"""The blocking client against the real server, over gRPC and HTTP."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from server import TritonServer
+from tests.client.statistics import decodings, encodings
+from triton_sam3 import (
+    Client,
+    ImageError,
+    InvalidRequest,
+    Prompt,
+    PromptError,
+    Segmentation,
+    TransportError,
+)
+
+Pixels = NDArray[np.uint8]
+Fresh = Callable[[], Pixels]
+POINTS = [(110, 80)]
+BOXES = [(95, 60, 140, 110), (10, 20, 70, 80)]
+
+
+def same(one: Segmentation, other: Segmentation) -> None:
+    np.testing.assert_array_equal(one.masks, other.masks)
+    np.testing.assert_array_equal(one.logits, other.logits)
+    np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.mark.semantic(
+    "client", "boxes come first, then the object of the points", "the block's rules"
+)
+def test_boxes_come_first_and_then_the_points(url: str, coins: Pixels) -> None:
+    with Client(url) as client:
+        both = client.segment(coins, points=POINTS, boxes=BOXES, threshold=-1)
+        points = client.segment(coins, points=POINTS, threshold=-1)
+    assert both.masks.shape == (3, *coins.shape[:2])
+    assert both.class_ids.tolist() == [-1, -1, -1]
+    np.testing.assert_allclose(both[2].logits, points[0].logits, atol=2e-2)
+
+
+@pytest.mark.semantic("client", "HTTP and gRPC give the same", "equality")
+def test_both_protocols_give_the_same(server: TritonServer, coins: Pixels) -> None:
+    with Client(server.grpc_url) as one, Client(server.http_url) as other:
+        for multimask_output in (True, False):
+            same(
+                one.segment(coins, POINTS, BOXES, multimask_output=multimask_output),
+                other.segment(coins, POINTS, BOXES, multimask_output=multimask_output),
+            )
+
+
+def test_an_image_may_be_a_path_a_pil_image_or_an_array(
+    url: str, coins: Pixels, tmp_path: Path
+) -> None:
+    path = tmp_path / "coins.png"
+    Image.fromarray(coins).save(path)
+    with Client(url) as client:
+        result = client.segment(coins, POINTS)
+        for image in (path, str(path), Image.fromarray(coins)):
+            same(client.segment(image, POINTS), result)
+
+
+@pytest.mark.semantic("client", "the same image twice is encoded once", "Triton's own counters")
+def test_a_known_image_is_not_encoded_again(url: str, fresh: Fresh, server: TritonServer) -> None:
+    image = fresh()
+    with Client(url) as client:
+        before = encodings(server)
+        first = client.segment(image, POINTS)
+        assert encodings(server) == before + 1
+        same(client.segment(image.copy(), POINTS), first)
+        client.segment(image, boxes=BOXES)
+        assert encodings(server) == before + 1
+        client.segment(fresh(), POINTS)
+        assert encodings(server) == before + 2
+
+
+@pytest.mark.semantic(
+    "client", "with that turned off the same image is encoded each time", "Triton's own counters"
+)
+def test_memory_can_be_turned_off(url: str, fresh: Fresh, server: TritonServer) -> None:
+    image = fresh()
+    with Client(url, remember_images=0) as client:
+        before = encodings(server)
+        same(client.segment(image, POINTS), client.segment(image, POINTS))
+        assert encodings(server) == before + 2
+
+
+def test_only_so_many_images_are_remembered(url: str, fresh: Fresh, server: TritonServer) -> None:
+    images = [fresh() for _ in range(3)]
+    with Client(url, remember_images=2) as client:
+        for image in images:
+            client.segment(image, POINTS)
+        before = encodings(server)
+        client.segment(images[2], POINTS)
+        client.segment(images[1], POINTS)
+        assert encodings(server) == before
+        client.segment(images[0], POINTS)
+        assert encodings(server) == before + 1
+
+
+def test_threads_that_ask_about_a_new_image_encode_it_once(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
+    image = fresh()
+    with Client(url) as client, ThreadPoolExecutor(8) as pool:
+        before = encodings(server)
+        results = list(pool.map(lambda _: client.segment(image, POINTS), range(8)))
+        assert encodings(server) == before + 1
+    for result in results:
+        np.testing.assert_allclose(result.logits, results[0].logits, atol=2e-2)
+
+
+@pytest.mark.semantic(
+    "client",
+    "more prompts than the server takes are split, over one encoding",
+    "Triton's own counters",
+)
+def test_more_prompts_than_the_server_takes_are_split(fresh: Fresh, server: TritonServer) -> None:
+    image = fresh()
+    with Client(server.grpc_url, remember_images=0) as client:
+        served = client.status().served
+        assert served is not None
+        assert served.max_objects is not None
+        prompts = [Prompt(box=(x, x, x + 40, x + 40)) for x in (10, 60, 110)]
+        few = client.segment(image, prompts=prompts, threshold=-1)
+        many = served.max_objects // len(prompts) + 1
+        counts = encodings(server), decodings(server)
+        result = client.segment(image, prompts=prompts * many, threshold=-1)
+    assert (encodings(server), decodings(server)) == (counts[0] + 1, counts[1] + 2)
+    assert len(result) == many * len(prompts) > served.max_objects
+    for start in (0, len(result) - len(prompts)):
+        np.testing.assert_allclose(result.logits[start : start + 3], few.logits, atol=2e-2)
+
+
+@pytest.mark.semantic("client", "masks under the threshold are dropped", "the block's rules")
+def test_masks_below_the_threshold_are_dropped(url: str, coins: Pixels) -> None:
+    with Client(url) as client:
+        every = client.segment(coins, boxes=BOXES, threshold=-1)
+        middle = float(every.scores.mean())
+        kept = client.segment(coins, boxes=BOXES, threshold=middle)
+        assert len(every) == 2
+        np.testing.assert_array_equal(kept.scores, every.scores[every.scores >= middle])
+        assert len(client.segment(coins, boxes=BOXES, threshold=2)) == 0
+
+
+@pytest.mark.semantic(
+    "client", "boxes given but empty are an empty result without a call", "the block's rules"
+)
+def test_no_boxes_are_an_empty_result_without_a_server(coins: Pixels) -> None:
+    with Client("grpc://127.0.0.1:1") as client:
+        result = client.segment(coins, boxes=np.empty((0, 4)))
+    assert len(result) == 0
+    assert result.masks.shape == (0, *coins.shape[:2])
+
+
+@pytest.mark.semantic(
+    "client", "neither points nor boxes is an error that says so", "the block's rules"
+)
+def test_nothing_to_segment_is_said_without_a_server(coins: Pixels) -> None:
+    with Client("grpc://127.0.0.1:1") as client:
+        with pytest.raises(PromptError, match="nothing to segment"):
+            client.segment(coins)
+        with pytest.raises(ImageError, match="no file"):
+            client.segment("nowhere.jpg", POINTS)
+
+
+@pytest.mark.semantic("client", "classes are carried to the masks", "the block's rules")
+def test_classes_are_carried_to_the_masks(url: str, coins: Pixels) -> None:
+    corners = dict(zip(("x_min", "y_min", "x_max", "y_max"), BOXES[0], strict=True))
+    box = {**corners, "class_name": "coin", "class_id": 7, "detection_id": "first"}
+    with Client(url) as client:
+        result = client.segment(coins, boxes=[box], threshold=-1)
+    assert (result.class_names, result.detection_ids) == (("coin",), ("first",))
+    assert result.class_ids.tolist() == [7]
+
+
+@pytest.mark.semantic("client", "points, a box and a mask can make one object", "the contract")
+def test_box_points_and_mask_can_make_one_object(url: str, coins: Pixels) -> None:
+    with Client(url) as client:
+        rough = client.segment(coins, POINTS, threshold=-1)
+        prompts = [
+            Prompt(points=POINTS, box=BOXES[0], mask=rough.logits[0], class_name="coin"),
+            Prompt(box=BOXES[1]),
+            Prompt(mask=rough.logits[0]),
+        ]
+        together = client.segment(coins, prompts=prompts, threshold=-1)
+        assert together.class_names == ("coin", "foreground", "foreground")
+        for prompt, mask in zip(prompts, together, strict=True):
+            alone = client.segment(coins, prompts=prompt, threshold=-1)
+            np.testing.assert_allclose(mask.logits, alone.logits[0], atol=2e-2)
+
+
+def test_what_the_server_refuses_is_said_in_its_words(url: str, coins: Pixels) -> None:
+    with Client(url) as client:
+        served = client.status().served
+        assert served is not None
+        tokens = (served.max_tokens or 0) + 1
+        with pytest.raises(InvalidRequest, match=str(served.max_tokens)):
+            client.segment(coins, points=[(5, 5)] * tokens)
+        assert len(client.segment(coins, points=POINTS, threshold=-1)) == 1
+
+
+def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
+    client = Client(url)
+    client.segment(coins, POINTS)
+    client.close()
+    client.close()
+    with pytest.raises(TransportError, match="is closed"):
+        client.segment(coins, POINTS)
+
+
+def test_closing_ends_the_clients_threads(server: TritonServer, coins: Pixels) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with Client(server.http_url) as client:
+            client.segment(coins, POINTS)
+        Client(server.http_url).segment(coins, POINTS)  # dropped, not closed
+    assert threading.active_count() == before

@@ -1,0 +1,273 @@
+"""The client's logic step by step, with a hand in place of the server."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from triton_sam3 import contract
+from triton_sam3.engine import Engine, Options, Picture, gather_prompts
+from triton_sam3.errors import ImageNotKept, PromptError, SAM3Error
+from triton_sam3.flow import Acquire, Array, Call, Compute, Flow, Infer, Query
+from triton_sam3.prompts import Prompt
+from triton_sam3.retry import Retries
+
+T = TypeVar("T")
+S, M, LIMIT = 56, 16, 4
+IMAGE: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+POINT = Prompt(points=[(10, 20)])
+
+
+class Hand:
+    """Answers requests as the served models would, and counts them."""
+
+    def __init__(self) -> None:
+        self.kept: set[bytes] = set()
+        self.requests: list[Infer] = []
+        self.queries: list[Query] = []
+
+    def answer(self, step: Any) -> Any:
+        if isinstance(step, Compute):
+            return step.function()
+        if isinstance(step, Acquire):
+            assert isinstance(step.lock, type(threading.Lock()))
+            return step.lock.acquire(timeout=step.timeout)
+        assert isinstance(step, Call)
+        if isinstance(step.request, Query):
+            self.queries.append(step.request)
+            return self.config()
+        self.requests.append(step.request)
+        return self.infer(step.request)
+
+    def config(self) -> dict[str, Any]:
+        sides = [{"name": "image", "dims": [S, S, 3]}, {"name": "mask_input", "dims": [-1, M, M]}]
+        parameters = {"max_objects": {"string_value": str(LIMIT)}}
+        return {"name": "either", "input": sides, "parameters": parameters}
+
+    def infer(self, request: Infer) -> dict[str, Array]:
+        inputs: dict[str, Any] = dict(request.inputs)
+        if "image_id" in inputs and inputs["image_id"].item() not in self.kept:
+            raise ImageNotKept("image_id not found")
+        objects = inputs["point_labels"].shape[1]
+        outputs: dict[str, Array] = {
+            "low_res_masks": np.ones((1, objects, 1, M, M), np.float16),
+            "iou_predictions": np.ones((1, objects, 1), np.float32),
+        }
+        if "keep_image" in inputs:
+            image_id = f"id-{len(self.requests)}".encode()
+            self.kept.add(image_id)
+            outputs["image_id"] = np.array([[image_id]], object)
+        return outputs
+
+    @property
+    def models(self) -> Counter[str]:
+        return Counter(request.model for request in self.requests)
+
+    def drive(self, flow: Flow[T]) -> T:
+        resume: Callable[[Any], Any] = flow.send
+        value: Any = None
+        try:
+            while True:
+                step = resume(value)
+                try:
+                    resume, value = flow.send, self.answer(step)
+                except SAM3Error as error:
+                    resume, value = flow.throw, error
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def hand() -> Hand:
+    return Hand()
+
+
+def engine(remember_images: int = 8) -> Engine:
+    return Engine(Retries(0, 9.0), remember_images, None, threading.Lock)
+
+
+def segment(hand: Hand, engine: Engine, *prompts: Prompt, keep: bool = True) -> Any:
+    return hand.drive(engine.segment(IMAGE, prompts, Options(), keep=keep))
+
+
+def test_a_known_image_is_asked_about_by_id(hand: Hand) -> None:
+    known = engine()
+    for _ in range(3):
+        assert len(segment(hand, known, POINT)) == 1
+    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
+
+
+def test_the_configuration_is_read_once(hand: Hand) -> None:
+    known = engine()
+    for _ in range(3):
+        segment(hand, known, POINT)
+    asked = [query.args for query in hand.queries]
+    assert asked == [(contract.INTERACTIVE,), (contract.DECODER,)]
+
+
+def test_without_memory_every_call_sends_the_image(hand: Hand) -> None:
+    forgetful = engine(remember_images=0)
+    for _ in range(3):
+        segment(hand, forgetful, POINT)
+    assert hand.models == {contract.INTERACTIVE: 3}
+    assert not hand.kept
+
+
+def test_an_image_that_is_not_to_be_kept_is_not(hand: Hand) -> None:
+    segment(hand, engine(), POINT, keep=False)
+    assert not hand.kept
+
+
+@pytest.mark.parametrize("remember_images", [0, 8])
+@pytest.mark.parametrize(("prompts", "requests"), [(LIMIT, 1), (LIMIT + 1, 2), (5 * LIMIT, 5)])
+def test_many_prompts_are_several_requests_over_one_encoding(
+    hand: Hand, prompts: int, requests: int, remember_images: int
+) -> None:
+    result = segment(hand, engine(remember_images), *[POINT] * prompts)
+    assert len(result) == prompts
+    assert hand.models[contract.INTERACTIVE] == 1
+    assert hand.models[contract.DECODER] == requests - 1
+    sizes = [request.inputs["point_labels"].shape[1] for request in hand.requests]
+    assert max(sizes) <= LIMIT
+    assert sum(sizes) == prompts
+
+
+def test_a_bad_prompt_at_the_end_costs_no_request_at_the_start(hand: Hand) -> None:
+    outside = Prompt(points=[(1000, 1000)])
+    with pytest.raises(PromptError):
+        segment(hand, engine(), *[POINT] * 2 * LIMIT, outside)
+    assert not hand.requests
+
+
+def test_no_prompts_are_an_empty_result_without_a_call(hand: Hand) -> None:
+    result = segment(hand, engine())
+    assert len(result) == 0
+    assert result.image_size == (40, 30)
+    assert not hand.requests
+    assert not hand.queries
+
+
+def test_a_lost_image_is_sent_again_once(hand: Hand) -> None:
+    known = engine()
+    segment(hand, known, POINT)
+    hand.kept.clear()
+    assert len(segment(hand, known, POINT)) == 1
+    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 1}
+    segment(hand, known, POINT)
+    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 2}
+
+
+def test_a_server_that_loses_everything_at_once_still_answers(hand: Hand) -> None:
+    class Leaky(Hand):
+        def infer(self, request: Infer) -> dict[str, Array]:
+            outputs = super().infer(request)
+            self.kept.clear()
+            return outputs
+
+    leaky, known = Leaky(), engine()
+    for _ in range(4):
+        assert len(segment(leaky, known, POINT)) == 1
+    assert leaky.models[contract.INTERACTIVE] == 4
+
+
+def test_an_id_another_caller_got_is_used_before_the_image_is_sent(hand: Hand) -> None:
+    known = engine()
+    segment(hand, known, POINT)
+    slot = known._memory.slot(Picture(IMAGE).digest)
+    flow = known.segment(IMAGE, [POINT], Options())
+    hand.drive(_until_lost(flow, hand, lambda: setattr(slot, "image_id", b"id-new")))
+    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
+
+
+def _until_lost(flow: Flow[T], hand: Hand, meanwhile: Callable[[], None]) -> Flow[T]:
+    """Let the first request by id fail, while another caller puts a new id in the slot."""
+    step = next(flow)
+    while not (isinstance(step, Call) and isinstance(step.request, Infer)):
+        step = flow.send((yield step))
+    hand.requests.append(step.request)
+    hand.kept = {b"id-new"}
+    meanwhile()
+    step = flow.throw(ImageNotKept("image_id not found"))
+    return (yield from _rest(flow, step))
+
+
+def _rest(flow: Flow[T], step: Any) -> Generator[Any, Any, T]:
+    try:
+        while True:
+            step = flow.send((yield step))
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+def test_two_callers_with_a_new_image_encode_it_once(hand: Hand) -> None:
+    known = engine()
+    first = known.segment(IMAGE, [POINT], Options())
+    second = known.segment(IMAGE, [POINT], Options())
+    step = _advance(first, hand)  # holds the slot's lock, its image on the way
+    assert isinstance(step, Call)
+    waiting = _advance(second, hand)
+    assert isinstance(waiting, Acquire)
+    hand.drive(_rest(first, step))
+    hand.drive(_rest(second, waiting))
+    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 1}
+
+
+def _advance(flow: Flow[Any], hand: Hand) -> Any:
+    """Run to the first inference, or to a lock that another flow holds."""
+    step = next(flow)
+    while True:
+        if isinstance(step, Call) and isinstance(step.request, Infer):
+            return step
+        if isinstance(step, Acquire) and step.lock.locked():
+            return step
+        step = flow.send(hand.answer(step))
+
+
+def test_a_failure_frees_the_image_for_the_next_caller(hand: Hand) -> None:
+    known = engine()
+    failing = known.segment(IMAGE, [POINT], Options())
+    _advance(failing, hand)
+    with pytest.raises(SAM3Error, match="broken"):
+        failing.throw(SAM3Error("broken"))
+    abandoned = known.segment(IMAGE, [POINT], Options())
+    _advance(abandoned, hand)
+    abandoned.close()  # as on Ctrl-C or a cancelled task
+    assert len(segment(hand, known, POINT)) == 1
+
+
+def test_opening_sends_the_image_once_and_asks_for_no_mask(hand: Hand) -> None:
+    known = engine()
+    for _ in range(2):
+        hand.drive(known.open(IMAGE))
+    assert len(hand.requests) == 1
+    assert hand.requests[0].outputs == ("image_id",)
+
+
+@pytest.mark.parametrize("remember_images", [0, 8])
+def test_an_open_image_is_asked_about_by_id_whatever_is_remembered(
+    hand: Hand, remember_images: int
+) -> None:
+    known = engine(remember_images)
+    picture, slot = hand.drive(known.open(IMAGE))
+    for _ in range(2):
+        hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    hand.kept.clear()
+    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 4}
+
+
+def test_prompts_are_given_one_way_or_the_other() -> None:
+    assert gather_prompts(None, None, [POINT]) == (POINT,)
+    assert gather_prompts(None, None, POINT) == (POINT,)
+    assert len(gather_prompts([(1, 2)], [(0, 0, 1, 1)], None)) == 2
+    with pytest.raises(PromptError, match="either prompts, or points and boxes"):
+        gather_prompts([(1, 2)], None, [POINT])
+    with pytest.raises(PromptError, match="nothing to segment"):
+        gather_prompts(None, None, None)
+    with pytest.raises(PromptError, match=r"Prompt values, got \(1, 2\)"):
+        gather_prompts(None, None, [(1, 2)])  # type: ignore[list-item]

@@ -1,0 +1,226 @@
+"""Images and coordinates against Pillow, NumPy and the reference's own transforms."""
+
+import io
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import Resize, ToTensor
+
+from triton_sam3.errors import ImageError
+from triton_sam3.geometry import load_image, resize, to_fractions
+
+ORIENTATION = 0x0112
+"""EXIF tag; 1 upright … 8."""
+
+UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.fixture
+def photo() -> NDArray[np.uint8]:
+    return np.ascontiguousarray(skimage.data.astronaut()[::8, ::5])
+
+
+@pytest.fixture
+def grey(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(photo[:, :, 1])
+
+
+def assert_image(image: NDArray[Any], expected: NDArray[Any]) -> None:
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_rgb_array_is_returned_itself(photo: NDArray[np.uint8]) -> None:
+    loaded = load_image(photo)
+    assert np.shares_memory(loaded, photo)
+    assert_image(loaded, photo)
+
+
+def test_array_kinds(photo: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
+    three = np.stack([grey] * 3, axis=2)
+    assert_image(load_image(grey), three)
+    assert_image(load_image(grey[:, :, None]), three)
+    assert_image(load_image(np.dstack([photo, grey])), photo)
+    assert_image(load_image(grey > 100), np.where(three > 100, 255, 0))
+    assert_image(load_image(photo[::2, ::-1]), photo[::2, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4, 5, 3), np.float32), "array of float32.*accepted are.*scale it to 0..255"),
+        (np.zeros((4, 5, 3), np.uint16), "array of uint16.*accepted are"),
+        (np.zeros((4, 5, 2), np.uint8), r"shape \(4, 5, 2\) is not an image: accepted are"),
+        (np.zeros((3, 40, 50), np.uint8), r"\(3, 40, 50\) is not.*move the channels last"),
+        (np.zeros((1, 4, 5, 3), np.uint8), r"shape \(1, 4, 5, 3\) is not an image"),
+        (np.zeros(7, np.uint8), r"shape \(7,\) is not an image"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\) has no pixels"),
+    ],
+)
+def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
+    with pytest.raises(ImageError, match=says):
+        load_image(array)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "cannot be a NoneType: accepted are a path"),
+        ([[1, 2], [3, 4]], "cannot be a list: accepted are"),
+        (b"\x89PNG", r"cannot be a bytes: .*PIL.Image.open\(io.BytesIO\(data\)\)"),
+        ("https://example.org/a.jpg", "'https://example.org/a.jpg' is a URL: download it first"),
+        ("/no/such/photo.jpg", "there is no file '/no/such/photo.jpg'"),
+    ],
+)
+def test_values_that_are_no_image(value: Any, says: str) -> None:
+    with pytest.raises(ImageError, match=says):
+        load_image(value)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "YCbCr", "HSV", "PA"])
+def test_pil_modes_become_rgb(photo: NDArray[np.uint8], mode: str) -> None:
+    image = Image.fromarray(photo).convert(mode)
+    assert_image(load_image(image), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_files_keep_the_upper_byte(
+    tmp_path: Path, grey: NDArray[np.uint8], suffix: str
+) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(path)
+    assert_image(load_image(path), np.stack([grey] * 3, axis=2))
+
+
+def test_transparent_palette_file_without_a_warning(
+    tmp_path: Path, photo: NDArray[np.uint8]
+) -> None:
+    path = tmp_path / "palette.png"
+    image = Image.fromarray(photo).quantize(200)
+    image.save(path, transparency=bytes(range(200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_image(path)
+    assert_image(loaded, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_values_beyond_sixteen_bits_are_refused(mode: str) -> None:
+    image = Image.new(mode, (3, 2), 70000)
+    with pytest.raises(ImageError, match=r"the PIL image holds .*scale it to 0\.\.255"):
+        load_image(image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_files(
+    tmp_path: Path, photo: NDArray[np.uint8], orientation: int
+) -> None:
+    path = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(photo).save(path, exif=exif)
+    assert_image(load_image(path), UPRIGHT[orientation](photo))
+    assert_image(load_image(str(path)), UPRIGHT[orientation](photo))
+    with Image.open(path) as image:  # its size is what its holder's coordinates refer to
+        assert_image(load_image(image), photo)
+
+
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (400, 300)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(ImageError, match=r"bomb\.png' has too many pixels.*120000"):
+        load_image(path)
+
+
+def test_not_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no picture")
+    with pytest.raises(ImageError, match=r"notes\.txt' is not an image Pillow can read"):
+        load_image(path)
+    with pytest.raises(ImageError, match="there is no file"):
+        load_image(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
+def test_damaged_files_raise_nothing_but_image_errors(
+    tmp_path: Path, photo: NDArray[np.uint8], suffix: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, suffix)
+    chance = random.Random(0)
+    refused = 0
+    for number in range(60):
+        damaged = bytearray(buffer.getvalue())
+        if number % 2:
+            del damaged[chance.randrange(len(damaged)) :]
+        for _ in range(8):
+            if damaged:
+                damaged[chance.randrange(min(len(damaged), 400))] = chance.randrange(256)
+        path = tmp_path / f"damaged{number}"
+        path.write_bytes(damaged)
+        try:
+            load_image(path)
+        except ImageError as error:
+            refused += 1
+            assert f"damaged{number}" in str(error)
+    assert refused
+
+
+def fine_strip() -> NDArray[np.uint8]:
+    """A picture that shrinks by more than three across, grows down, and is full of detail."""
+    return np.ascontiguousarray(np.tile(skimage.data.astronaut(), (2, 7, 1))[:900])
+
+
+@pytest.mark.parametrize("side", [1008, 336])
+@pytest.mark.parametrize(
+    "picture", [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea, fine_strip]
+)
+def test_resize_is_within_a_grey_level_of_torchvision(
+    picture: Callable[[], NDArray[np.uint8]], side: int
+) -> None:
+    image = picture()
+    expected = Resize((side, side))(ToTensor()(image)) * 255
+    ours = resize(image, side)
+    assert ours.shape == (side, side, 3)
+    assert ours.dtype == np.uint8
+    difference = np.abs(ours - expected.permute(1, 2, 0).numpy())
+    assert difference.max() <= 1.01  # each of two passes rounds to whole levels, half a level off
+    assert difference.mean() < 0.3
+
+
+def test_resize_of_a_fitting_image_copies_nothing(photo: NDArray[np.uint8]) -> None:
+    square = np.ascontiguousarray(photo[:60, :60])
+    assert resize(square, 60) is square
+
+
+def test_fractions_are_the_references_numbers(reference: Any) -> None:
+    transforms = reference(1008)
+    xy = np.random.default_rng(0).uniform(0, 640, (500, 2))
+    width, height = 641, 487
+    expected = transforms.transform_coords(
+        torch.as_tensor(xy, dtype=torch.float), normalize=True, orig_hw=(height, width)
+    )
+    ours = to_fractions(xy, width, height)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours * np.float32(1008), expected.numpy())

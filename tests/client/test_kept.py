@@ -1,0 +1,52 @@
+"""Which image the server keeps under which id."""
+
+import threading
+
+from triton_sam3.kept import ImageMemory
+
+
+def test_the_same_image_shares_a_slot() -> None:
+    memory = ImageMemory(2, threading.Lock)
+    assert memory.slot("a") is memory.slot("a")
+    assert memory.slot("a") is not memory.slot("b")
+
+
+def test_the_image_asked_about_longest_ago_is_forgotten() -> None:
+    memory = ImageMemory(2, threading.Lock)
+    a, b = memory.slot("a"), memory.slot("b")
+    memory.slot("a")
+    memory.slot("c")
+    assert memory.slot("a") is a
+    assert memory.slot("b") is not b
+
+
+def test_without_memory_every_slot_is_its_own() -> None:
+    memory = ImageMemory(0, threading.Lock)
+    assert memory.slot("a") is not memory.slot("a")
+
+
+def test_only_the_lost_id_is_forgotten() -> None:
+    slot = ImageMemory(1, threading.Lock).slot("a")
+    slot.image_id = b"new"
+    slot.forget(b"old")
+    assert slot.image_id == b"new"
+    slot.forget(b"new")
+    assert slot.image_id is None
+
+
+def test_threads_agree_on_the_slot() -> None:
+    memory = ImageMemory(4, threading.Lock)
+    barrier = threading.Barrier(8)
+    seen = []
+
+    def ask() -> None:
+        barrier.wait()
+        for _ in range(200):
+            seen.append(memory.slot("a"))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, seen))) == 1

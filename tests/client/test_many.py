@@ -1,0 +1,180 @@
+"""Many images at once, against the real server where one is needed."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server import TritonServer
+from tests.client.statistics import encodings
+from triton_sam3 import AsyncClient, Client, ImageError, Prompt, PromptError
+from triton_sam3.geometry import ImageLike
+from triton_sam3.many import Job, Outcome, jobs, run, run_async
+
+Pixels = NDArray[np.uint8]
+Fresh = Callable[[], Pixels]
+POINT = {"points": [(110, 80)]}
+BOX = {"boxes": [(95, 60, 140, 110)]}
+
+
+def test_one_mapping_goes_with_every_image() -> None:
+    asked = [job.prompts() for job in jobs(["a", "b"], POINT, 1)]
+    assert len(asked) == 2
+    assert asked[0][0].points == asked[1][0].points
+
+
+def test_each_image_may_have_its_own_prompts() -> None:
+    prompts: list[Any] = [POINT, [Prompt(box=(0, 0, 5, 5)), Prompt(points=[(1, 1)])], {"boxes": []}]
+    assert [len(job.prompts()) for job in jobs("abc", prompts, 1)] == [1, 2, 0]
+
+
+def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
+    with pytest.raises(PromptError, match="prompts for 2 images, and 3 images"):
+        jobs(["a", "b", "c"], [POINT, POINT], 1)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        jobs(["a"], POINT, 0)
+
+
+def test_prompts_that_run_out_are_noticed() -> None:
+    work = jobs(iter(["a", "b", "c"]), iter([POINT, POINT]), 1)
+    with pytest.raises(PromptError, match="prompts for 2 images, and more images"):
+        list(work)
+
+
+def test_unknown_keys_are_the_images_own_error() -> None:
+    (job,) = jobs(["a"], [{"point": [(1, 1)]}], 1)
+    with pytest.raises(PromptError, match="keys are points and boxes"):
+        job.prompts()
+
+
+class Workshop:
+    """Jobs that end when told to, and how many are at work."""
+
+    def __init__(self, count: int) -> None:
+        self.taken = 0
+        self.at_work = 0
+        self.most = 0
+        self._count = count
+        self._guard = threading.Lock()
+
+    def images(self) -> Iterator[str]:
+        for number in range(self._count):
+            self.taken += 1
+            yield str(number)
+
+    def attempt(self, job: Job) -> Outcome:
+        with self._guard:
+            self.at_work += 1
+            self.most = max(self.most, self.at_work)
+        time.sleep(0.05 if job.index % 4 == 0 else 0.005)
+        with self._guard:
+            self.at_work -= 1
+        return Outcome(job.index, job.image)
+
+    async def attempt_async(self, job: Job) -> Outcome:
+        self.at_work += 1
+        self.most = max(self.most, self.at_work)
+        await asyncio.sleep(0.05 if job.index % 4 == 0 else 0.005)
+        self.at_work -= 1
+        return Outcome(job.index, job.image)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+async def test_at_most_so_many_are_at_work_and_none_is_lost(in_order: bool) -> None:
+    for asynchronous in (False, True):
+        shop = Workshop(20)
+        work = jobs(shop.images(), POINT, 4)
+        seen = []
+        if asynchronous:
+            async for outcome in run_async(work, shop.attempt_async, 4, in_order):
+                seen.append(outcome.index)
+                assert shop.taken <= len(seen) + 4
+        else:
+            for outcome in run(work, shop.attempt, 4, in_order):
+                seen.append(outcome.index)
+                assert shop.taken <= len(seen) + 4
+        assert sorted(seen) == list(range(20))
+        assert (seen == sorted(seen)) is in_order
+        assert shop.most == 4
+
+
+async def test_stopping_early_takes_no_further_images() -> None:
+    shop = Workshop(100)
+    outcomes = run(jobs(shop.images(), POINT, 4), shop.attempt, 4, True)
+    assert next(outcomes).index == 0
+    outcomes.close()  # type: ignore[attr-defined]
+    assert shop.at_work == 0
+    assert shop.taken <= 5
+
+    shop = Workshop(100)
+    waiting = run_async(jobs(shop.images(), POINT, 4), shop.attempt_async, 4, True)
+    assert (await anext(waiting)).index == 0
+    await waiting.aclose()  # type: ignore[attr-defined]
+    assert shop.taken <= 5
+
+
+@pytest.mark.semantic("ways to call", "one failed image of many loses no other", "the contract")
+def test_one_failed_image_loses_no_other(url: str, coins: Pixels, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    images: list[ImageLike] = [coins, "nowhere.png", broken, coins, coins[:60, :60]]
+    with Client(url) as client:
+        alone = client.segment(coins, points=[(110, 80)])
+        outcomes = list(client.segment_many(images, POINT, concurrency=3))
+    assert [outcome.index for outcome in outcomes] == list(range(5))
+    assert [type(outcome.error) for outcome in outcomes] == [
+        type(None),
+        ImageError,
+        ImageError,
+        type(None),
+        PromptError,  # outside the small image
+    ]
+    for outcome in (outcomes[0], outcomes[3]):
+        np.testing.assert_allclose(outcome.unwrap().logits, alone.logits, atol=2e-2)
+    with pytest.raises(ImageError, match=r"nowhere\.png"):
+        outcomes[1].unwrap()
+
+
+async def test_awaited_and_as_completed(
+    url: str, fresh: Fresh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [fresh() for _ in range(6)]
+    async with AsyncClient(url) as client:
+        outcomes = [
+            outcome
+            async for outcome in client.segment_many(
+                images, [POINT, BOX] * 3, in_order=False, progress=True
+            )
+        ]
+        assert "6/6" in capsys.readouterr().err
+        assert sorted(outcome.index for outcome in outcomes) == list(range(6))
+        for outcome in outcomes:
+            asked: dict[str, Any] = (POINT, BOX)[outcome.index % 2]
+            alone = await client.segment(images[outcome.index], **asked)
+            assert outcome.image is images[outcome.index]
+            np.testing.assert_allclose(outcome.unwrap().scores, alone.scores, atol=1e-2)
+
+
+def test_the_images_are_not_kept(url: str, fresh: Fresh, server: TritonServer) -> None:
+    image = fresh()
+    with Client(url) as client:
+        before = encodings(server)
+        assert all(not o.error for o in client.segment_many([image, image], POINT))
+        client.segment(image, points=POINT["points"])
+        assert encodings(server) == before + 3
+
+
+def test_progress_goes_to_stderr(
+    url: str, coins: Pixels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Client(url) as client:
+        assert len(list(client.segment_many([coins] * 2, POINT, progress=True))) == 2
+    captured = capsys.readouterr()
+    assert "2/2" in captured.err
+    assert not captured.out

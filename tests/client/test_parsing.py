@@ -1,0 +1,227 @@
+"""Points, boxes and masks in every spelling, and what is said about those that are wrong."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_sam3.errors import PromptError
+from triton_sam3.parsing import Box, Point, parse_box, parse_class_id, parse_mask, parse_points
+
+A_POINT = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
+A_BOX = (
+    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
+    "centre as x, y and its width and height, in pixels"
+)
+
+coordinates = st.floats(-1e6, 1e6)
+points = st.builds(Point, coordinates, coordinates, st.booleans())
+
+
+@pytest.mark.semantic(
+    "client",
+    "points may be dicts, pairs, triples or arrays, of numpy's scalars too",
+    "the block's rules",
+)
+@given(st.lists(points, max_size=5))
+def test_every_spelling_of_points_means_the_same(expected: list[Point]) -> None:
+    spellings: list[Any] = [
+        expected,
+        [tuple(point) for point in expected],
+        [list(point) for point in expected],
+        [point._asdict() for point in expected],
+        [(np.float64(x), np.float64(y), np.bool_(positive)) for x, y, positive in expected],
+        [(Fraction(x), Fraction(y), int(positive)) for x, y, positive in expected],
+        (point for point in expected),
+        np.array(expected, np.float64).reshape(-1, 3),
+        torch.tensor(expected, dtype=torch.float64).reshape(-1, 3),
+    ]
+    for spelling in spellings:
+        assert parse_points(spelling) == tuple(expected)
+
+
+def test_points_are_positive_unless_told() -> None:
+    pairs = np.array([[1, 2], [3, 4]])
+    expected = (Point(1, 2, True), Point(3, 4, True))
+    assert parse_points(pairs) == expected
+    assert parse_points([(1, 2), {"x": 3, "y": 4}]) == expected
+
+
+def test_parsed_points_are_plain_numbers() -> None:
+    (point,) = parse_points([(np.float32(1.5), np.int64(2), np.int8(0))])
+    assert [type(value) for value in point] == [float, float, bool]
+
+
+def test_no_points() -> None:
+    assert parse_points(None) == ()
+    assert parse_points(np.zeros((0, 2))) == ()
+
+
+@pytest.mark.semantic(
+    "client",
+    "a missing or boolean coordinate or a wrong length is an error that quotes the value",
+    "the block's rules",
+)
+@pytest.mark.parametrize(
+    ("given_points", "message"),
+    [
+        ([{"x": 3}], f"point {{'x': 3}} has no y: {A_POINT}"),
+        ([{"positive": True}], f"point {{'positive': True}} has no x and no y: {A_POINT}"),
+        ([(True, 2)], "point (True, 2): coordinates must be numbers, got True"),
+        (
+            [{"x": np.int64(1), "y": np.bool_(False)}],
+            "point {'x': 1, 'y': False}: coordinates must be numbers, got False",
+        ),
+        ([("7", 2)], "point ('7', 2): coordinates must be numbers, got '7'"),
+        ([(1, None)], "point (1, None): coordinates must be numbers, got None"),
+        ([(1, math.nan)], "point (1, nan): coordinates must be finite pixels, got nan"),
+        (np.array([[np.inf, 1]]), "point [inf, 1.0]: coordinates must be finite pixels, got inf"),
+        ([(1, 2, "no")], "point (1, 2, 'no'): positive must be true or false, got 'no'"),
+        ([(1, 2, 3)], "point (1, 2, 3): positive must be true or false, got 3"),
+        ([(1, 2, None)], "point (1, 2, None): positive must be true or false, got None"),
+        ([(5,)], f"(5,) is not a point: {A_POINT}"),
+        ([(1, 2, 1, 0)], f"(1, 2, 1, 0) is not a point: {A_POINT}"),
+        (["ab"], f"'ab' is not a point: {A_POINT}"),
+        ((320, 240), f"points must be a list, even of one, got (320, 240): {A_POINT}"),
+        (
+            {"x": 1, "y": 2},
+            f"points must be a list, even of one, got {{'x': 1, 'y': 2}}: {A_POINT}",
+        ),
+        (np.array(4), f"points must be a list, even of one, got 4: {A_POINT}"),
+        ("ab", f"points must be a list, even of one, got 'ab': {A_POINT}"),
+    ],
+)
+def test_wrong_points_are_quoted(given_points: Any, message: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        parse_points(given_points)
+    assert str(caught.value) == message
+
+
+@pytest.mark.semantic(
+    "client", "boxes may be supervision's, Roboflow's, dicts or arrays", "the block's rules"
+)
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        (10, 20, 40, 60),
+        [10.0, 20.0, 40.0, 60.0],
+        np.array([10, 20, 40, 60]),
+        torch.tensor([10, 20, 40, 60]),
+        {"x_min": 10, "y_min": 20, "x_max": 40, "y_max": 60},
+        {"xmin": 10, "ymin": 20, "xmax": 40, "ymax": 60},
+        {"x0": 10, "y0": 20, "x1": 40, "y1": 60},
+        {"x1": 10, "y1": 20, "x2": 40, "y2": 60},
+        {"x": 25, "y": 40, "width": 30, "height": 40},
+    ],
+)
+def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
+    box = parse_box(spelling)
+    assert box == Box(10, 20, 40, 60)
+    assert all(type(value) is float for value in box)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (
+            [5, 5, 5, 9],
+            "box [5, 5, 5, 9] has no area: x_min must be below x_max, y_min below y_max",
+        ),
+        (
+            (9, 1, 5, 4),
+            "box (9, 1, 5, 4) has no area: x_min must be below x_max, y_min below y_max",
+        ),
+        (
+            {"x": 5, "y": 5, "width": -1, "height": 3},
+            "box {'height': 3, 'width': -1, 'x': 5, 'y': 5} has no area: "
+            "x_min must be below x_max, y_min below y_max",
+        ),
+        (
+            np.array([1, 2, np.nan, 4]),
+            "box [1.0, 2.0, nan, 4.0]: coordinates must be finite pixels, got nan",
+        ),
+        ([1, 2, 3, False], "box [1, 2, 3, False]: coordinates must be numbers, got False"),
+        ([1, 2, 3], f"[1, 2, 3] is not a box: {A_BOX}"),
+        (7, f"7 is not a box: {A_BOX}"),
+        ({"x": 1, "y": 2}, f"box {{'x': 1, 'y': 2}} has no width and no height: {A_BOX}"),
+    ],
+)
+def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        parse_box(box)
+    assert str(caught.value) == message
+
+
+def test_long_values_are_quoted_in_short() -> None:
+    detection = {"x": 1, "points": [{"x": 1.0, "y": 2.0}] * 5000, "note": "n" * 5000}
+    with pytest.raises(PromptError, match=r"has no y and no width and no height") as caught:
+        parse_box(detection)
+    assert len(str(caught.value)) < 700
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.binary(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.sampled_from(["x", "y", "positive", "width", "height"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60)
+@given(junk)
+def test_junk_raises_nothing_but_prompt_errors(value: Any) -> None:
+    for parse in (parse_points, parse_box, parse_class_id):
+        try:
+            parse(value)
+        except PromptError as error:
+            assert str(error)
+
+
+def test_masks_are_kept_as_read_only_float16() -> None:
+    logits = np.random.default_rng(0).standard_normal((1, 9, 9)).astype(np.float32)
+    mask = parse_mask(logits)
+    assert mask.shape == (9, 9)
+    assert mask.dtype == np.float16
+    np.testing.assert_array_equal(mask, logits[0].astype(np.float16))
+    assert not mask.flags.writeable
+    logits[:] = 0
+    assert mask.any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (np.ones((8, 8), np.bool_), r"logits \[M, M\] of an earlier answer .* got bool \[8, 8\]"),
+        (np.ones((8, 9), np.float32), r"got float32 \[8, 9\]"),
+        (np.ones((2, 8, 8), np.float32), r"got float32 \[2, 8, 8\]"),
+        (np.full((8, 8), np.nan), "must be finite and fit float16"),
+        (np.full((8, 8), 1e6), "must be finite and fit float16"),
+    ],
+)
+def test_wrong_masks(mask: Any, says: str) -> None:
+    with pytest.raises(PromptError, match=says):
+        parse_mask(mask)
+
+
+@pytest.mark.parametrize("value", [3, 3.0, np.int8(3), np.array(3)])
+def test_class_ids(value: Any) -> None:
+    assert parse_class_id(value) == 3
+
+
+@pytest.mark.parametrize("value", [True, "3", 3.5, math.nan, math.inf, None])
+def test_wrong_class_ids(value: Any) -> None:
+    with pytest.raises(PromptError, match="class_id must be a whole number, got "):
+        parse_class_id(value)

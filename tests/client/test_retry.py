@@ -1,0 +1,142 @@
+"""When a request is sent again, driven by hand: no server, no waiting."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from triton_sam3.errors import (
+    DeadlineExceeded,
+    ImageNotKept,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+    SAM3Error,
+    ServerUnreachable,
+)
+from triton_sam3.flow import Call, Query, Sleep
+from triton_sam3.retry import Retries
+
+REQUEST = Query("is_server_ready")
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def longest(low: float, high: float) -> float:
+    assert low == 0.0
+    return high
+
+
+def drive(
+    retries: Retries, clock: Clock, answer: Callable[[Call], Any]
+) -> tuple[Any, list[Call], list[float]]:
+    """Run a flow to its end; the answer, what was sent, how long it slept in between."""
+    flow = retries.send(REQUEST)
+    calls, pauses = [], []
+    step = next(flow)
+    try:
+        while True:
+            if isinstance(step, Sleep):
+                pauses.append(step.seconds)
+                clock.now += step.seconds
+                step = flow.send(None)
+                continue
+            assert isinstance(step, Call)
+            calls.append(step)
+            try:
+                value = answer(step)
+            except SAM3Error as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(value)
+    except StopIteration as done:
+        return done.value, calls, pauses
+
+
+def failing(error: type[SAM3Error], times: int) -> Callable[[Call], str]:
+    left = [times]
+
+    def answer(call: Call) -> str:
+        if left[0]:
+            left[0] -= 1
+            raise error("no")
+        return "yes"
+
+    return answer
+
+
+@pytest.mark.parametrize("error", [ServerUnreachable, Overloaded])
+def test_what_may_pass_is_tried_again(error: type[SAM3Error]) -> None:
+    clock = Clock()
+    retries = Retries(4, 60.0, clock=clock, uniform=longest)
+    value, calls, _ = drive(retries, clock, failing(error, 3))
+    assert value == "yes"
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequest, ImageNotKept, ModelUnavailable, DeadlineExceeded]
+)
+def test_what_will_not_pass_is_not_tried_again(error: type[SAM3Error]) -> None:
+    clock = Clock()
+    seen = []
+
+    def answer(call: Call) -> None:
+        seen.append(call)
+        raise error("no")
+
+    with pytest.raises(error):
+        drive(Retries(4, 60.0, clock=clock), clock, answer)
+    assert len(seen) == 1
+
+
+def test_attempts_end() -> None:
+    clock = Clock()
+    seen = []
+
+    def answer(call: Call) -> None:
+        seen.append(call)
+        raise Overloaded("no")
+
+    with pytest.raises(Overloaded):
+        drive(Retries(2, 60.0, clock=clock, uniform=longest), clock, answer)
+    assert len(seen) == 3
+
+
+def test_pauses_double_up_to_a_cap() -> None:
+    clock = Clock()
+    retries = Retries(6, 600.0, base=0.5, cap=4.0, clock=clock, uniform=longest)
+    _, _, pauses = drive(retries, clock, failing(Overloaded, 6))
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_jitter_spreads_the_pauses_from_zero() -> None:
+    clock = Clock()
+    pauses = []
+    for _ in range(50):
+        pauses += drive(Retries(1, 60.0, base=1.0, clock=clock), clock, failing(Overloaded, 1))[2]
+    assert 0.0 <= min(pauses) < 0.3
+    assert 0.7 < max(pauses) <= 1.0
+
+
+def test_tries_share_one_deadline() -> None:
+    clock = Clock()
+    retries = Retries(4, 10.0, base=1.0, cap=8.0, clock=clock, uniform=longest)
+    _, calls, _ = drive(retries, clock, failing(ServerUnreachable, 3))
+    assert [call.timeout for call in calls] == [10.0, 9.0, 7.0, 3.0]
+
+
+def test_no_pause_goes_beyond_the_deadline() -> None:
+    clock = Clock()
+    retries = Retries(9, 2.5, base=1.0, clock=clock, uniform=longest)
+    with pytest.raises(ServerUnreachable):
+        drive(retries, clock, failing(ServerUnreachable, 9))
+    assert clock.now - 100.0 <= 2.5

@@ -1,0 +1,196 @@
+"""Images that reach the real server through shared memory."""
+
+import asyncio
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from numpy.typing import NDArray
+
+from server import TritonServer
+from tests.client.test_regions import dying
+from tests.client.wire import wire
+from triton_sam3 import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    InvalidRequest,
+    SAM3Error,
+    TransportError,
+)
+from triton_sam3.flow import Call, Infer, InSharedMemory, Query
+from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion
+from triton_sam3.retry import Retries
+from triton_sam3.shared_memory import SharedMemory
+
+Pixels = NDArray[np.uint8]
+Fresh = Callable[[], Pixels]
+POINTS = [(110, 80)]
+
+
+def regions(server: TritonServer) -> list[str]:
+    """Names of the regions that the server has mapped."""
+    client = tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://"))
+    try:
+        return list(client.get_system_shared_memory_status(as_json=True).get("regions", {}))
+    finally:
+        client.close()
+
+
+def files() -> list[str]:
+    return [path.name for path in SYSTEM_FOLDER.glob("sam3_client_*")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: TritonServer) -> Iterator[None]:
+    yield
+    assert regions(server) == []
+    assert files() == []
+
+
+@pytest.mark.semantic(
+    "ways to call",
+    "through shared memory: the same answer, and no image in the request",
+    "equality",
+)
+def test_the_answer_is_the_same_and_the_image_is_not_in_the_request(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
+    image = fresh()
+    with Client(url) as client:
+        expected = client.segment(image, POINTS)
+    with wire(url) as counted, Client(counted.url, shared_memory="system") as client:
+        result = client.segment(image, POINTS)
+        # Not to the bit: a batch that others share is computed in another order.
+        np.testing.assert_allclose(result.logits, expected.logits, atol=2e-2)
+        assert counted.sent < 5_000
+        assert len(regions(server)) == 1
+        assert files() == []  # gone as soon as the server has it mapped
+        for _ in range(3):
+            client.segment(fresh(), POINTS)
+        assert len(regions(server)) == 1  # used again
+    assert regions(server) == []
+
+
+async def test_requests_at_the_same_time_do_not_share_a_region(url: str, fresh: Fresh) -> None:
+    images = [np.roll(fresh(), 31 * number, axis=1) for number in range(6)]
+    async with AsyncClient(url) as client:
+        expected = [await client.segment(image, POINTS) for image in images]
+    async with AsyncClient(url, shared_memory="system", remember_images=0) as client:
+        results = await asyncio.gather(*(client.segment(image, POINTS) for image in images))
+    for result, reference in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result.logits, reference.logits, atol=2e-2)
+
+
+def test_a_dropped_client_takes_its_regions_back(
+    url: str, coins: Pixels, server: TritonServer
+) -> None:
+    client = Client(url, shared_memory="system")
+    client.segment(coins, POINTS)
+    assert len(regions(server)) == 1
+    del client
+    assert regions(server) == []
+
+
+@pytest.mark.semantic(
+    "ways to call", "a killed caller's shared memory is taken back", "bytes counted"
+)
+def test_a_killed_client_leaks_nothing_once_another_one_comes(
+    url: str, coins: Pixels, server: TritonServer
+) -> None:
+    dying(
+        "import numpy as np\n"
+        "from triton_sam3 import Client\n"
+        f"client = Client({url!r}, shared_memory='system')\n"
+        "client.segment(np.zeros((50, 60, 3), np.uint8), points=[(5, 5)])"
+    )
+    assert len(regions(server)) == 1
+    assert files() == []
+    with Client(url, shared_memory="system") as client:
+        client.segment(coins, POINTS)
+        assert len(regions(server)) == 1
+
+
+def test_a_restarted_server_gets_new_regions(own_server: TritonServer, fresh: Fresh) -> None:
+    with Client(own_server.grpc_url, shared_memory="system") as client:
+        image = fresh()
+        before = client.segment(image, POINTS)
+        own_server.restart()
+        np.testing.assert_array_equal(client.segment(image, POINTS).logits, before.logits)
+        client.segment(fresh(), POINTS)
+        assert len(regions(own_server)) == 1
+    assert regions(own_server) == []
+
+
+@contextmanager
+def no_large_files() -> Iterator[None]:
+    """No file of this process may grow beyond half a region: /dev/shm is as good as full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_without_memory_to_share_the_image_travels_in_the_request(
+    url: str, coins: Pixels, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client(url, shared_memory="system")
+    with client, no_large_files(), caplog.at_level(logging.WARNING):
+        result = client.segment(coins, POINTS, threshold=-1)
+    assert len(result) == 1
+    assert "no shared memory" in caplog.text
+
+
+def by_hand(memory: SharedMemory, answer: Any) -> list[Infer | Query]:
+    """Send an image with `answer` in place of the server's; what was sent, in order."""
+    image: NDArray[np.uint8] = np.zeros((1, 200, 200, 3), np.uint8)
+    flow = memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0, 9.0))
+    sent: list[Infer | Query] = []
+    value: Any = None
+    try:
+        while True:
+            step = flow.send(value)
+            assert isinstance(step, Call)
+            sent.append(step.request)
+            value = {}
+            if isinstance(step.request, Infer) and answer is not None:
+                flow.throw(answer)
+    except (StopIteration, SAM3Error):
+        return sent
+
+
+def region_of(sent: list[Infer | Query]) -> str:
+    (infer,) = (request for request in sent if isinstance(request, Infer))
+    placed = infer.inputs["image"]
+    assert isinstance(placed, InSharedMemory)
+    return placed.region
+
+
+def test_a_region_without_an_answer_is_not_used_again() -> None:
+    memory = SharedMemory("system")
+    first = by_hand(memory, DeadlineExceeded("late"))
+    second = by_hand(memory, InvalidRequest("no"))  # an answer, if not a nice one
+    third = by_hand(memory, None)
+    assert region_of(first) != region_of(second) == region_of(third)
+    assert Query("unregister_system_shared_memory", (region_of(first),)) in second
+    assert [type(request) for request in third] == [Infer]
+
+
+def test_a_server_elsewhere_is_told_apart(
+    coins: Pixels, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server looks for the region where this client did not put it, as from another container.
+    def elsewhere(region: SystemRegion) -> Query:
+        return Query("register_system_shared_memory", (region.name, "/elsewhere", region.size))
+
+    monkeypatch.setattr(SystemRegion, "register", elsewhere)
+    told = pytest.raises(TransportError, match="must run on this host")
+    with Client(url, shared_memory="system") as client, told:
+        client.segment(coins, POINTS)

@@ -1,0 +1,180 @@
+"""Headers, TLS and retries on real connections."""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import trustme
+from numpy.typing import NDArray
+
+from server import TritonServer
+from tests.client import misbehaving
+from tests.client.wire import wire
+from triton_sam3 import AsyncClient, Client, ServerUnreachable
+from triton_sam3.endpoint import Endpoint
+from triton_sam3.flow import Call, Flow, Query
+from triton_sam3.retry import Retries
+from triton_sam3.steps import perform, perform_async
+from triton_sam3.transports import open_async_transport, open_transport
+
+Pixels = NDArray[np.uint8]
+METADATA = Query("get_server_metadata")
+HEADERS = {"Authorization": "Bearer token"}
+QUICK = Retries(3, 30.0, base=0.01)
+
+
+def run(flow: Flow[Any], url: str) -> Any:
+    transport = open_transport(Endpoint.parse(url), HEADERS)
+    try:
+        return perform(flow, transport)
+    finally:
+        transport.close()
+
+
+def run_async(flow: Flow[Any], url: str) -> Any:
+    async def main() -> Any:
+        transport = open_async_transport(Endpoint.parse(url), HEADERS)
+        try:
+            return await perform_async(flow, transport)
+        finally:
+            await transport.close()
+
+    return asyncio.run(main())
+
+
+both = pytest.mark.parametrize("perform_flow", [run, run_async])
+Run = Callable[[Flow[Any], str], Any]
+
+
+@both
+def test_what_is_safe_is_sent_again_over_http(perform_flow: Run) -> None:
+    busy, down = (429, b'{"error": "busy"}'), (503, b"<html>")
+    with misbehaving.http(busy, down, (200, misbehaving.METADATA)) as (url, counter):
+        assert perform_flow(QUICK.send(METADATA), url)["name"] == "triton"
+        assert counter.requests == 3
+
+
+@pytest.mark.semantic("ways to call", "what is safe is sent again", "the contract")
+@both
+def test_what_is_safe_is_sent_again_over_grpc(perform_flow: Run) -> None:
+    code = grpc.StatusCode
+    answers = (code.RESOURCE_EXHAUSTED, "busy"), (code.UNAVAILABLE, "down"), (code.OK, "")
+    with misbehaving.grpc_server(*answers) as (url, counter):
+        assert perform_flow(QUICK.send(METADATA), url)["name"] == "triton"
+        assert counter.requests == 3
+
+
+@pytest.mark.semantic("ways to call", "a bad prompt is not sent again", "the contract")
+@both
+def test_a_bad_request_is_sent_once(perform_flow: Run) -> None:
+    with misbehaving.http((400, b'{"error": "no"}')) as (url, counter):
+        with pytest.raises(Exception, match="no"):
+            perform_flow(QUICK.send(METADATA), url)
+        assert counter.requests == 1
+    with misbehaving.grpc_server((grpc.StatusCode.INVALID_ARGUMENT, "no")) as (url, counter):
+        with pytest.raises(Exception, match="no"):
+            perform_flow(QUICK.send(METADATA), url)
+        assert counter.requests == 1
+
+
+@both
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_retries_end(perform_flow: Run, scheme: str) -> None:
+    url = f"{scheme}://127.0.0.1:{misbehaving.unused_port()}"
+    with pytest.raises(ServerUnreachable):
+        perform_flow(QUICK.send(METADATA), url)
+
+
+@pytest.mark.semantic("ways to call", "headers go with every request", "the contract")
+@both
+def test_headers_go_with_every_request(perform_flow: Run) -> None:
+    with misbehaving.http((200, misbehaving.METADATA)) as (url, counter):
+        perform_flow(QUICK.send(METADATA), url)
+        assert counter.headers[0]["authorization"] == "Bearer token"
+    with misbehaving.grpc_server((grpc.StatusCode.OK, "")) as (url, counter):
+        perform_flow(QUICK.send(METADATA), url)
+        assert counter.headers[0]["authorization"] == "Bearer token"
+
+
+def test_a_transport_is_used_again_for_many_calls(url: str) -> None:
+    with wire(url) as counted:
+        transport = open_transport(Endpoint.parse(counted.url), {})
+        try:
+            for _ in range(5):
+                assert transport.call(Call(METADATA, 20.0))["name"] == "triton"
+        finally:
+            transport.close()
+        assert counted.connections == 1
+
+
+@dataclass(frozen=True)
+class Secured:
+    """The real server behind something that ends TLS, and who signed its certificate."""
+
+    url: str
+    authority: Path
+    client_key: Path
+    client_chain: Path
+
+
+@pytest.fixture
+def secured(url: str, tmp_path: Path) -> Iterator[Secured]:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    context.set_alpn_protocols(["h2", "http/1.1"] if url.startswith("grpc") else ["http/1.1"])
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    mine = authority.issue_cert("client")
+    files = Secured("", tmp_path / "ca.pem", tmp_path / "key.pem", tmp_path / "chain.pem")
+    authority.cert_pem.write_to_path(files.authority)
+    mine.private_key_pem.write_to_path(files.client_key)
+    mine.cert_chain_pems[0].write_to_path(files.client_chain)
+    with wire(url, context) as running:
+        yield Secured(running.url, files.authority, files.client_key, files.client_chain)
+
+
+@pytest.mark.semantic("ways to call", "TLS with certificates on both sides", "the contract")
+def test_tls_with_a_private_authority_on_both_sides(
+    secured: Secured, server: TritonServer, coins: Pixels
+) -> None:
+    files: dict[str, Any] = {
+        "root_certificates": secured.authority,
+        "private_key": secured.client_key,
+        "certificate_chain": secured.client_chain,
+    }
+    with Client(server.grpc_url) as plain:
+        expected = plain.segment(coins, points=[(110, 80)])
+    with Client(secured.url, **files) as client:
+        result = client.segment(coins, points=[(110, 80)])
+    np.testing.assert_array_equal(result.logits, expected.logits)
+
+    async def awaited() -> Any:
+        async with AsyncClient(secured.url, **files) as client:
+            return await client.segment(coins, points=[(110, 80)])
+
+    np.testing.assert_array_equal(asyncio.run(awaited()).logits, expected.logits)
+
+
+def test_an_unknown_authority_is_not_trusted(secured: Secured, coins: Pixels) -> None:
+    unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate|handshake|ssl")
+    with Client(secured.url, retries=0) as client, unsure:
+        client.segment(coins, points=[(110, 80)])
+
+
+def test_a_client_without_its_certificate_is_turned_away(secured: Secured, coins: Pixels) -> None:
+    nameless = Client(secured.url, retries=0, root_certificates=secured.authority)
+    with nameless as client, pytest.raises(ServerUnreachable):
+        client.segment(coins, points=[(110, 80)])
+
+
+@pytest.mark.parametrize("scheme", ["grpcs", "https"])
+def test_missing_pem_files_are_named(scheme: str) -> None:
+    with pytest.raises(ValueError, match=r"no PEM file 'nowhere\.pem'"):
+        Client(f"{scheme}://localhost:1", root_certificates="nowhere.pem")
