@@ -1,0 +1,190 @@
+"""python -m demo: from the small checkpoint to segmented pictures, through a real tritonserver.
+
+demo/checkpoint.pt ─export─► build/demo/models ─server─► tritonserver ◄─client─► build/demo/*.png
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import cv2
+import numpy as np
+import skimage.data
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from demo.scenes import generate
+from server import ServerError, TritonServer
+from triton_sam3 import Client, Prompt, Segmentation
+
+CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
+OUTPUT = Path("build/demo")
+SCENE_SEED = 907
+"""A picture training never saw (demo/pictures.py), nor the 500 of demo/measure.py."""
+SCENE_SIDE = 448
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, what is asked about it, and the true masks where they are known."""
+
+    name: str
+    image: NDArray[np.uint8]
+    prompts: list[Prompt]
+    truth: NDArray[np.bool_] | None = None
+
+
+def main() -> int:
+    """Export, serve, segment and draw; the server ends with this program, however it ends."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        models = OUTPUT / "models"
+        with _step("exporting the demo model (python -m export)"):
+            _export(models)
+        with _running(models) as server, Client(server.grpc_url) as client:
+            console.print(f"  {server.http_url}  {server.grpc_url}  {server.metrics_url}")
+            rows = [_segment(client, example) for example in _examples()]
+        _report(rows)
+    except KeyboardInterrupt:
+        console.print("\nstopped; the server is down and nothing is left running")
+        return 130
+    except ServerError as error:
+        console.print(f"error: {error}", markup=False)
+        return 1
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _export(models: Path) -> None:
+    import warnings  # noqa: PLC0415
+
+    warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
+    from export.pipeline import export_repository  # noqa: PLC0415 - imports torch: seconds
+
+    export_repository(CHECKPOINT, models, overwrite=True)
+
+
+@contextmanager
+def _running(models: Path) -> Iterator[TritonServer]:
+    server = TritonServer(models, log=OUTPUT / "tritonserver.log")
+    try:
+        with _step("starting tritonserver, until it has answered once"):
+            server.start()
+        yield server
+    finally:
+        with _step("stopping tritonserver"):
+            server.stop()
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    started = time.monotonic()
+    with console.status(what):
+        yield
+    console.print(f"✓ {what}: {time.monotonic() - started:.1f} s")
+
+
+def _examples() -> list[Example]:
+    scene = generate(SCENE_SEED, SCENE_SIDE)
+    largest = np.argsort(-scene.masks.sum(axis=(1, 2)))[:5]
+    truth = scene.masks[largest]
+    coins = cv2.cvtColor(skimage.data.coins(), cv2.COLOR_GRAY2RGB)
+    coffee = skimage.data.coffee()
+    return [
+        Example("clicks", scene.image, [Prompt(points=[_inmost(mask)]) for mask in truth], truth),
+        Example("boxes", scene.image, [Prompt(box=_box(mask)) for mask in truth], truth),
+        Example("coins", coins, [Prompt(points=[xy]) for xy in ((46, 125), (217, 50), (302, 260))]),
+        Example("coin-boxes", coins, [Prompt(box=box) for box in COIN_BOXES]),
+        Example("coffee", coffee, [Prompt(box=(165, 15, 412, 270))]),
+    ]
+
+
+COIN_BOXES = ((20, 32, 68, 78), (303, 13, 365, 76), (181, 165, 243, 224), (246, 93, 299, 144))
+"""Around four coins of the photo, as a detector would give them."""
+
+
+def _inmost(mask: NDArray[np.bool_]) -> tuple[int, int]:
+    """The pixel furthest from the mask's rim: where a person would click."""
+    padded = np.pad(mask, 1).astype(np.uint8)
+    y, x = np.unravel_index(cv2.distanceTransform(padded, cv2.DIST_L2, 5).argmax(), padded.shape)
+    return int(x) - 1, int(y) - 1
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return x, y, x + width, y + height
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is told about one example."""
+
+    path: Path
+    objects: int
+    predicted: float
+    true: float | None
+    milliseconds: float
+
+
+def _segment(client: Client, example: Example) -> Row:
+    started = time.monotonic()
+    result = client.segment(example.image, prompts=example.prompts)
+    elapsed = time.monotonic() - started
+    path = OUTPUT / f"{example.name}.png"
+    drawn = result.draw(example.image, prompts=example.prompts)
+    cv2.imwrite(str(path), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+    return Row(
+        path,
+        len(result),
+        float(result.scores.mean()),
+        None if example.truth is None else _mean_iou(result, example.truth),
+        elapsed * 1e3,
+    )
+
+
+def _mean_iou(result: Segmentation, truth: NDArray[np.bool_]) -> float:
+    intersections = (result.masks & truth).sum(axis=(1, 2))
+    unions = (result.masks | truth).sum(axis=(1, 2))
+    return float((intersections / unions).mean())
+
+
+def _report(rows: list[Row]) -> None:
+    table = Table("picture", "objects", "predicted IoU", "true IoU", "request")
+    for row in rows:
+        true = "unknown" if row.true is None else f"{row.true:.2f}"
+        milliseconds = f"{row.milliseconds:.0f} ms"
+        table.add_row(str(row.path), str(row.objects), f"{row.predicted:.2f}", true, milliseconds)
+    console.print(table)
+    tools = Path(sys.executable).parent
+    for what, command in (
+        (
+            "keep the demo model served",
+            f"{tools}/python -m server {OUTPUT / 'models'} --grpc-port 8001",
+        ),
+        (
+            "segment a picture of yours",
+            f"{tools}/triton-sam3 segment PHOTO --point X,Y --output out.png",
+        ),
+        (
+            "export SAM 3 itself",
+            f"{tools}/python -m export --checkpoint sam3.pt --output build/models",
+        ),
+    ):
+        console.print(f"{what}:\n  {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""python -m demo.measure: how well a demo checkpoint segments pictures it has never seen.
+
+Every object of every picture is asked for by one click at its most interior pixel, then by
+corrective clicks at the most interior pixel of the largest error, and by its box. Of the three
+candidates the one with the highest predicted IoU counts, as for the client.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from demo import prompts
+from demo.model import LOGIT_LIMIT, Answer, Features, Prompts, decode, normalise
+from demo.scenes import Scene, generate
+from export import checkpoint
+from export.architecture import InteractiveModel
+
+CLICK, SECOND, THIRD = "one click", "second click", "third click"
+SINGLE = "one click, multimask_output=False"
+BOX = "box"
+
+Ious = dict[str, list[float]]
+
+
+def measure(model: InteractiveModel, seeds: range, progress: bool = False) -> Ious:
+    """The IoU of every object of the pictures of `seeds`, by kind of prompt."""
+    ious: Ious = defaultdict(list)
+    for seed in track(seeds, "measuring", disable=not progress):
+        scene = generate(seed, model.architecture.image_size)
+        for kind, value in _ask(model, scene):
+            ious[kind] += value
+    return dict(ious)
+
+
+@torch.no_grad()
+def _ask(model: InteractiveModel, scene: Scene) -> Iterator[tuple[str, list[float]]]:
+    features = model.encode(normalise(torch.from_numpy(scene.image)[None]))
+    truths = scene.masks
+    clicks = [prompts.interior(mask) for mask in truths]
+    asked = _points([[click] for click in clicks], [[1]] * len(clicks))
+    for kind in (CLICK, SECOND, THIRD):
+        answer = _decode(model, features, asked)
+        best = answer.logits[torch.arange(len(truths)), answer.best]
+        predicted = _masks(best, scene)
+        yield kind, _ious(predicted, truths)
+        if kind == CLICK:
+            yield SINGLE, _ious(_masks(single(model, answer), scene), truths)
+        asked = _corrected(asked, best, predicted, truths)
+    corners = torch.tensor([prompts.box(mask) for mask in truths]).view(-1, 2, 2)
+    labels = torch.tensor([[2, 3]], dtype=torch.int32).repeat(len(truths), 1)
+    answer = _decode(model, features, Prompts(corners, labels))
+    best = answer.logits[torch.arange(len(truths)), answer.best]
+    yield BOX, _ious(_masks(best, scene), truths)
+
+
+def single(model: InteractiveModel, answer: Answer) -> Tensor:
+    """The mask with `multimask_output=False`: candidate 0, or the best one if it is unstable."""
+    logits, _ = model.mask_decoder._dynamic_multimask_via_stability(answer.logits, answer.ious)
+    return torch.as_tensor(logits)[:, 0]
+
+
+def _decode(model: InteractiveModel, features: Features, asked: Prompts) -> Answer:
+    return decode(model, features, torch.zeros(len(asked.coords), dtype=torch.int64), asked)
+
+
+def _points(coords: list[list[prompts.Point]], labels: list[list[int]]) -> Prompts:
+    return Prompts(torch.tensor(coords), torch.tensor(labels, dtype=torch.int32))
+
+
+def _corrected(
+    asked: Prompts, logits: Tensor, predicted: prompts.Mask, truths: prompts.Mask
+) -> Prompts:
+    """The prompts with one more click each, and the last answer as the mask prompt."""
+    clicks, labels = [], []
+    for mask, truth in zip(predicted, truths, strict=True):
+        region, missing = prompts.correction(mask, truth)
+        clicks.append([prompts.interior(region)])
+        labels.append([int(missing)])
+    more = _points(clicks, labels)
+    return Prompts(
+        torch.cat([asked.coords, more.coords], 1),
+        torch.cat([asked.labels, more.labels], 1),
+        logits[:, None].clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+    )
+
+
+def _masks(logits: Tensor, scene: Scene) -> prompts.Mask:
+    """Logits [N, M, M] to boolean masks [N, S, S] at the picture's size."""
+    size = scene.labels.shape
+    full = functional.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)
+    return np.asarray(full[:, 0].numpy() > 0)
+
+
+def _ious(predicted: prompts.Mask, truths: prompts.Mask) -> list[float]:
+    return [prompts.iou(mask, truth) for mask, truth in zip(predicted, truths, strict=True)]
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="checkpoint")] = Path("demo/checkpoint.pt"),
+    pictures: Annotated[int, typer.Option(help="held-out pictures")] = 500,
+    threads: Annotated[int, typer.Option(help="torch's threads")] = 2,
+) -> None:
+    """Print the mean IoU by kind of prompt, as a table, as JSON, and as a Markdown row."""
+    torch.set_num_threads(threads)
+    ious = measure(checkpoint.load(path), range(pictures), progress=True)
+    means = {kind: float(np.mean(values)) for kind, values in ious.items()}
+    objects = len(ious[CLICK])
+    table = Table(title=f"{objects} objects in {pictures} held-out pictures")
+    for column in ("prompt", "mean IoU", "median", "share above 0.5"):
+        table.add_column(column)
+    for kind, values in ious.items():
+        above = np.mean(np.array(values) > 0.5)
+        table.add_row(kind, f"{means[kind]:.3f}", f"{np.median(values):.3f}", f"{above:.3f}")
+    Console().print(table)
+    print(json.dumps({"pictures": pictures, "objects": objects, "mean_iou": means}))
+    print("| " + " | ".join(means) + " |")
+    print("| " + " | ".join(f"{mean:.3f}" for mean in means.values()) + " |")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,91 @@
+"""`python -m demo` as a newcomer runs it: to its end, and stopped at every stage."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import psutil
+import pytest
+
+from demo.__main__ import OUTPUT
+from tests.conftest import ROOT
+
+PICTURES = ("clicks", "boxes", "coins", "coin-boxes", "coffee")
+
+
+@contextmanager
+def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The program in a folder of its own; it must leave no process and no shared memory."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "demo"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+    models = str(folder / OUTPUT / "models")
+    mine = [p for p in psutil.process_iter(["cmdline"]) if models in str(p.info["cmdline"])]
+    assert mine == []
+    assert _orphans() == []
+
+
+def _orphans() -> list[str]:
+    """Servers' shared memory with no keeper; other servers of the test session have theirs."""
+    commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    kept = tuple(prefix for one in commands for prefix in re.findall(r"--shm-prefix=(\S+)", one))
+    regions = [path.name for path in Path("/dev/shm").glob("triton_sam3_*")]
+    return [name for name in regions if not name.startswith(kept)]
+
+
+def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
+    with demo(tmp_path) as process:
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    for name in PICTURES:
+        picture = cv2.imread(str(tmp_path / OUTPUT / f"{name}.png"))
+        assert picture is not None
+        assert picture.std() > 10
+    rows = re.findall(rf"({OUTPUT}/\S+)\.png\D+(\d+)\D+([\d.]+)\D+?([\d.]+|unknown)", said)
+    assert [Path(row[0]).name for row in rows] == list(PICTURES)
+    assert all(float(true) > 0.3 for *_, true in rows if true != "unknown")
+    for step in ("exporting", "starting", "stopping"):
+        assert re.search(rf"✓ {step}.*: [\d.]+ s", said)
+    assert "python -m export --checkpoint sam3.pt" in said
+
+
+@pytest.mark.parametrize("after", ["", "✓ exporting", "http://"])
+def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path) -> None:
+    """While it exports, while tritonserver loads, while it segments."""
+    with demo(tmp_path) as process:
+        assert process.stdout is not None
+        if after:
+            for line in process.stdout:
+                if after in line:
+                    break
+            else:
+                pytest.fail(f"ended before {after!r}")
+        else:
+            _wait_until_exporting(process.pid, tmp_path)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "nothing is left running" in said
+
+
+def _wait_until_exporting(pid: int, folder: Path) -> None:
+    """Until the first file of the new repository is there."""
+    while not list(folder.glob(f"{OUTPUT}/**/*.pbtxt")):
+        assert psutil.pid_exists(pid)

@@ -1,0 +1,73 @@
+"""Training: it learns, changes the size midway, and goes on after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo import pictures, train
+from demo.batches import batches
+from demo.model import ARCHITECTURE, build
+from demo.pictures import Pictures
+from demo.scenes import generate
+from export import checkpoint
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pictures a chunk, two a step, so that a step takes a moment."""
+    monkeypatch.setattr(pictures, "CHUNK", 4)
+    monkeypatch.setattr(train, "BATCH", 2)
+    monkeypatch.setattr(train, "QUERIES", 4)
+    monkeypatch.setattr(train, "STATE_EVERY", 2)
+
+
+def settings(folder: Path, steps: int) -> train.Settings:
+    return train.Settings(folder / "model.pt", folder, None, steps, 0, 4, 2, seed=0)
+
+
+def test_pictures_are_generated_once_and_are_not_the_held_out_ones(
+    few: None, tmp_path: Path
+) -> None:
+    shown = pictures.prepare(tmp_path, 8, 56)
+    assert len(shown) == 8
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    again = pictures.prepare(tmp_path, 8, 56)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == written
+    images, labels = again.batch(np.array([5]))
+    scene = generate(pictures.FIRST_TRAINING_SEED + 5, 56)
+    assert np.array_equal(images[0], scene.image)
+    assert np.array_equal(labels[0], scene.labels)
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    assert train.rate(0) < 0.1
+    assert train.rate(train.WARMUP) == 1
+    assert train.rate(train.DECAY_FROM) == 1
+    assert 0 < train.rate((1 + train.DECAY_FROM) / 2) < 1
+    assert train.rate(1) == pytest.approx(0)
+
+
+def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Path) -> None:
+    train._train(settings(tmp_path, 4))
+    model = checkpoint.load(tmp_path / "model.pt")
+    assert model.architecture == ARCHITECTURE
+    assert (tmp_path / "model.pt").stat().st_size < 20 * 2**20
+    before = torch.load(tmp_path / "state.pt", weights_only=False)["step"]
+    train._train(settings(tmp_path, before + 2))
+    assert torch.load(tmp_path / "state.pt", weights_only=False)["step"] > before
+
+
+def test_one_batch_is_learnt(few: None) -> None:
+    """The pixel loss falls by a third in a few steps on one batch: gradients are right."""
+    scene = generate(0, 112)
+    shown = Pictures([scene.image[None]], [scene.labels[None]])
+    run = train.start(build(0, train.SMALL))
+    images, objects = next(batches(shown, run.model.architecture, 1, 8, np.random.default_rng(0)))
+    for _ in range(25):
+        train.train_step(run, images, objects, 0.05, np.random.default_rng(0))
+    losses = run.recent["pixel"]
+    assert losses[-1] < 0.67 * losses[0]
