@@ -1,0 +1,119 @@
+"""The command line of `docker.entrypoint`; argparse, as nothing else is in the image."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from docker.entrypoint import drain
+from docker.entrypoint.probes import PROBES, ProbeFailed, Target
+from docker.entrypoint.serve import Options, serve
+from server.command import Address
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    status: int = args.run(args)
+    return status
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; what follows `--` is for tritonserver as it stands. Exits if wrong."""
+    given = list(argv)
+    end = given.index("--") if "--" in given else len(given)
+    args = _parser().parse_args(given[:end])
+    args.triton_args = given[end + 1 :]
+    return args
+
+
+def _serve(args: argparse.Namespace) -> int:
+    return serve(
+        Options(
+            repository=args.repository,
+            address=Address(args.host, args.http_port, args.grpc_port, args.metrics_port),
+            drain_mark=args.drain_mark,
+            drain_seconds=args.drain_seconds,
+            exit_seconds=args.exit_seconds,
+            watch_seconds=args.watch_seconds,
+            watch_timeout=args.watch_timeout,
+            otlp_url=args.otlp_url,
+            trace_rate=args.trace_rate,
+            extra_args=args.triton_args,
+        )
+    )
+
+
+def _probe(args: argparse.Namespace) -> int:
+    target = Target("127.0.0.1", args.http_port, args.metrics_port, args.drain_mark)
+    try:
+        print(PROBES[args.question](target, args.timeout))
+    except ProbeFailed as failure:
+        print(f"{args.question}: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _drain(args: argparse.Namespace) -> int:
+    drain.mark(args.drain_mark)
+    time.sleep(drain.remaining(args.drain_mark, args.drain_seconds))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="docker.entrypoint", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for add in (_add_serve, _add_probe, _add_drain):
+        command = add(commands)
+        command.add_argument("--drain-mark", type=Path, default=Path("/tmp/draining"))
+    return parser
+
+
+def _add_serve(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "serve", help="run tritonserver until SIGTERM; its own arguments after --"
+    )
+    command.set_defaults(run=_serve)
+    command.add_argument("repository", type=Path)
+    command.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
+    _add_ports(command)
+    command.add_argument("--grpc-port", type=int, default=8001)
+    command.add_argument("--drain-seconds", type=float, default=5.0, help="proxies notice in")
+    command.add_argument("--exit-seconds", type=int, default=30, help="for requests in flight")
+    command.add_argument("--watch-seconds", type=float, default=0.0, help="0: do not watch")
+    command.add_argument("--watch-timeout", type=float, default=20.0)
+    command.add_argument("--otlp-url", help="http://collector:4318/v1/traces")
+    command.add_argument("--trace-rate", type=int, default=0, help="one in so many; 0: none")
+    return command
+
+
+def _add_probe(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    command = commands.add_parser("probe", help="ask a running server")
+    command.set_defaults(run=_probe)
+    command.add_argument("question", choices=sorted(PROBES))
+    _add_ports(command)
+    command.add_argument("--timeout", type=float, default=10.0, help="seconds")
+    return command
+
+
+def _add_drain(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    command = commands.add_parser("drain", help="let proxies notice, then return")
+    command.set_defaults(run=_drain)
+    command.add_argument("--drain-seconds", type=float, default=5.0)
+    return command
+
+
+def _add_ports(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--http-port", type=int, default=8000)
+    command.add_argument("--metrics-port", type=int, default=8002)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Whether the server does its work: asked with an inference, because readiness can lie.
+
+Triton says "ready" with a dead Python stub behind it, and a server that is merely busy must not
+be restarted for it. So each probe sends a canary: one click in a black image, through every model.
+Where none comes back in time, or the queue is full, it looks at whether encoder and decoder
+finish other requests meanwhile:
+
+                 canary answered right   busy: they finish others   else
+    startup      pass                    fail                       fail
+    live         pass                    pass                       fail
+    ready        pass                    pass                       fail
+                 (never while draining, nor when Triton itself says it is not ready)
+"""
+
+import base64
+import http.client
+import json
+import re
+import struct
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import StartError
+from server.health import ENSEMBLE, canary_request, check_canary
+
+WORKERS = ("sam3_image_encoder", "sam3_prompt_decoder")
+"""The models that every request about a new image passes."""
+
+FILE_ENSEMBLE = "sam3_interactive_file"
+"""Where it is served its canary is the one to send: it passes the reader and the writer as well."""
+
+RETRY_SECONDS = 0.5
+_SUCCESSES = re.compile(r'^nv_inference_request_success\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
+
+
+class ProbeFailed(Exception):
+    """The probe's answer is no; the message says why."""
+
+
+class _Unanswered(Exception):
+    """The canary got no result. `busy`: in vain so far, and a working server may do that."""
+
+    def __init__(self, reason: str, *, busy: bool = False) -> None:
+        super().__init__(reason)
+        self.busy = busy
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server to probe, and the file that says it is being drained."""
+
+    host: str
+    http_port: int
+    metrics_port: int
+    drain_mark: Path
+
+
+def startup(target: Target, timeout: float) -> str:
+    """Pass once a canary was answered; `timeout` in seconds. Raises ProbeFailed."""
+    try:
+        _canary(target, timeout)
+    except _Unanswered as error:
+        raise ProbeFailed(str(error)) from error
+    return "the canary was answered"
+
+
+def live(target: Target, timeout: float) -> str:
+    """Pass while the server answers the canary, or others, within `timeout` s. Raises ProbeFailed.
+
+    A wrong answer and a closed port fail at once; anything else only at the end of `timeout`.
+    """
+    deadline = time.monotonic() + timeout
+    before = _finished(target, timeout)
+    failure: _Unanswered | None = None
+    while True:
+        try:
+            _canary(target, deadline - time.monotonic())
+            return "the canary was answered"
+        except _Unanswered as error:
+            # The last attempt has little time left: that it was in vain says less than an error.
+            if failure is None or failure.busy:
+                failure = error
+        if time.monotonic() + RETRY_SECONDS >= deadline:
+            break
+        time.sleep(RETRY_SECONDS)
+    if not failure.busy:
+        raise ProbeFailed(str(failure))
+    now = _finished(target, timeout)
+    idle = [model for model in WORKERS if now.get(model, 0) <= before.get(model, 0)]
+    if idle:
+        raise ProbeFailed(f"{failure}; {' and '.join(idle)} finished nothing meanwhile")
+    return f"busy: {failure}, but encoder and decoder finish other requests"
+
+
+def ready(target: Target, timeout: float) -> str:
+    """Pass while the server should be sent requests. Raises ProbeFailed."""
+    if target.drain_mark.exists():
+        raise ProbeFailed("draining: it takes no new requests")
+    status = _readiness(target, timeout)
+    if status != http.client.OK:
+        raise ProbeFailed(f"Triton says it is not ready ({status})")
+    return live(target, timeout)
+
+
+def loaded(target: Target, timeout: float) -> bool:
+    """Whether Triton says that every model is loaded: it may be ended from now on if it is sick."""
+    try:
+        return _readiness(target, timeout) == http.client.OK
+    except (ProbeFailed, _Unanswered):
+        return False
+
+
+def _readiness(target: Target, timeout: float) -> int:
+    """The status with which Triton says whether it is ready."""
+    return _request(target, target.http_port, "/v2/health/ready", timeout)[0]
+
+
+PROBES: Mapping[str, Callable[[Target, float], str]] = {
+    "startup": startup,
+    "live": live,
+    "ready": ready,
+}
+
+
+def _canary(target: Target, timeout: float) -> None:
+    """Raises _Unanswered, or ProbeFailed where waiting will not help."""
+    name, (header, pixels) = _canary_of_served_ensemble(target, timeout)
+    status, answer = _request(
+        target,
+        target.http_port,
+        f"/v2/models/{name}/infer",
+        timeout,
+        body=header + pixels,
+        headers={"Inference-Header-Content-Length": str(len(header))},
+    )
+    if status == http.client.SERVICE_UNAVAILABLE:
+        raise _Unanswered(f"the canary was refused: {answer[:200]!r}", busy=True)
+    try:
+        check_canary(status, answer)
+    except StartError as error:
+        if status == http.client.OK:
+            raise ProbeFailed(str(error)) from error
+        raise _Unanswered(str(error)) from error
+
+
+def _canary_of_served_ensemble(target: Target, timeout: float) -> tuple[str, tuple[bytes, bytes]]:
+    """The ensemble's name; the JSON header and binary part of its canary."""
+    for name in (FILE_ENSEMBLE, ENSEMBLE):
+        path = f"/v2/models/{name}/config"
+        status, config = _request(target, target.http_port, path, timeout)
+        if status == http.client.OK:
+            made = file_canary() if name == FILE_ENSEMBLE else canary_request(json.loads(config))
+            return name, made
+    raise _Unanswered(f"{ENSEMBLE} is not served ({status})")
+
+
+def file_canary() -> tuple[bytes, bytes]:
+    """One click in the middle of a black PNG of 8×8 pixels."""
+    header = {
+        "inputs": [
+            {
+                "name": "encoded_image",
+                "datatype": "BYTES",
+                "shape": [1, 1],
+                "data": [base64.b64encode(_black_png(8)).decode()],
+            },
+            {"name": "points", "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [4.0, 4.0]},
+            {"name": "point_labels", "datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
+        ],
+        "outputs": [{"name": "scores"}],
+    }
+    return json.dumps(header).encode(), b""
+
+
+def _black_png(side: int) -> bytes:
+    """Greyscale, 8 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (side + 1)))  # each begins with its filter, none
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def _finished(target: Target, timeout: float) -> dict[str, float]:
+    """How many requests each model has finished since it was loaded."""
+    try:
+        status, text = _request(target, target.metrics_port, "/metrics", timeout)
+    except _Unanswered as error:
+        raise ProbeFailed(f"no metrics: {error}") from error
+    if status != http.client.OK:
+        raise ProbeFailed(f"no metrics: status {status}")
+    return {model: float(count) for model, count in _SUCCESSES.findall(text.decode())}
+
+
+def _request(
+    target: Target,
+    port: int,
+    path: str,
+    timeout: float,
+    *,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, bytes]:
+    """Raises ProbeFailed where nobody listens, _Unanswered where no answer came in time."""
+    connection = http.client.HTTPConnection(target.host, port, timeout=max(timeout, 0.001))
+    try:
+        connection.request("POST" if body else "GET", path, body=body, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return response.status, response.read()
+    except ConnectionRefusedError as error:
+        raise ProbeFailed(f"nobody listens on port {port}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = f"no answer from {path} ({type(error).__name__})"
+        raise _Unanswered(reason, busy=isinstance(error, TimeoutError)) from error
+    finally:
+        connection.close()

@@ -1,0 +1,78 @@
+{{- define "triton-sam3.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "triton-sam3.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "triton-sam3.labels" -}}
+{{ include "triton-sam3.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{- define "triton-sam3.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{/*
+Bytes of /dev/shm: what Triton passes to and from the Python models' processes; it grows and never
+shrinks. An image: its three embeddings, 4·(256·E² + 32·(4E)² + 64·(2E)²) = 4096·E² bytes, and its
+pixels from the reader, 3·(14E)² = 588·E². An object: its mask input and three masks at the decoder,
+4·2·(4E)² = 128·E², and the three again at the writer, 96·E². Twice that, as regions fragment and
+one execution's answers leave while the next one's requests arrive, and 64 MiB for the rest.
+*/}}
+{{- define "triton-sam3.shmBytes" -}}
+{{- with .Values.shm -}}
+{{- $image := add 4684 (mul 224 (int64 .objects)) -}}
+{{- add 67108864 (mul 2 (int64 .images) (int64 .grid) (int64 .grid) $image) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "triton-sam3.podSecurity" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ . }}
+  runAsGroup: {{ . }}
+  fsGroup: {{ . }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+{{- end -}}
+
+{{- define "triton-sam3.containerSecurity" -}}
+securityContext:
+  readOnlyRootFilesystem: true
+  allowPrivilegeEscalation: false
+  privileged: false
+  capabilities:
+    drop: [ALL]
+{{- end -}}
+
+{{/* A probe is a command in the container: a canary inference, see docker/entrypoint/probes.py. */}}
+{{- define "triton-sam3.probe" -}}
+exec:
+  command:
+    - python3
+    - -m
+    - docker.entrypoint
+    - probe
+    - {{ .question }}
+    - --timeout={{ .probes.timeoutSeconds }}
+periodSeconds: {{ .probes.periodSeconds }}
+timeoutSeconds: {{ add .probes.timeoutSeconds 5 }}
+{{- end -}}

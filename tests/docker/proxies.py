@@ -1,0 +1,150 @@
+"""The shipped nginx and Envoy configurations in front of real servers, on loopback."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from tests.docker.harness import CHART, DOCKER, Container, free_ports
+
+TOKEN = "a-token-of-one-tenant-for-the-tests"
+PROXY = DOCKER / "proxy"
+
+
+class Proxy:
+    """One running proxy; a context manager."""
+
+    def __init__(self, program: Path, folder: Path, certificate: Path) -> None:
+        (self.port,) = free_ports(1)
+        self.folder, self.log = folder, folder / "output"
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        for name in ("tls.crt", "tls.key"):
+            shutil.copy(certificate / name, folder)
+
+    def configure(self, servers: Sequence[Container]) -> None:
+        """Write the shipped configuration with this proxy's port and these servers."""
+        raise NotImplementedError
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def leave_out(self, server: Container) -> None:
+        """Tell it that a server is about to end, where it can be told."""
+
+    def url(self, scheme: str) -> str:
+        return f"{scheme}://127.0.0.1:{self.port}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The access log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def servers_of_images(self) -> dict[str, set[str]]:
+        """Which server answered for each image."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "Proxy":
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(self.command(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; no harm in doing so twice."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+
+
+class Nginx(Proxy):
+    def configure(self, servers: Sequence[Container]) -> None:
+        text = (PROXY / "nginx.conf").read_text()
+        text = text.replace("listen 8443 ", f"listen 127.0.0.1:{self.port} ")
+        (self.folder / "nginx.conf").write_text(text.replace("/tmp/", f"{self.folder}/"))
+        (self.folder / "tokens.conf").write_text(f'"Bearer {TOKEN}" 1;\n')
+        for protocol in ("http", "grpc"):
+            shipped = (PROXY / f"{protocol}_servers.conf").read_text()
+            line = next(line for line in shipped.splitlines() if line.startswith("server"))
+            lines = [
+                line.replace(line.split()[1], f"127.0.0.1:{getattr(server, f'{protocol}_port')}")
+                for server in servers
+            ]
+            (self.folder / f"{protocol}_servers.conf").write_text("\n".join(lines))
+
+    def leave_out(self, server: Container) -> None:
+        for protocol in ("http", "grpc"):
+            path = self.folder / f"{protocol}_servers.conf"
+            address = f"127.0.0.1:{getattr(server, f'{protocol}_port')} "
+            path.write_text(path.read_text().replace(address, f"{address}down "))
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+        time.sleep(1)  # old workers answer what they have taken
+
+    def command(self) -> list[str]:
+        user = "user root; " if os.geteuid() == 0 else ""
+        config = ["-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
+        return [str(self._program), *config, "-g", f"daemon off; {user}"]
+
+    def servers_of_images(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for record in self.records():
+            if record["image"] and record["status"] == 200:
+                found.setdefault(record["image"], set()).add(record["servers"].split(", ")[-1])
+        return found
+
+
+class Envoy(Proxy):
+    def configure(self, servers: Sequence[Container]) -> None:
+        text = (CHART / "files" / "envoy.yaml").read_text()
+        text = text.replace("/etc/envoy", str(self.folder))
+        text = text.replace("REPLACE-BY-A-LONG-RANDOM-TOKEN", TOKEN)
+        config = yaml.safe_load(text)
+        del config["admin"]  # its port is fixed
+        (listener,) = config["static_resources"]["listeners"]
+        listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": self.port}
+        for cluster in config["static_resources"]["clusters"]:
+            protocol = cluster["name"].removeprefix("sam3_")
+            ports = [getattr(server, f"{protocol}_port") for server in servers]
+            addresses = [{"address": "127.0.0.1", "port_value": port} for port in ports]
+            (endpoints,) = cluster["load_assignment"]["endpoints"]
+            endpoints["lb_endpoints"] = [
+                {"endpoint": {"address": {"socket_address": address}}} for address in addresses
+            ]
+        (self.folder / "envoy.yaml").write_text(yaml.safe_dump(config))
+
+    def command(self) -> list[str]:
+        config = str(self.folder / "envoy.yaml")
+        alone = ["--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"]
+        soon = ["--file-flush-interval-msec", "50"]
+        return [str(self._program), "--config-path", config, *alone, *soon]
+
+    def servers_of_images(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for record in self.records():
+            if record["image"] and record["status"] == 200:
+                found.setdefault(record["image"], set()).add(record["server"])
+        return found

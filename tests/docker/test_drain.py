@@ -1,0 +1,23 @@
+"""The mark of a server that is taken out of service."""
+
+import time
+from pathlib import Path
+
+from docker.entrypoint import drain
+from docker.entrypoint.__main__ import main
+
+
+def test_the_second_who_waits_waits_only_for_the_rest(tmp_path: Path) -> None:
+    mark = tmp_path / "below" / "draining"
+    drain.mark(mark)
+    first = mark.stat().st_mtime_ns
+    drain.mark(mark)
+    assert mark.stat().st_mtime_ns == first
+    assert 0 < drain.remaining(mark, 60) <= 60
+    assert drain.remaining(mark, 0) == 0
+
+
+def test_the_hook_returns_when_proxies_had_their_time(tmp_path: Path) -> None:
+    mark = tmp_path / "draining"
+    assert main(["drain", f"--drain-mark={mark}", "--drain-seconds=0.3"]) == 0
+    assert time.time() - mark.stat().st_mtime >= 0.3

@@ -1,0 +1,188 @@
+"""Dockerfile, compose file and KServe manifest: valid, closed, and understood by the image."""
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from docker.entrypoint.__main__ import parse
+from tests.docker.harness import CHART, DOCKER, ROOT, run
+from tests.docker.test_helm import render, server
+
+OPS = "pip install '.[ops]'"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+COMPOSE = DOCKER / "compose.yaml"
+
+
+def instruction(name: str) -> list[str]:
+    """The arguments of every such instruction, continued lines joined."""
+    text = re.sub(r"\\\n", " ", DOCKERFILE)
+    return re.findall(rf"^{name} +(.*)$", text, re.M)
+
+
+def test_hadolint_finds_nothing(tool: Callable[[str, str], Path]) -> None:
+    result = run([tool("hadolint", OPS), DOCKER / "Dockerfile"])
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
+    assert re.fullmatch(r"TRITON=\S+/tritonserver:\d\d\.\d\d-py3", instruction("ARG")[0])
+    assert instruction("USER")[-1] == "1000:1000"
+    requirements = (DOCKER / "requirements.txt").read_text()
+    packages = re.findall(r"^(\S+?)==(\S+)", requirements, re.M)
+    assert len(packages) == requirements.count("==")
+    assert requirements.count("--hash=sha256:") >= len(packages)
+
+
+def test_the_decoders_torch_is_not_older_than_the_exporters() -> None:
+    torch = pytest.importorskip("torch")
+    pinned = re.search(r"^torch==(\S+)", (DOCKER / "requirements.in").read_text(), re.M)
+    assert pinned is not None
+    exporter = torch.__version__.split("+")[0]
+    assert [int(n) for n in pinned[1].split(".")] >= [int(n) for n in exporter.split(".")]
+
+
+def test_the_image_has_what_the_models_import(repository: Path) -> None:
+    distribution = {"cv2": "opencv-python-headless", "PIL": "pillow"}
+    given = {"triton_python_backend_utils"}  # by Triton
+    installed = set(re.findall(r"^(\S+?)==", (DOCKER / "requirements.txt").read_text(), re.M))
+    missing = set()
+    for model in repository.iterdir():
+        sources = list(model.rglob("*.py"))
+        own = {source.stem for source in sources} | {source.parent.name for source in sources}
+        for source in sources:
+            for node in ast.walk(ast.parse(source.read_text())):
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom) and node.level == 0
+                    else []
+                )
+                missing |= {name.split(".")[0] for name in names} - own
+    missing -= sys.stdlib_module_names | given
+    assert {distribution.get(name, name) for name in missing} <= installed
+
+
+def test_proxies_know_which_models_are_for_clients() -> None:
+    """A new model is a decision: for clients, or only for the other models."""
+    internal = {"sam3_image_encoder", "sam3_image_reader", "sam3_mask_writer"}
+    models = {path.parent.name for path in (ROOT / "model_repository").glob("*/config.pbtxt")}
+    nginx = re.search(r'location ~ "\^(\S+infer)\$"', (DOCKER / "proxy/nginx.conf").read_text())
+    envoy = re.search(r"regex: '(\S+infer)'", (CHART / "files" / "envoy.yaml").read_text())
+    for found in (nginx, envoy):
+        assert found is not None
+        served = {name for name in models if re.fullmatch(found[1], f"/v2/models/{name}/infer")}
+        assert served == models - internal
+    ingress = render({"proxy": {"enabled": False}, "ingress": {"enabled": True}})
+    (rule,) = ingress["Ingress", "r-triton-sam3-http"]["spec"]["rules"]
+    paths = {path["path"].rpartition("/")[2] for path in rule["http"]["paths"]}
+    assert paths - {"health"} == models - internal
+
+
+def test_the_image_understands_its_own_command() -> None:
+    entrypoint, command = (json.loads(instruction(name)[-1]) for name in ("ENTRYPOINT", "CMD"))
+    assert entrypoint == ["python3", "-m", "docker.entrypoint"]
+    args = parse(command)
+    assert args.watch_seconds > 0  # Docker restarts what ends, not what is unhealthy
+    (check,) = instruction("HEALTHCHECK")
+    asked = json.loads(check.partition("CMD ")[2])
+    assert asked[:3] == entrypoint
+    assert parse(asked[3:]).question == "live"
+
+
+def test_only_what_is_copied_reaches_the_build() -> None:
+    ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ignore[0] == "*"
+    copied = [line for line in instruction("COPY") if not line.startswith("--from")]
+    sources = [source for line in copied for source in line.split()[:-1]]
+    allowed = [pattern[1:] for pattern in ignore if pattern.startswith("!")]
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert any(pattern.startswith(source) for pattern in allowed), source
+
+
+def test_the_image_has_every_module_that_process_1_imports() -> None:
+    """From what the build context lets through, and the standard library, alone."""
+    script = "import sys; import docker.entrypoint.__main__; print(*sys.modules)"
+    loaded = run(
+        [
+            "python3",
+            "-I",
+            "-S",
+            "-c",
+            f"sys=__import__('sys');sys.path.insert(0,{str(ROOT)!r});{script}",
+        ]
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    ours = [name for name in loaded.stdout.split() if name.split(".")[0] in ("server", "docker")]
+    for name in ours:
+        assert name != "server.__main__"
+        assert not name.startswith("server.backends")
+
+
+def test_compose_is_valid(tool: Callable[[str, str], Path]) -> None:
+    check = tool("check-jsonschema", OPS)
+    result = run([check, "--builtin-schema", "vendor.compose-spec", COMPOSE])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+    return loaded
+
+
+def test_compose_opens_only_the_proxy() -> None:
+    for name, service in compose()["services"].items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["deploy"]["resources"]["limits"]["memory"]
+        assert not service["image"].endswith(":latest")
+        assert ":" in service["image"]
+        for port in service.get("ports", []):
+            assert name == "proxy" or port.startswith("127.0.0.1:")
+    assert "ports" not in compose()["services"]["triton"]
+
+
+def test_compose_mounts_files_that_exist() -> None:
+    for service in compose()["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+            if source.startswith("./"):
+                assert (DOCKER / source).exists(), source
+
+
+def test_compose_gives_time_to_drain_and_room_for_shared_memory() -> None:
+    triton = compose()["services"]["triton"]
+    args = parse(json.loads(instruction("CMD")[-1]))
+    assert (
+        int(triton["stop_grace_period"].removesuffix("s")) > args.drain_seconds + args.exit_seconds
+    )
+    volumes = server(render())["volumes"]
+    (needed,) = (int(v["emptyDir"]["sizeLimit"]) for v in volumes if v["name"] == "shm")
+    assert int(triton["shm_size"].removesuffix("gb")) * 2**30 >= needed
+
+
+def test_kserves_commands_are_the_images() -> None:
+    documents = yaml.safe_load_all((DOCKER / "kserve" / "inferenceservice.yaml").read_text())
+    runtime, service = documents
+    (container,) = runtime["spec"]["containers"]
+    args = parse(container["args"])
+    for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = parse(container[name]["exec"]["command"][3:])
+        assert (asked.http_port, asked.metrics_port) == (args.http_port, args.metrics_port)
+        assert asked.timeout < container[name]["timeoutSeconds"]
+    stop = parse(container["lifecycle"]["preStop"]["exec"]["command"][3:])
+    assert stop.drain_seconds == args.drain_seconds
+    grace = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    assert grace > args.drain_seconds + args.exit_seconds
+    assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
+    image = compose()["services"]["triton"]["image"]
+    assert container["image"] == image

@@ -1,0 +1,136 @@
+"""Probes against a real server: in order, dead behind a ready face, busy, hung and gone."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from docker.entrypoint.__main__ import main
+from docker.entrypoint.probes import ProbeFailed, Target, live, ready, startup
+from server import TritonServer
+from tests.docker.harness import Container, free_ports
+from triton_sam3 import Client, SAM3Error
+
+
+@pytest.fixture
+def own(repository: Path, tmp_path: Path) -> Iterator[Container]:
+    """One to be harmed."""
+    with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0") as one:
+        yield one.wait_until_serving()
+
+
+def test_a_working_server_passes_all(container: Container) -> None:
+    for probe in (startup, live, ready):
+        assert probe(container.target, 60.0) == "the canary was answered"
+
+
+def test_the_command_says_why_and_exits_with_0_or_1(
+    container: Container, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = [f"--http-port={container.http_port}", f"--metrics-port={container.metrics_port}"]
+    mark = f"--drain-mark={container.drain_mark}"
+    assert main(["probe", "live", *ports, mark, "--timeout=60"]) == 0
+    container.drain_mark.touch()
+    try:
+        assert main(["probe", "ready", *ports, mark]) == 1
+        assert main(["probe", "live", *ports, mark, "--timeout=60"]) == 0  # drained, not dead
+    finally:
+        container.drain_mark.unlink()
+    assert "ready: draining" in capsys.readouterr().err
+
+
+def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
+    http_port, metrics_port = free_ports(2)
+    target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
+    for probe in (startup, live):
+        began = time.monotonic()
+        with pytest.raises(ProbeFailed, match="nobody listens"):
+            probe(target, 30.0)
+        assert time.monotonic() - began < 15
+
+
+def test_another_repository_is_not_taken_for_ours(tmp_path: Path) -> None:
+    from tests.server import tiny
+
+    tiny.add_plus_one(tmp_path / "models")
+    with TritonServer(tmp_path / "models") as server:
+        address = server.address
+        target = Target("127.0.0.1", address.http_port, address.metrics_port, tmp_path / "draining")
+        for probe in (startup, live, ready):
+            with pytest.raises(ProbeFailed, match="sam3_interactive is not served"):
+                probe(target, 2.0)
+
+
+@pytest.mark.parametrize("model", ["sam3_prompt_decoder", "sam3_image_reader", "sam3_mask_writer"])
+def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, model: str) -> None:
+    for stub in own.stubs(model):
+        stub.signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            live(own.target, 5.0)
+        except ProbeFailed:
+            break
+        assert time.monotonic() < deadline, f"a server without {model} passes for alive"
+    with pytest.raises(ProbeFailed):
+        ready(own.target, 5.0)
+    assert own.call("/v2/health/ready")[0] == 200  # what a probe without a canary would believe
+
+
+def test_a_hung_decoder_is_noticed_and_does_not_stay(own: Container) -> None:
+    """Once it goes on, the server answers again or ends: its return may crash Triton 2.51."""
+    (stub,) = own.stubs("sam3_prompt_decoder")
+    stub.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ProbeFailed, match=r"finished nothing|not healthy"):
+            live(own.target, 4.0)
+    finally:
+        stub.signal(signal.SIGCONT)
+    deadline = time.monotonic() + 60
+    while own.process.poll() is None:
+        try:
+            assert live(own.target, 10.0)
+            return
+        except ProbeFailed:
+            assert time.monotonic() < deadline, "neither alive nor ended"
+    assert own.process.returncode != 0
+
+
+def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
+    """Too short a time for the canary while others are served: busy, not dead."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    stop, answered = threading.Event(), threading.Event()
+
+    def load() -> None:
+        url = f"http://127.0.0.1:{container.http_port}"
+        with Client(url, remember_images=0) as client:
+            while not stop.is_set():
+                try:
+                    client.segment(image, boxes=[(1, 1, 60, 60)] * 4)
+                    answered.set()
+                except SAM3Error:
+                    pass
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert answered.wait(120)
+        for probe in (live, ready):
+            for timeout in (0.3, 1.0, 3.0, 10.0, 30.0):
+                try:
+                    said = probe(container.target, timeout)
+                except ProbeFailed:
+                    continue  # nothing at all was finished in so short a time
+                assert said.startswith(("busy", "the canary"))
+                break
+            else:
+                pytest.fail("a busy server passes for dead")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,197 @@
+"""Process 1 of the container, with a real tritonserver below it."""
+
+import http.server
+import signal
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from docker.entrypoint.serve import SICK, Options, arguments
+from server.command import Address
+from tests.docker.harness import Container, free_ports
+from triton_sam3 import Client
+
+IMAGE = np.random.default_rng(1).integers(0, 256, (80, 100, 3), np.uint8)
+EVERYWHERE = Address("0.0.0.0", 8000, 8001, 8002)
+
+
+def test_serves_both_protocols(container: Container) -> None:
+    masks = []
+    for url in (
+        f"http://127.0.0.1:{container.http_port}",
+        f"grpc://127.0.0.1:{container.grpc_port}",
+    ):
+        with Client(url) as client:
+            masks.append(client.segment(IMAGE, points=[(50, 40)]).masks)
+    assert masks[0].shape == (1, 80, 100)
+    np.testing.assert_array_equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/repository/index",
+        "/v2/repository/models/sam3_prompt_decoder/unload",
+        "/v2/repository/models/sam3_prompt_decoder/load",
+        "/v2/systemsharedmemory/region/a/register",
+        "/v2/cudasharedmemory/region/a/register",
+        "/v2/trace/setting",
+        "/v2/models/sam3_interactive/trace/setting",
+        "/v2/logging",
+    ],
+)
+def test_nobody_administers_it_over_http(container: Container, path: str) -> None:
+    status, body = container.call(path, b"{}", triton_sam3_admin="guess")
+    assert status == 403, body
+
+
+def test_nobody_administers_it_over_grpc(container: Container) -> None:
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{container.grpc_port}")
+    calls = (
+        client.get_model_repository_index,
+        lambda: client.unload_model("sam3_prompt_decoder"),
+        lambda: client.register_system_shared_memory("a", "/a", 8),
+        lambda: client.update_trace_settings(settings={"trace_level": ["TENSORS"]}),
+        lambda: client.update_log_settings({"log_verbose_level": 1}),
+    )
+    for call in calls:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            call()
+    client.close()
+
+
+def test_even_the_key_would_not_load_a_model(container: Container) -> None:
+    triton = next(p for p in container.descendants() if "bin/tritonserver" in p.command)
+    key = triton.command.split("triton-sam3-admin=")[1].split()[0]
+    path = "/v2/repository/models/sam3_prompt_decoder/unload"
+    status, body = container.call(path, b"{}", triton_sam3_admin=key)
+    assert status == 503
+    assert b"not allowed" in body
+    assert key not in container.log.read_text()
+
+
+def test_logs_are_json_lines(container: Container) -> None:
+    records = container.records()
+    assert {"time", "level", "source", "message"} == set().union(*records)
+    assert any("Started HTTPService" in record["message"] for record in records)
+
+
+def test_sigterm_ends_all_of_it_and_its_shared_memory(repository: Path, tmp_path: Path) -> None:
+    with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0.5") as one:
+        leftover = Path("/dev/shm", f"triton_sam3_port{one.http_port}_of_a_crash")
+        leftover.write_bytes(b"x")
+        one.drain_mark.touch()  # of a crash, too: the pod's volumes outlive the container
+        one.wait_until_serving()
+        assert not leftover.exists()
+        assert not one.drain_mark.exists()
+        family = one.descendants()
+        assert len(family) >= 3
+        assert one.stop() == 0
+        assert one.drain_mark.exists()
+        assert not [process for process in family if process.runs]
+        assert not list(Path("/dev/shm").glob(f"triton_sam3_port{one.http_port}_*"))
+
+
+def test_requests_in_flight_are_answered_after_sigterm(repository: Path, tmp_path: Path) -> None:
+    options = ("--host=127.0.0.1", "--drain-seconds=0.5", "--exit-seconds=120")
+    with Container(repository, tmp_path, *options) as one:
+        one.wait_until_serving()
+        outcomes: list[int] = []
+
+        def ask() -> None:
+            with Client(f"http://127.0.0.1:{one.http_port}", retries=0) as client:
+                outcomes.append(len(client.segment(IMAGE, boxes=[(5, 5, 90, 70)] * 20)))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        assert one.stop() == 0
+        for thread in threads:
+            thread.join()
+        assert outcomes == [20] * 4
+
+
+def test_a_model_that_cannot_load_ends_it_with_an_error(repository: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "models"
+    broken.mkdir()
+    for model in repository.iterdir():
+        if model.name != "sam3_prompt_decoder":
+            (broken / model.name).symlink_to(model)
+    with Container(broken, tmp_path, "--host=127.0.0.1") as one:
+        assert one.process.wait(120) != 0
+    assert any("sam3_prompt_decoder" in record["message"] for record in one.records())
+
+
+def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
+    with Container(tmp_path / "nothing", tmp_path) as one:
+        assert one.process.wait(30) == SICK
+    (record,) = one.records()
+    assert record["level"] == "fatal"
+    assert "No model repository" in record["message"]
+
+
+def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path: Path) -> None:
+    watch = ("--watch-seconds=0.5", "--watch-timeout=3", "--host=127.0.0.1")
+    with Container(repository, tmp_path, *watch) as one:
+        one.wait_until_serving()
+        family = one.descendants()
+        (stub,) = one.stubs("sam3_prompt_decoder")
+        stub.signal(signal.SIGKILL)
+        assert one.process.wait(120) == SICK
+        assert not [process for process in family if process.runs]
+    said = [r["message"] for r in one.records() if r["source"] == "entrypoint"]
+    assert sum("not alive" in message for message in said) == 3
+
+
+def test_only_requests_that_carry_a_trace_are_traced(repository: Path, tmp_path: Path) -> None:
+    received: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (port,) = free_ports(1)
+    collector = http.server.ThreadingHTTPServer(("127.0.0.1", port), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    url = f"--otlp-url=http://127.0.0.1:{port}/v1/traces"
+    with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", url) as one:
+        one.wait_until_serving()  # its canary is not traced
+        trace = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+        with Client(f"http://127.0.0.1:{one.http_port}", headers=trace) as client:
+            client.segment(IMAGE, points=[(50, 40)])
+        assert one.stop() == 0
+    collector.shutdown()
+    collector.server_close()
+    sent = b"".join(received)
+    for model in (b"sam3_interactive", b"sam3_image_encoder", b"sam3_prompt_decoder"):
+        assert model in sent
+    assert bytes.fromhex(trace_id) in sent or trace_id.encode() in sent
+    assert sent.count(b"InferRequest") == 1
+
+
+def test_tracing_never_records_tensors() -> None:
+    options = Options(Path("/models"), EVERYWHERE, Path("/x"), otlp_url="http://collector")
+    assert "--trace-config=level=TIMESTAMPS" in arguments(options)
+    assert not any("TENSORS" in argument for argument in arguments(options))
+    silent = Options(Path("/models"), EVERYWHERE, Path("/x"))
+    assert not any("trace" in argument for argument in arguments(silent))
+
+
+def test_what_it_exposes_is_what_the_probes_need(container: Container) -> None:
+    url = f"http://127.0.0.1:{container.metrics_port}/metrics"
+    text = urllib.request.urlopen(url).read().decode()
+    assert 'nv_inference_request_success{model="sam3_prompt_decoder",version="1"}' in text
+    assert "nv_inference_request_summary_us" in text
