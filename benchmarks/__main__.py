@@ -1,0 +1,121 @@
+"""python -m benchmarks: measure ours beside its peers in one run, and rewrite RESULTS.md."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from enum import Enum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+# sam3 and the exporters warn about calls of their own, which nobody here can do anything about.
+warnings.filterwarnings("ignore")
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+from benchmarks import anatomy, artifacts, cpu, cuda, pages  # noqa: E402
+from benchmarks.anatomy import Anatomy  # noqa: E402
+from benchmarks.environment import provenance  # noqa: E402
+from benchmarks.figures import rich_table  # noqa: E402
+from benchmarks.stage import PLACE, load_photo  # noqa: E402
+
+console = Console(highlight=False)
+
+
+class Device(str, Enum):
+    """Where models run."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Part(str, Enum):
+    """A part of the CPU's benchmark."""
+
+    FULL_SIZE = "full-size"
+    DEMO = "demo"
+    ANATOMY = "anatomy"
+
+
+def main(
+    device: Annotated[Device, typer.Option(help="Where models run.")] = Device.CPU,
+    only: Annotated[
+        Part | None, typer.Option(help="One part of the CPU's benchmark, shown but not written.")
+    ] = None,
+    write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's sections.")] = True,
+) -> None:
+    """Measure ours beside its peers in one run, and rewrite benchmarks/RESULTS.md."""
+    if device is Device.CUDA:
+        _cuda(write)
+    elif only:
+        _part(only)
+    else:
+        _cpu(write)
+
+
+class _Progress:
+    """A line for each step, with the minutes gone."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        gone = time.monotonic() - self._started
+        console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {step}")
+
+
+def _cpu(write: bool) -> None:
+    origin = provenance("make bench")
+    progress = _Progress()
+    outcomes, figures = cpu.run(progress)
+    anatomies = _dissect(progress)
+    console.print(rich_table("measured in this run", figures))
+    if not write:
+        return
+    pages.publish_figures("cpu", figures, origin)
+    pages.publish_comparison("cpu", [outcome.comparison for outcome in outcomes], origin)
+    growths = [growth for outcome in outcomes for growth in outcome.growth]
+    pages.publish_growth("cpu", growths, origin)
+    pages.publish_anatomy("cpu", anatomies, origin)
+
+
+def _part(part: Part) -> None:
+    progress = _Progress()
+    if part is Part.ANATOMY:
+        for found in _dissect(progress):
+            console.print(found.table())
+        return
+    measure = {Part.FULL_SIZE: cpu.run_full_size, Part.DEMO: cpu.run_demo_size}[part]
+    outcome = measure(progress)
+    console.print(rich_table("measured in this run", outcome.figures))
+    console.print(outcome.comparison.markdown(), markup=False)
+    for growth in outcome.growth:
+        console.print(f"\n{growth.title} ({growth.unit})\n{growth.markdown()}", markup=False)
+
+
+def _dissect(progress: _Progress) -> list[Anatomy]:
+    progress("demo: where a request's time goes")
+    repository = artifacts.demo(progress=progress).repository
+    with TemporaryDirectory(prefix="triton-sam3-bench-") as folder:
+        return anatomy.dissect(repository, load_photo(), PLACE, Path(folder))
+
+
+def _cuda(write: bool) -> None:
+    origin = provenance("python -m benchmarks --device cuda")
+    outcome = cuda.run(_Progress())
+    console.print(rich_table("measured in this run", outcome.figures))
+    if not write:
+        return
+    pages.publish_figures("cuda", outcome.figures, origin)
+    if outcome.comparison:
+        pages.publish_comparison("cuda", [outcome.comparison], origin)
+    if outcome.growth:
+        pages.publish_growth("cuda", outcome.growth, origin)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,107 @@
+"""Checkpoints and model repositories that benchmarks measure, built from seeds and kept.
+
+Everything goes to `build/benchmarks/`, under a key made of the sources it was built by: changed
+code builds anew, unchanged code costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import ROOT
+from benchmarks.random_weights import save_random_checkpoint
+from export import repository
+from export.architecture import Architecture
+from export.checkpoint import load
+from export.decoder import export_decoder, save_decoder
+from export.encoder import ImageEncoder, export_encoder
+
+BUILD = ROOT / "build" / "benchmarks"
+SEED = 0
+DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
+SOURCES = ("export/*.py", "benchmarks/random_weights.py", "model_repository/**/*")
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """One model: its checkpoint in Meta's layout and the repository exported from it."""
+
+    name: str
+    checkpoint: Path
+    repository: Path
+
+
+def full_size(
+    dtype: torch.dtype = torch.float32, progress: Callable[[str], None] = lambda _: None
+) -> Artifacts:
+    """SAM 3 at its published size with seeded random weights."""
+    folder = _folder("full-size", ())
+    checkpoint = folder / "sam3.pt"
+    if not checkpoint.exists():
+        progress("seeding full-size weights")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(checkpoint, lambda path: save_random_checkpoint(Architecture(), path, SEED))
+    return _exported("full size", checkpoint, folder, dtype, None, progress)
+
+
+def demo(
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Artifacts:
+    """The small trained model of the demo, at its own or another image size."""
+    folder = _folder("demo", (DEMO_CHECKPOINT,))
+    return _exported("demo", DEMO_CHECKPOINT, folder, dtype, image_size, progress)
+
+
+def _exported(
+    name: str,
+    checkpoint: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    image_size: int | None,
+    progress: Callable[[str], None],
+) -> Artifacts:
+    size = f"-{image_size}" if image_size else ""
+    output = folder / f"models-{str(dtype).removeprefix('torch.')}{size}"
+    if not output.exists():
+        progress(f"exporting the {name} model")
+        _export(checkpoint, output, dtype, image_size)
+    return Artifacts(name, checkpoint, output)
+
+
+def _export(checkpoint: Path, output: Path, dtype: torch.dtype, image_size: int | None) -> None:
+    """As `python -m export`, without its check against PyTorch: benchmarks check for themselves."""
+    with repository.new_repository(output, overwrite=True) as folder:
+        model = load(checkpoint, image_size)
+        repository.copy_sources(folder, model.architecture, dtype)
+        graph = folder / repository.ENCODER / "1" / "model.onnx"
+        export_encoder(ImageEncoder(model, dtype), model.architecture.image_size, graph)
+        program = folder / repository.DECODER / "1" / "decoder.pt2"
+        save_decoder(export_decoder(model), program)
+
+
+def _folder(name: str, inputs: Iterable[Path]) -> Path:
+    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file()]
+    state = hashlib.sha256(torch.__version__.encode())
+    for path in (*files, *inputs):
+        if "__pycache__" not in path.parts:
+            state.update(path.read_bytes())
+    folder = BUILD / f"{name}-{state.hexdigest()[:12]}"
+    for old in BUILD.glob(f"{name}-*"):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """An interrupted run leaves no half a file under the real name."""
+    partial = path.with_name(f".{path.name}")
+    write(partial)
+    partial.rename(path)

@@ -1,0 +1,175 @@
+"""The benchmark of a machine with an NVIDIA GPU: full size, 16 bit, correctness first.
+
+What a machine lacks (a Triton server, ONNX Runtime with CUDA) takes away its figures and nothing
+else: they are listed as not measured, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks import artifacts, growth, measures
+from benchmarks.accuracy import GATE_RANDOM, GATE_TRAINED
+from benchmarks.artifacts import Artifacts
+from benchmarks.comparison import Comparison
+from benchmarks.engine import Engine
+from benchmarks.figures import Asked, Figure, Target, reason
+from benchmarks.growth import Growth
+from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, WHOLE, stage
+from benchmarks.timing import Meter, Sample, alternate
+
+Progress = Callable[[str], None]
+
+DEVICE = "cuda"
+MILLISECONDS = 1000
+BUDGET_BYTES = 80e9
+ENCODERS = ("onnxruntime", "pytorch")
+
+DEMO_ACCURACY = Asked(
+    "demo model, worst mask IoU of the 16-bit encoder against fp32",
+    "",
+    Target(GATE_TRAINED, 1.0, more_is_better=True),
+)
+ACCURACY = Asked(
+    "full size, worst mask IoU of the 16-bit encoder against fp32, random weights",
+    "",
+    Target(GATE_RANDOM, 1.0, more_is_better=True),
+)
+ENCODE = Asked("encode one image, GPU time p50, 16-bit", "ms", Target(12, 10))
+SATURATION = Asked(
+    "images per second per GPU at saturation", "1/s", Target(85, 100, more_is_better=True)
+)
+CLICK_P50 = Asked("click on a kept image, end to end, gRPC same host, p50", "ms", Target(2, 1.2))
+CLICK_P99 = Asked("click on a kept image, end to end, gRPC same host, p99", "ms", Target(5, 3))
+DECODE = Asked("click in process, without a server, p50", "ms")
+CLICKS = Asked(
+    "clicks per second per GPU, served", "1/s", Target(2_000, 8_000, more_is_better=True)
+)
+DECODES = Asked("clicks per second per GPU, in process, without a server", "1/s")
+MEMORY = Asked("kept images in 80 GB", "images", Target(7_000, 7_500, more_is_better=True))
+ALL = (
+    *(DEMO_ACCURACY, ACCURACY, ENCODE, SATURATION, CLICK_P50, CLICK_P99),
+    *(DECODE, CLICKS, DECODES, MEMORY),
+)
+
+PEERS = (OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS)
+BATCHES = [1, 2, 4, 8]
+TOGETHER = [1, 2, 4, 8, 16, 32, 64]
+"""Clicks on as many images that reach the decoder at once."""
+
+
+@dataclass
+class Outcome:
+    """All that one run found."""
+
+    figures: list[Figure] = field(default_factory=list)
+    comparison: Comparison | None = None
+    growth: list[Growth] = field(default_factory=list)
+
+
+def run(progress: Progress) -> Outcome:
+    """Build from seeds, check, and time whatever this machine can run."""
+    if not torch.cuda.is_available():
+        return Outcome([asked.missing("this machine has no NVIDIA GPU") for asked in ALL])
+    outcome = Outcome()
+    built = artifacts.full_size(torch.float16, progress=progress)
+    _collect(outcome, [DEMO_ACCURACY], lambda: _demo_accuracy(progress))
+    for encoder in ENCODERS:
+        asked = [ACCURACY, ENCODE, SATURATION, DECODE, DECODES, MEMORY]
+        asked = [_by(encoder, one) for one in asked]
+        _collect(outcome, asked, partial(_in_process, built, encoder, outcome, progress))
+    served = [CLICK_P50, CLICK_P99, CLICKS]
+    _collect(outcome, served, lambda: _served(built, outcome, progress))
+    return outcome
+
+
+def _collect(outcome: Outcome, asked: Sequence[Asked], measure: Callable[[], list[Figure]]) -> None:
+    try:
+        outcome.figures += measure()
+    except Exception as error:  # whatever a machine lacks, the rest of the figures are wanted
+        outcome.figures += [one.missing(reason(error)) for one in asked]
+
+
+def _by(encoder: str, asked: Asked) -> Asked:
+    return Asked(f"{asked.name} ({encoder})", asked.unit, asked.target)
+
+
+def _demo_accuracy(progress: Progress) -> list[Figure]:
+    progress("demo: checking the 16-bit encoder")
+    built = artifacts.demo(torch.float16, progress=progress)
+    with _engine(built, "onnxruntime") as engine:
+        return [DEMO_ACCURACY.measured(Sample((engine.mask_iou(),)))]
+
+
+def _in_process(
+    built: Artifacts, encoder: str, outcome: Outcome, progress: Progress
+) -> list[Figure]:
+    """Encoder and decoder without a server: what the GPU itself can do."""
+    with _engine(built, encoder) as engine:
+        progress(f"{encoder}: checking the 16-bit encoder")
+        iou = engine.mask_iou()
+        progress(f"{encoder}: timing")
+        batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in BATCHES}
+        decodes = {n: _repeat(partial(engine.decode, images=n), 200) for n in TOGETHER}
+        each = engine.keep(images=64) / 64
+    outcome.growth.append(_curve(f"{encoder}: images encoded together", "images", batches))
+    if encoder == ENCODERS[0]:
+        outcome.growth.append(_curve("clicks decoded together", "images", decodes))
+    return [
+        _by(encoder, ACCURACY).measured(Sample((iou,))),
+        _by(encoder, ENCODE).measured(batches[1].scaled(MILLISECONDS)),
+        _by(encoder, SATURATION).measured(_best_rate(batches)),
+        _by(encoder, DECODE).measured(decodes[1].scaled(MILLISECONDS)),
+        _by(encoder, DECODES).measured(_best_rate(decodes)),
+        _by(encoder, MEMORY).measured(
+            Sample((BUDGET_BYTES // each,)), f"{each / 2**20:.1f} MiB each, model not counted"
+        ),
+    ]
+
+
+def _served(built: Artifacts, outcome: Outcome, progress: Progress) -> list[Figure]:
+    """Through Triton, beside the peers."""
+    with (
+        TemporaryDirectory(prefix="triton-sam3-bench-") as folder,
+        stage(built, PEERS, device=DEVICE, work_dir=Path(folder), progress=progress) as s,
+    ):
+        progress("clicks")
+        clicks = measures.clicks(s, rounds=200)
+        outcome.comparison = Comparison("full size", measures.first_masks(s, rounds=10), clicks)
+        outcome.growth.append(growth.objects(s, growth.OBJECTS, rounds=10))
+        progress("growing crowds")
+        crowds = growth.clients(s, [OURS, WHOLE, HTTP], growth.CLIENTS, seconds=4.0)
+    outcome.growth += crowds
+    ours = clicks[OURS].scaled(MILLISECONDS)
+    most = max(rate.median for rate in crowds[0].curves[OURS].values())
+    return [
+        CLICK_P50.measured(ours),
+        CLICK_P99.measured(Sample((ours.percentile(99),))),
+        CLICKS.measured(Sample((most,))),
+    ]
+
+
+def _engine(built: Artifacts, encoder: str) -> Engine:
+    return Engine(built.repository, DEVICE, encoder=encoder, checkpoint=built.checkpoint)
+
+
+def _repeat(meter: Meter, times: int) -> Sample:
+    return alternate({"": meter}, times, warmup=max(3, times // 10))[""]
+
+
+def _best_rate(samples: dict[int, Sample]) -> Sample:
+    """Per second, at the amount that does best."""
+    amount = max(samples, key=lambda n: n / samples[n].median)
+    return Sample(tuple(amount / seconds for seconds in samples[amount].values))
+
+
+def _curve(title: str, work: str, samples: dict[int, Sample]) -> Growth:
+    together = {n: s.scaled(MILLISECONDS) for n, s in samples.items()}
+    each = {n: s.scaled(MILLISECONDS / n) for n, s in samples.items()}
+    return Growth(title, work, "ms", {"together": together, "each": each})

@@ -1,0 +1,93 @@
+"""python -m benchmarks.faults: break the server in every way we know, and report what happened."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+# sam3 warns about calls of its own, which nobody here can do anything about.
+warnings.filterwarnings("ignore")
+
+from benchmarks import artifacts  # noqa: E402
+from benchmarks.environment import provenance  # noqa: E402
+from benchmarks.faults import report, scenarios, soak  # noqa: E402
+from benchmarks.faults.load import Kind  # noqa: E402
+from benchmarks.faults.trial import Result  # noqa: E402
+from benchmarks.results import write_section  # noqa: E402
+
+console = Console(highlight=False, soft_wrap=True)
+app = typer.Typer(invoke_without_command=True, help=__doc__)
+
+
+@app.callback()
+def faults(
+    context: typer.Context,
+    only: Annotated[
+        list[str] | None, typer.Option(help="One fault by name, more than once; not written.")
+    ] = None,
+    views_seconds: Annotated[
+        float, typer.Option(help="Seconds at most for 10,000 views that are never closed.")
+    ] = 300.0,
+    write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
+) -> None:
+    """Every fault, one after the other. Exit status 1 if a request was lost or answered wrong."""
+    if context.invoked_subcommand:
+        return
+    names = only or []
+    known = [fault.name for fault in scenarios.every()]
+    if unknown := sorted(set(names) - set(known)):
+        raise typer.BadParameter(f"no fault {', '.join(unknown)}; there are {', '.join(known)}")
+    in_full = "make faults"
+    shorter = f"python -m benchmarks.faults --views-seconds {views_seconds:g}"
+    origin = provenance(in_full if views_seconds == 300 else shorter)
+    results = scenarios.run(artifacts.demo().repository, names, views_seconds, _Progress())
+    console.print(report.table([one for one in results if not one.skipped]), markup=False)
+    if write and not names:
+        write_section("faults", report.page("Faults", results, origin))
+    bad = sum(one.counts.get(kind, 0) for one in results for kind in (Kind.LOST, Kind.WRONG))
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command("soak")
+def soak_command(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
+    write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
+) -> None:
+    """Load of every kind for a long time; memory has to stay flat."""
+    command = "make soak" if minutes == 30 else f"make soak MINUTES={minutes:g}"
+    origin = provenance(command)
+    found = soak.run(artifacts.demo().repository, minutes)
+    console.print(found.page(origin), markup=False)
+    if write:
+        write_section("soak", found.page(origin))
+    bad = found.counts[Kind.LOST] + found.counts[Kind.WRONG]
+    raise typer.Exit(1 if bad else 0)
+
+
+class _Progress:
+    """A line when a fault begins, and what came of it."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, title: str, result: Result | None) -> None:
+        gone = time.monotonic() - self._started
+        if result is None:
+            console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {title}")
+            return
+        counts = ", ".join(f"{count} {kind.value}" for kind, count in result.counts.items())
+        console.print(f"      {result.skipped or counts}")
+        for said, count in result.errors[:6]:
+            console.print(f"      {count} × {said[:200]}", markup=False, style="dim")
+
+
+if __name__ == "__main__":
+    # As Ctrl-C does: it unwinds, so that no server is left behind.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    app()

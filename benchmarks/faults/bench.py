@@ -1,0 +1,77 @@
+"""What faults are tried on: an exported repository, copies of it, and a stand they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.faults.load import Question, questions
+from benchmarks.faults.stand import Stand, keeping, variant
+from triton_sam3 import Client
+from triton_sam3.contract import DECODER
+
+
+class Bench:
+    """The exported repository, a folder for what is made of it, and one stand shared by faults.
+
+    views: how many the fault of never closed views opens, in `views_seconds` at most.
+    """
+
+    def __init__(
+        self, repository: Path, folder: Path, views: int = 10_000, views_seconds: float = 300.0
+    ) -> None:
+        self.repository = repository
+        self.views, self.views_seconds = views, views_seconds
+        self._folder = folder
+        self._made = 0
+        self._shared = ExitStack()
+        self._stand: Stand | None = None
+        self._asked: list[Question] = []
+
+    def folder(self) -> Path:
+        """A new one."""
+        self._made += 1
+        made = self._folder / f"{self._made:02d}"
+        made.mkdir()
+        return made
+
+    def stand(self) -> Stand:
+        """The shared one, for faults that leave the repository as it is."""
+        if self._stand is None:
+            self._stand = self._shared.enter_context(Stand(self.repository, self.folder()))
+        return self._stand
+
+    def copy(self, settings: Mapping[str, Mapping[str, str]] | None = None) -> Path:
+        """A repository of its own, see `variant`."""
+        return variant(self.repository, self.folder(), settings or {})
+
+    def copy_keeping(self, images: int) -> tuple[Path, int]:
+        """A repository that keeps so many images at most, and its bound in bytes."""
+        config = (self.repository / DECODER / "config.pbtxt").read_text(encoding="utf-8")
+        embedding = re.search(r"dims: \[ 256, (\d+),", config)
+        if embedding is None:
+            raise ValueError("the decoder's config has no image_embed of 256 channels")
+        bound = images * 4096 * int(embedding[1]) ** 2
+        return self.copy(keeping(bound)), bound
+
+    def asked(self, stand: Stand) -> list[Question]:
+        """Questions with their right answers, found on the first healthy server there is."""
+        if not self._asked:
+            with Client(stand.grpc) as client:
+                self._asked = questions(client)
+        return self._asked
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._shared.close()
+        self._stand = None

@@ -1,0 +1,95 @@
+"""Faults of what is on disk: a damaged repository, a checkpoint of another generation."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.artifacts import DEMO_CHECKPOINT
+from benchmarks.environment import ROOT
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.load import Kind
+from benchmarks.faults.stand import Stand
+from benchmarks.faults.trial import Result, Trial
+from triton_sam3.contract import DECODER, ENCODER
+
+ONNX = f"{ENCODER}/1/model.onnx"
+PT2 = f"{DECODER}/1/decoder.pt2"
+CONFIG = f"{DECODER}/config.pbtxt"
+FAILED_STARTS = 2
+HOLE_BYTES = 4096
+NEW_NAMES = {
+    "tracker.sam_": "tracker.model.interactive_sam_",
+    ".sam2_convs.": ".interactive_convs.",
+    "tracker.no_mem": "tracker.model.no_mem",
+}
+"""SAM 3's names, and SAM 3.1's."""
+
+
+def corrupted(file: str, bench: Bench, title: str) -> Result:
+    """Zeros in the middle, as a bad copy leaves them, and a new start; later it is mended."""
+    repository = bench.copy()
+    path = repository / file
+    whole = path.read_bytes()
+    middle, hole = len(whole) // 2, min(HOLE_BYTES, len(whole) // 4)
+    with Stand(repository, bench.folder()) as stand:
+
+        def harm() -> None:
+            path.write_bytes(whole[:middle] + bytes(hole) + whole[middle + hole :])
+            stand.container.triton().signal(signal.SIGKILL)
+
+        with Trial(title, stand, bench.asked(stand)) as trial:
+            trial.strike(harm)
+            _wait_for(lambda: len(stand.statuses) > FAILED_STARTS)
+            refused, said = stand.statuses[1:], stand.refusal()
+            path.write_bytes(whole)
+            trial.mended()
+            trial.recover(within=120.0)
+        told = Path(file).name in said or Path(file).parts[0] in said
+        if not told or 0 in refused:
+            raise RuntimeError(f"{title}: it ended with {refused} and said {said!r}")
+        trial.remark = f"{len(refused)} starts refused before it was mended: {_sentence(said)}"
+        return trial.result()
+
+
+def _wait_for(condition: Callable[[], bool], within: float = 90.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("what was waited for did not happen")
+        time.sleep(0.1)
+
+
+def _sentence(text: str, most: int = 240) -> str:
+    """Short enough for a table, without the folders of this run."""
+    flat = re.sub(r"/\S*/(?=sam3)", "", " ".join(text.split())).replace("|", "/")
+    flat = re.sub(r"^\W+loading the checkpoint \S+ ", "", flat)
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+def wrong_generation(bench: Bench, title: str) -> Result:
+    """The export is the one to refuse it: no repository may come of it."""
+    folder = bench.folder()
+    checkpoint, output = folder / "sam3.1.pt", folder / "models"
+    weights = torch.load(DEMO_CHECKPOINT, map_location="cpu", weights_only=True)
+    for old, new in NEW_NAMES.items():
+        weights["model"] = {key.replace(old, new): v for key, v in weights["model"].items()}
+    torch.save(weights, checkpoint)
+    command = (sys.executable, "-m", "export", f"--checkpoint={checkpoint}", f"--output={output}")
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    noticed = time.monotonic() - began
+    clear = done.returncode == 2 and "SAM 3.1" in done.stderr and not output.exists()
+    kind = Kind.CLEAR if clear else Kind.WRONG
+    counts = {each: int(each is kind) for each in Kind}
+    said = _sentence(done.stderr)
+    return Result(title, counts, noticed=noticed, remark=f"exit status {done.returncode}: {said}")

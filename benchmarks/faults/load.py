@@ -1,0 +1,211 @@
+"""Callers that know the right answer of every request, and what became of each.
+
+right   the very mask the healthy server gave
+clear   one of the client's errors that say what to do, within the deadline
+lost    no answer within the deadline, or an outage the client should have hidden
+wrong   anything else: another mask, an error that explains nothing
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from demo.scenes import generate
+from triton_sam3 import (
+    Client,
+    DeadlineExceeded,
+    ImageNotKept,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+    SAM3Error,
+    ServerUnreachable,
+)
+
+SIDE = 64
+GRACE_SECONDS = 2.0
+"""How much later than its deadline an answer may come on a busy machine."""
+CLEAR = (
+    DeadlineExceeded,
+    ImageNotKept,
+    InvalidRequest,
+    ModelUnavailable,
+    Overloaded,
+    ServerUnreachable,
+)
+"""Errors whose message ends with what to do about them."""
+
+
+class Kind(str, Enum):
+    """What became of a request."""
+
+    RIGHT = "right"
+    CLEAR = "clear"
+    LOST = "lost"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request; times of `time.monotonic`."""
+
+    began: float
+    ended: float
+    kind: Kind
+    said: str = ""
+    """The error's type and sentence."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture, a place in it, and the mask that a healthy server gives for it."""
+
+    image: npt.NDArray[np.uint8]
+    point: tuple[int, int]
+    mask: npt.NDArray[np.bool_] | None = None
+
+    def ask(self, client: Client) -> npt.NDArray[np.bool_]:
+        return client.segment(self.image, points=[self.point]).masks
+
+
+def questions(client: Client, count: int = 8, first: int = 0) -> list[Question]:
+    """Generated pictures with a click on an object of each, answered by a healthy server.
+
+    Raises RuntimeError when the answers are so much alike that a wrong one would go unnoticed.
+    """
+    asked = [_question(seed) for seed in range(first, first + count)]
+    answered = [Question(one.image, one.point, one.ask(client)) for one in asked]
+    if len({one.mask.tobytes() for one in answered if one.mask is not None}) < count:
+        raise RuntimeError("two pictures have the same mask: it would not show a mix-up")
+    return answered
+
+
+def _question(seed: int) -> Question:
+    scene = generate(seed, SIDE)
+    ys, xs = np.nonzero(scene.labels == 1)
+    if len(xs) == 0:
+        ys, xs = np.nonzero(np.ones_like(scene.labels))
+    middle = len(xs) // 2
+    return Question(scene.image, (int(xs[middle]), int(ys[middle])))
+
+
+def judge(
+    answer: npt.NDArray[np.bool_] | BaseException,
+    right: npt.NDArray[np.bool_] | None,
+    seconds: float,
+    deadline: float,
+    hidden: Sequence[type[BaseException]] = (),
+) -> Kind:
+    """What became of a request that took `seconds`; `hidden` errors are the client's to hide."""
+    if seconds > deadline + GRACE_SECONDS:
+        return Kind.LOST
+    if isinstance(answer, BaseException):
+        if isinstance(answer, tuple(hidden)):
+            return Kind.LOST
+        return Kind.CLEAR if isinstance(answer, CLEAR) else Kind.WRONG
+    return Kind.RIGHT if right is not None and np.array_equal(answer, right) else Kind.WRONG
+
+
+@dataclass(frozen=True)
+class Caller:
+    """How one caller connects: its URL and what else `Client` takes."""
+
+    url: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Load:
+    """Callers in threads, each asking one question after the other until the end of the block."""
+
+    def __init__(
+        self,
+        callers: Iterable[Caller],
+        asked: Sequence[Question],
+        *,
+        timeout: float = 8.0,
+        hidden: Sequence[type[BaseException]] = (),
+    ) -> None:
+        self._callers, self._asked = tuple(callers), asked
+        self._timeout, self._hidden = timeout, hidden
+        self._stop = threading.Event()
+        self._guard = threading.Lock()
+        self._outcomes: list[Outcome] = []
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """So far, in the order in which they ended."""
+        with self._guard:
+            return list(self._outcomes)
+
+    @property
+    def ended(self) -> int:
+        return len(self._outcomes)
+
+    def settle(self, each: int = 3, within: float = 60.0) -> None:
+        """Until so many right answers a caller. Raises RuntimeError when they do not come."""
+        wanted, deadline = each * len(self._callers), time.monotonic() + within
+        while sum(one.kind is Kind.RIGHT for one in self.outcomes) < wanted:
+            if time.monotonic() > deadline:
+                said = Counter(one.said for one in self.outcomes).most_common(3)
+                raise RuntimeError(f"no load on a healthy server: {said}")
+            time.sleep(0.05)
+
+    def __enter__(self) -> Load:
+        for number, caller in enumerate(self._callers):
+            self._threads.append(threading.Thread(target=self._repeat, args=(number, caller)))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _repeat(self, number: int, caller: Caller) -> None:
+        rng = np.random.default_rng(number)
+        with Client(caller.url, timeout=self._timeout, **caller.options) as client:
+            while not self._stop.is_set():
+                question = self._asked[int(rng.integers(len(self._asked)))]
+                outcome = self._ask(client, question)
+                with self._guard:
+                    self._outcomes.append(outcome)
+                if outcome.kind is not Kind.RIGHT:
+                    self._stop.wait(0.1)  # as a person would, who sees an error
+
+    def _ask(self, client: Client, question: Question) -> Outcome:
+        return observe(lambda: question.ask(client), question.mask, self._timeout, self._hidden)
+
+
+def observe(
+    ask: Callable[[], npt.NDArray[np.bool_]],
+    right: npt.NDArray[np.bool_] | None,
+    deadline: float,
+    hidden: Sequence[type[BaseException]] = (),
+) -> Outcome:
+    """Ask once, and judge what comes back; an exception nobody foresaw is a wrong answer."""
+    began = time.monotonic()
+    answer: npt.NDArray[np.bool_] | BaseException
+    try:
+        answer, said = ask(), ""
+    except Exception as error:
+        answer, said = error, f"{type(error).__name__}: {error}"
+        if not isinstance(error, SAM3Error):
+            said = f"not the client's own error: {said}"
+    ended = time.monotonic()
+    return Outcome(began, ended, judge(answer, right, ended - began, deadline, hidden), said)

@@ -1,0 +1,68 @@
+"""Faults of the server's own processes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.stand import Stand
+from benchmarks.faults.trial import Result, Trial
+from triton_sam3.contract import DECODER
+
+
+def killed(model: str, bench: Bench, title: str) -> Result:
+    """SIGKILL to the process of a model. Triton 2.51 goes on without it; the watch does not."""
+    stand = bench.stand()
+    with Trial(title, stand, bench.asked(stand)) as trial:
+        trial.strike(lambda: _signal(stand, model, signal.SIGKILL))
+        trial.recover()
+    return trial.result()
+
+
+def server_killed(bench: Bench, title: str) -> Result:
+    """SIGKILL to tritonserver."""
+    stand = bench.stand()
+    with Trial(title, stand, bench.asked(stand)) as trial:
+        trial.strike(lambda: stand.container.triton().signal(signal.SIGKILL))
+        trial.recover()
+    return trial.result()
+
+
+def stuck(bench: Bench, title: str) -> Result:
+    """The decoder's process stops and never goes on by itself."""
+    stand = bench.stand()
+    with Trial(title, stand, bench.asked(stand), timeout=5.0) as trial:
+        trial.strike(lambda: _signal(stand, DECODER, signal.SIGSTOP))
+        trial.recover(within=90.0)
+    return trial.result()
+
+
+def slow(bench: Bench, title: str, seconds: float = 10.0) -> Result:
+    """The decoder's process runs one fifth of the time. Nothing may be restarted for it."""
+    stand = bench.stand()
+    with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
+        over = threading.Event()
+        doing = threading.Thread(target=_slow_down, args=(stand, over))
+        trial.strike(doing.start)
+        try:
+            time.sleep(seconds)
+        finally:
+            over.set()
+            doing.join()
+            trial.mended()
+        trial.recover()
+    return trial.result()
+
+
+def _slow_down(stand: Stand, over: threading.Event) -> None:
+    while not over.wait(0.05):
+        _signal(stand, DECODER, signal.SIGSTOP)
+        over.wait(0.2)
+        _signal(stand, DECODER, signal.SIGCONT)
+
+
+def _signal(stand: Stand, model: str, number: int) -> None:
+    for stub in stand.container.stubs(model):
+        stub.signal(number)

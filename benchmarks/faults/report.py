@@ -1,0 +1,103 @@
+"""Results as a page: one row a fault, then what was said and what the columns mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.environment import Provenance
+from benchmarks.faults.load import Kind
+from benchmarks.faults.trial import Result, Truth
+from benchmarks.faults.watching import Slope
+
+WORTH_TELLING = 1000
+"""Requests from which on a slope for 10,000 is more than an extrapolated start."""
+MIB = 2**20
+HEAD = (
+    "fault",
+    "sent",
+    "right",
+    "clear error",
+    "lost",
+    "wrong",
+    "noticed",
+    "recovered",
+    "readiness true",
+    "memory",
+    "/dev/shm",
+    "restarts",
+)
+LEGEND = """\
+*Right* is the very mask the healthy server gave; *clear error* one of the client's errors with what
+to do about it, within its deadline; *lost* no answer in time, or an outage that the client had to
+hide and did not; *wrong* anything else. *Noticed* is from the fault until the readiness probe said
+no (–: it never did), *recovered* from the fault's end until callers had right answers alone.
+*Readiness true* counts verdicts that what became of the requests around them bears out. Memory is
+what the server's processes do not share: its slope for 10,000 requests ± standard error, or, where
+the last server saw fewer than 1,000, by how much it grew in how many, warming up included (–: they
+were fewer than 100, or the server was another one by then). The
+container's restart policy is played by the suite (0.1 s, doubling); the watch of process 1 looks
+every second (the image's own: every 30 s, which the times to recover from a dead or stuck model
+grow by), three failures in a row end the server."""
+
+
+def page(title: str, results: Sequence[Result], origin: Provenance) -> str:
+    """Markdown."""
+    ran = [result for result in results if not result.skipped]
+    skipped = [f"- {one.name}: not run, {one.skipped}" for one in results if one.skipped]
+    remarks = [f"- {one.name}: {one.remark}" for one in ran if one.remark]
+    total = {kind: sum(one.counts.get(kind, 0) for one in ran) for kind in Kind}
+    summary = ", ".join(f"{count:,} {kind.value}" for kind, count in total.items())
+    parts = [
+        f"## {title}",
+        origin.markdown(),
+        f"{sum(total.values()):,} requests under {len(ran)} faults: {summary}.",
+        table(ran),
+        "\n".join([*remarks, *skipped]),
+        LEGEND,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row a fault."""
+    rows = [HEAD, tuple("---" for _ in HEAD), *map(_row, results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    kinds = (Kind.RIGHT, Kind.CLEAR, Kind.LOST, Kind.WRONG)
+    return (
+        result.name,
+        f"{result.sent:,}",
+        *(f"{result.counts.get(kind, 0):,}" for kind in kinds),
+        _seconds(result.noticed),
+        _seconds(result.recovered),
+        _truth(result.truth),
+        _slope(result.private),
+        _slope(result.shm),
+        str(result.restarts),
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} s"
+
+
+def _truth(truth: Truth | None) -> str:
+    if truth is None:
+        return "–"
+    false = []
+    if truth.falsely_ready:
+        false.append(f"{truth.falsely_ready} falsely yes")
+    if truth.falsely_unready:
+        false.append(f"{truth.falsely_unready} falsely no")
+    right = truth.verdicts - truth.falsely_ready - truth.falsely_unready
+    return f"{right} of {truth.verdicts}" + (f" ({', '.join(false)})" if false else "")
+
+
+def _slope(slope: Slope | None) -> str:
+    if slope is None:
+        return "–"
+    if slope.requests < WORTH_TELLING:
+        return f"{slope.growth * slope.requests / 1e4 / MIB:+.0f} MiB in {slope.requests}"
+    return f"{slope.growth / MIB:+.1f} ± {slope.error / MIB:.1f} MiB"

@@ -1,0 +1,76 @@
+"""Every fault by name, in the order of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.faults import files, overload, processes, requests, resources
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.trial import Result
+from triton_sam3.contract import DECODER, ENCODER
+
+Scenario = Callable[[Bench, str], Result]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault by its short name, in words, and what does it."""
+
+    name: str
+    title: str
+    run: Scenario
+
+
+def every() -> Sequence[Fault]:
+    """All of them."""
+    return [
+        Fault("decoder-killed", "decoder process killed", partial(processes.killed, DECODER)),
+        Fault("encoder-killed", "encoder process killed", partial(processes.killed, ENCODER)),
+        Fault("server-killed", "server killed", processes.server_killed),
+        Fault("stuck", "model stuck", processes.stuck),
+        Fault("slow", "model slow, a fifth of its speed", processes.slow),
+        Fault("client-gone", "clients gone mid-request", requests.client_gone),
+        Fault("reset", "connections reset", requests.connections_reset),
+        Fault("proxy-502", "proxy answers 502", requests.bad_gateway),
+        Fault("poison", "poisoned requests in the batch", requests.poisoned),
+        Fault("kept-limit", "memory limit of kept images reached", requests.kept_limit),
+        Fault("overload", "overload, 4 × capacity, as shipped", overload.overloaded),
+        Fault(
+            "short-queue",
+            "the same, 2 images in the queue",
+            overload.overloaded_with_short_queue,
+        ),
+        Fault("shm-full", "/dev/shm full", resources.shm_full),
+        Fault("clock", "clock jumps 10 years ahead, then back", resources.clock_jump),
+        Fault("onnx", "model.onnx corrupted, restart", partial(files.corrupted, files.ONNX)),
+        Fault("pt2", "decoder.pt2 corrupted, restart", partial(files.corrupted, files.PT2)),
+        Fault("config", "config.pbtxt corrupted, restart", partial(files.corrupted, files.CONFIG)),
+        Fault("checkpoint", "checkpoint of another generation", files.wrong_generation),
+        Fault("engine-cache", "full disk for the engine cache", resources.engine_cache),
+        Fault("views", "views opened and never closed", requests.views_never_closed),
+    ]
+
+
+def run(
+    repository: Path,
+    names: Sequence[str],
+    views_seconds: float = 300.0,
+    told: Callable[[str, Result | None], None] = lambda _title, _result: None,
+) -> list[Result]:
+    """Run the faults of these names, all for none; `told` hears of each before and after."""
+    results = []
+    with (
+        TemporaryDirectory(prefix="triton-sam3-faults-") as folder,
+        Bench(repository, Path(folder), views_seconds=views_seconds) as bench,
+    ):
+        for fault in every():
+            if names and fault.name not in names:
+                continue
+            told(fault.title, None)
+            results.append(fault.run(bench, fault.title))
+            told(fault.title, results[-1])
+    return results

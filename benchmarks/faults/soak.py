@@ -1,0 +1,94 @@
+"""Many requests of every kind for a long time, to see whether memory stays flat."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.environment import Provenance
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.load import Caller, Kind
+from benchmarks.faults.report import MIB
+from benchmarks.faults.stand import Stand
+from benchmarks.faults.trial import Trial, usual
+from benchmarks.faults.watching import Size, Slope, slope
+
+KEPT_IMAGES = 64
+"""The store is full within seconds: what grows afterwards is not kept images."""
+WARM_UP = 0.2
+"""Share of the time before memory is judged."""
+THIRDS = 3
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What a soak came to."""
+
+    minutes: float
+    counts: Counter[Kind]
+    sizes: list[Size]
+    """After the warm-up."""
+
+    def table(self) -> str:
+        """Memory at the beginning and at the end of what was judged, and its slope."""
+        rows = ["| | first third | last third | for 10,000 requests |", "|---|---|---|---|"]
+        for name, of in (("memory", _private), ("/dev/shm", _shm)):
+            values = np.array([of(size) for size in self.sizes]) / MIB
+            first, *_, last = np.array_split(values, THIRDS)
+            told = _told(slope(self.sizes, of))
+            rows.append(f"| {name} | {first.mean():.1f} MiB | {last.mean():.1f} MiB | {told} |")
+        return "\n".join(rows)
+
+    def page(self, origin: Provenance) -> str:
+        """Markdown."""
+        told = ", ".join(f"{self.counts[kind]:,} {kind.value}" for kind in Kind)
+        words = (
+            f"{self.minutes:g} minutes of new images, clicks by id and shared memory over both "
+            f"protocols; the server keeps {KEPT_IMAGES} images. {self.counts.total():,} requests: "
+            f"{told}. The first fifth of the time is left out below; the slope is given with its "
+            "standard error, and memory is what the processes do not share."
+        )
+        return "\n\n".join(("## Soak", origin.markdown(), words, self.table()))
+
+
+def run(repository: Path, minutes: float) -> Soak:
+    """Raises RuntimeError when the server was restarted meanwhile."""
+    with (
+        TemporaryDirectory(prefix="triton-sam3-soak-") as folder,
+        Bench(repository, Path(folder)) as bench,
+    ):
+        return _run(bench, minutes)
+
+
+def _run(bench: Bench, minutes: float) -> Soak:
+    repository, _ = bench.copy_keeping(KEPT_IMAGES)
+    with Stand(repository, bench.folder()) as stand:
+        asked = bench.asked(stand)
+        callers = [*usual(stand), Caller(stand.http)]
+        with Trial("soak", stand, asked, callers=callers, timeout=30.0) as trial:
+            time.sleep(60 * minutes * WARM_UP)
+            trial.forget_sizes()
+            time.sleep(60 * minutes * (1 - WARM_UP))
+            sizes = trial.sizes
+        if stand.starts > 1:
+            raise RuntimeError(f"the server was restarted {stand.starts - 1} times")
+        return Soak(minutes, Counter(one.kind for one in trial.load.outcomes), sizes)
+
+
+def _private(size: Size) -> int:
+    return size.private
+
+
+def _shm(size: Size) -> int:
+    return size.shm
+
+
+def _told(found: Slope | None) -> str:
+    if found is None:
+        return "too few requests"
+    return f"{found.growth / MIB:+.2f} ± {found.error / MIB:.2f} MiB"

@@ -1,0 +1,119 @@
+"""A server that is started again when it ends, as the container's restart policy does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.faults.container import Container
+from triton_sam3.contract import DECODER
+
+WATCH = ("--watch-seconds=1", "--watch-timeout=3")
+"""The image watches itself every 30 s; a suite has less patience."""
+REFUSAL = re.compile(r"^failed to load '|^Poll failed for model directory")
+"""How Triton says in its log which model it cannot serve."""
+SHIPPED_BOUND = 'key: "kept_images_bytes" value: { string_value: "4294967296"'
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 60.0
+STEADY_SECONDS = 10.0
+"""Docker's `restart: unless-stopped`: pauses double until a container ran for this long."""
+
+
+class Stand:
+    """One container under a restart policy; a context manager that leaves nothing behind."""
+
+    def __init__(
+        self,
+        repository: Path,
+        folder: Path,
+        *,
+        wrapper: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        arguments = ("--host=127.0.0.1", "--drain-seconds=0", "--exit-seconds=5", *WATCH)
+        self.container = Container(repository, folder, *arguments, wrapper=wrapper, env=env)
+        self.repository = repository
+        self.starts = 0
+        self.statuses: list[int] = []
+        """With which it ended, each time."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.container.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"grpc://127.0.0.1:{self.container.grpc_port}"
+
+    def refusal(self) -> str:
+        """Why it did not start: the most that its log says of it in one record."""
+        told = [r["message"] for r in self.container.records() if REFUSAL.search(r["message"])]
+        return max(told, key=len, default="")
+
+    def __enter__(self) -> Stand:
+        self._start()
+        try:
+            self.container.wait_until_serving()
+        except BaseException:
+            self.container.__exit__(None, None, None)
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.container.__exit__(kind, error, traceback)
+
+    def _start(self) -> None:
+        self.container.start()
+        self.starts += 1
+        self._started = time.monotonic()
+
+    def _keep(self) -> None:
+        pause = FIRST_PAUSE
+        while not self._stop.wait(0.05):
+            status = self.container.process.poll()
+            if status is None:
+                continue
+            self.statuses.append(status)
+            steady = time.monotonic() - self._started > STEADY_SECONDS
+            pause = FIRST_PAUSE if steady else min(2 * pause, LONGEST_PAUSE)
+            if self._stop.wait(pause):
+                return
+            self._start()
+
+
+def keeping(kept_bytes: int) -> Mapping[str, Mapping[str, str]]:
+    """Settings of a `variant` that keeps images in so many bytes at most."""
+    return {DECODER: {SHIPPED_BOUND: SHIPPED_BOUND.replace("4294967296", str(kept_bytes))}}
+
+
+def variant(repository: Path, folder: Path, settings: Mapping[str, Mapping[str, str]]) -> Path:
+    """A copy of the repository whose files may be changed.
+
+    settings: by model, texts in its config.pbtxt and what to put in their place. Raises ValueError
+    for one that is not there.
+    """
+    copy = folder / "models"
+    shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for model, changes in settings.items():
+        path = copy / model / "config.pbtxt"
+        text = path.read_text(encoding="utf-8")
+        for old, new in changes.items():
+            if old not in text:
+                raise ValueError(f"{path} does not say {old!r}")
+            text = text.replace(old, new)
+        path.write_text(text, encoding="utf-8")
+    return copy

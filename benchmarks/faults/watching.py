@@ -1,0 +1,129 @@
+"""What is watched while a fault lasts: readiness, memory and /dev/shm."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import psutil
+
+from benchmarks.faults.container import Container
+from docker.entrypoint.probes import ProbeFailed, Target, ready
+
+PROBE_SECONDS = 3.0
+FEWEST_SAMPLES = 8
+FEWEST_REQUESTS = 100
+"""Requests between first and last sample for a slope to be worth telling."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One answer of the readiness probe; times of `time.monotonic`."""
+
+    began: float
+    ended: float
+    ready: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """The server's memory at one time."""
+
+    server: int
+    """Process 1 by its id: sizes of different servers do not belong on one line."""
+    requests: int
+    """Ended so far."""
+    private: int
+    """Bytes of memory of all its processes that they share with nothing."""
+    shm: int
+    """Bytes of its files in /dev/shm."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Growth for 10,000 requests, and its standard error; bytes."""
+
+    growth: float
+    error: float
+    requests: int
+    """Between first and last sample."""
+
+
+class Repeating:
+    """Calls `look` in a thread, `pause` seconds apart, until the end of the block."""
+
+    def __init__(self, look: Callable[[], None], pause: float) -> None:
+        self._look, self._pause = look, pause
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause):
+            self._look()
+
+    def __enter__(self) -> Repeating:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def ask_readiness(target: Target) -> Verdict:
+    """The probe of docker/entrypoint, as an orchestrator would ask it."""
+    began = time.monotonic()
+    try:
+        said, is_ready = ready(target, PROBE_SECONDS), True
+    except ProbeFailed as failure:
+        said, is_ready = str(failure), False
+    return Verdict(began, time.monotonic(), is_ready, said)
+
+
+def measure(container: Container, requests: int) -> Size | None:
+    """The server's memory now; None while it is starting or ending."""
+    private = 0
+    for process in container.descendants():
+        try:
+            memory = psutil.Process(process.pid).memory_info()
+        except psutil.Error:
+            return None
+        private += memory.rss - memory.shared
+    return Size(container.process.pid, requests, private, shm_bytes(container))
+
+
+def shm_bytes(container: Container) -> int:
+    """What lies in /dev/shm under the server's name; its own /dev/shm where it has one."""
+    root = Path(f"/proc/{container.process.pid}/root/dev/shm")
+    total = 0
+    try:
+        for path in root.glob(f"triton_sam3_port{container.http_port}_*"):
+            total += path.stat().st_blocks * 512
+    except OSError:  # it ends meanwhile
+        return total
+    return total
+
+
+def slope(sizes: Sequence[Size], of: Callable[[Size], int]) -> Slope | None:
+    """A line through the sizes of the last server; None where there are too few."""
+    same = [size for size in sizes if size.server == sizes[-1].server]
+    if len(same) < FEWEST_SAMPLES or same[-1].requests - same[0].requests < FEWEST_REQUESTS:
+        return None
+    requests = np.array([size.requests for size in same], float)
+    values = np.array([of(size) for size in same], float)
+    centred = requests - requests.mean()
+    growth = float(centred @ values / (centred @ centred))
+    rest = values - values.mean() - growth * centred
+    error = float(np.sqrt(rest @ rest / (len(same) - 2) / (centred @ centred)))
+    return Slope(growth * 1e4, error * 1e4, same[-1].requests - same[0].requests)

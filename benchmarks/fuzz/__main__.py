@@ -1,0 +1,93 @@
+"""python -m benchmarks.fuzz: fuzz the served demo model, and rewrite RESULTS.md's section."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import artifacts
+from benchmarks.environment import ROOT, provenance
+from benchmarks.faults.stand import keeping, variant
+from benchmarks.fuzz.canary import WrongAnswer
+from benchmarks.fuzz.report import markdown
+from benchmarks.fuzz.run import Fuzzer, Outcome, ServerDied, fuzz
+from benchmarks.fuzz.tally import Finding
+from benchmarks.results import write_section
+from server import TritonServer
+
+FINDINGS = ROOT / "build" / "fuzz" / "findings.jsonl"
+KEPT_BYTES = 16 * 2**20
+"""Few kept images, so that the warm-up fills the store and later growth is no store's."""
+
+console = Console(highlight=False)
+
+
+def main(
+    requests: Annotated[int, typer.Option(min=4, help="How many, after the warm-up.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="The same number sends the same.")] = 0,
+    warm_up: Annotated[int, typer.Option(min=2, help="Requests before memory counts.")] = 2_000,
+    repository: Annotated[
+        Path | None, typer.Option(help="A model repository; the demo model's is built without.")
+    ] = None,
+    write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
+) -> None:
+    """Send requests that are wrong in every way, and see that the server bears it."""
+    origin = provenance(f"python -m benchmarks.fuzz --requests {requests} --seed {seed}")
+    started = time.monotonic()
+
+    def progress(step: str) -> None:
+        gone = time.monotonic() - started
+        console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {step}")
+
+    built = repository or artifacts.demo(progress=progress).repository
+    with TemporaryDirectory(prefix="triton-sam3-fuzz-") as folder:
+        models = variant(built, Path(folder), keeping(KEPT_BYTES))
+        with TritonServer(models, log=Path(folder) / "log") as server:
+            outcome = _fuzz(server, requests, warm_up, seed, progress)
+            _save(outcome.tally.findings)
+    _show(outcome)
+    if write:
+        write_section("fuzz", markdown(outcome, origin))
+    raise typer.Exit(bool(outcome.tally.findings) or not outcome.same_processes)
+
+
+def _fuzz(
+    server: TritonServer, requests: int, warm_up: int, seed: int, progress: Callable[[str], None]
+) -> Outcome:
+    fuzzer = Fuzzer(server)
+    try:
+        return fuzz(fuzzer, requests, warm_up, seed, progress)
+    except (ServerDied, WrongAnswer, RuntimeError):
+        _save([*fuzzer.tally.findings, *fuzzer.tally.recent])
+        console.print(f"the requests before it are in {FINDINGS}")
+        raise
+    finally:
+        fuzzer.close()
+
+
+def _save(findings: list[Finding]) -> None:
+    FINDINGS.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(finding.record()) for finding in findings)
+    FINDINGS.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _show(outcome: Outcome) -> None:
+    console.print(dict(outcome.tally.total), markup=False)
+    by_line = Counter(finding.line() for finding in outcome.tally.findings)
+    for line, count in by_line.most_common(40):
+        console.print(f"{count} × {line[:300]}", style="red", markup=False)
+    for mark in outcome.marks:
+        sizes = {"resident": mark.resident, "/dev/shm": mark.shared, **mark.parts}
+        console.print("MiB:", *(f"{name} {size / 2**20:.1f}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

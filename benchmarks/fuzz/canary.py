@@ -1,0 +1,75 @@
+"""A question with a known answer: the disc of the picture, asked on every way to a mask."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco
+
+from benchmarks.fuzz.exchange import Grpc
+from benchmarks.fuzz.messages import Request
+from benchmarks.fuzz.subject import (
+    CLICK,
+    FILE,
+    SIZE,
+    Array,
+    Subject,
+    ask,
+    disc,
+    middle,
+    request,
+    strings,
+)
+
+LEAST_IOU = 0.8
+
+
+class WrongAnswer(Exception):
+    """The server answers, but not what is right."""
+
+
+class Canary:
+    """Remembers the first answers; later ones must be the same to the bit."""
+
+    def __init__(self, grpc: Grpc, subject: Subject) -> None:
+        self._grpc = grpc
+        self._questions = questions(subject)
+        self._expected = [self._answer(question) for question in self._questions]
+        self.iou = min(overlap(masks[0, 0], disc()) for masks, _ in self._expected)
+        if self.iou < LEAST_IOU:
+            raise WrongAnswer(f"IoU with the disc is {self.iou:.2f}, expected {LEAST_IOU}")
+
+    def sing(self) -> None:
+        """Ask again. Raises WrongAnswer, and RuntimeError where there is none."""
+        for question, expected in zip(self._questions, self._expected, strict=True):
+            masks, scores = self._answer(question)
+            if not (masks == expected[0]).all() or not (scores == expected[1]).all():
+                raise WrongAnswer(f"{question.model} answers another mask than at first")
+
+    def _answer(self, question: Request) -> tuple[Array, Array]:
+        answer: Any = ask(self._grpc, question)
+        return answer.as_numpy("masks"), answer.as_numpy("scores")
+
+
+def questions(subject: Subject) -> list[Request]:
+    """A click on the kept image, and on the image's file."""
+    kept: dict[str, Array] = {
+        "image_id": strings(subject.image_id),
+        "image_size": np.array([SIZE], np.int32),
+        **middle(),
+    }
+    file: dict[str, Array] = {
+        "encoded_image": strings(subject.files[1]),
+        "points": middle()["point_coords"] * np.array(SIZE, np.float32),
+        "point_labels": middle()["point_labels"],
+    }
+    return [request(CLICK, kept), request(FILE, file)]
+
+
+def overlap(rle: bytes, expected: NDArray[np.bool_]) -> float:
+    """IoU of a mask, as COCO's run lengths in JSON, with the expected one."""
+    found = coco.decode(json.loads(rle)).astype(np.bool_)
+    return float((found & expected).sum() / (found | expected).sum())

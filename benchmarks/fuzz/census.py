@@ -1,0 +1,72 @@
+"""Which processes a server has, and the memory they and their shared regions take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "shm-region-prefix-name="
+
+
+@dataclass(frozen=True)
+class Census:
+    """A server at one moment."""
+
+    processes: frozenset[tuple[int, float]]
+    """Process ids with their starts: one that was started anew differs."""
+    resident: int
+    """Bytes resident in all processes; what they share is counted in each."""
+    parts: Mapping[str, int]
+    """Bytes that each process shares with nobody, by the model that it runs."""
+    shared: int
+    """Bytes of the shared memory regions."""
+
+    @property
+    def private(self) -> int:
+        return sum(self.parts.values())
+
+    @classmethod
+    def of(cls, pid: int) -> Census:
+        """Of tritonserver and everything below it. Raises psutil.NoSuchProcess."""
+        server = psutil.Process(pid)
+        family = [server, *server.children(recursive=True)]
+        memory = [process.memory_full_info() for process in family]
+        parts: Counter[str] = Counter()
+        for process, each in zip(family, memory, strict=True):
+            parts[_model(process)] += each.uss
+        return cls(
+            frozenset((process.pid, process.create_time()) for process in family),
+            sum(each.rss for each in memory),
+            parts,
+            _regions(server),
+        )
+
+
+def _model(process: psutil.Process) -> str:
+    """The model of a Python stub, or its backend; of anything else, the program's name."""
+    for word in process.cmdline():
+        path = Path(word)
+        if path.name == "model.py":
+            return path.parts[-3] if path.parts[-2].isdecimal() else path.parts[-2]
+    return process.name()
+
+
+def _regions(server: psutil.Process) -> int:
+    for word in server.cmdline():
+        if PREFIX in word:
+            found = SHARED_MEMORY.glob(word.partition(PREFIX)[2] + "*")
+            return sum(path.stat().st_blocks * 512 for path in found)
+    return 0
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs, and is not merely unburied."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,174 @@
+"""One run against one server: warm-up, four quarters, and a look at the server between them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from benchmarks.fuzz import octets, structured
+from benchmarks.fuzz.canary import Canary
+from benchmarks.fuzz.census import Census, is_alive
+from benchmarks.fuzz.exchange import UNREACHABLE, Answer, Grpc, Http
+from benchmarks.fuzz.judge import judge
+from benchmarks.fuzz.messages import grpc_octets, http_octets
+from benchmarks.fuzz.octets import Corpus, Octets
+from benchmarks.fuzz.structured import Case
+from benchmarks.fuzz.subject import (
+    DECODER,
+    RLE,
+    SIZE,
+    Array,
+    Subject,
+    ask,
+    prepare,
+    request,
+    strings,
+)
+from benchmarks.fuzz.tally import Tally
+from benchmarks.wire import Wire
+from server import TritonServer
+
+QUARTERS = 4
+CANARY_EVERY = 500
+HTTP, GRPC = "HTTP", "gRPC"
+LARGEST = ((256, 1), (1, 128))
+"""Objects and tokens of the largest requests: what memory grows to."""
+
+
+class ServerDied(Exception):
+    """tritonserver is gone."""
+
+
+@dataclass
+class Fuzzer:
+    """Sends to one running server and keeps count."""
+
+    server: TritonServer
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self._turns = itertools.cycle((HTTP, GRPC))
+        address = self.server.address
+        self._pid = self.server.pid
+        self.http = Http(address.reachable_host, address.http_port)
+        self.grpc = Grpc(address.reachable_host, address.grpc_port)
+        self.subject: Subject = prepare(self.grpc, Wire(self.server.grpc_url).side)
+        self.canary = Canary(self.grpc, self.subject)
+        self._corpus = Corpus.of(self.subject)
+
+    def close(self) -> None:
+        self.grpc.close()
+
+    def run(self, requests: int, number: int) -> None:
+        """Half of the requests structured, half octets, at the same time; then the canary."""
+        with ThreadPoolExecutor(2) as threads:
+            halves = [
+                threads.submit(self.structured, requests // 2, number),
+                threads.submit(self.octets, requests - requests // 2, number),
+            ]
+            for half in halves:
+                half.result()
+        self.canary.sing()
+
+    def largest(self) -> None:
+        """The largest requests that are accepted, twice each."""
+        image_id = strings(self.subject.image_id)
+        for objects, tokens in LARGEST * 2:
+            points: dict[str, Array] = {
+                "point_coords": np.full((1, objects, tokens, 2), 0.5, np.float32),
+                "point_labels": np.ones((1, objects, tokens), np.int32),
+            }
+            ask(self.grpc, request(DECODER, {"image_id": image_id, **points}))
+            size = np.array([SIZE], np.int32)
+            image: dict[str, Array] = {"image": self.subject.image, "image_size": size}
+            ask(self.grpc, request(RLE, {**image, **points}))
+
+    def structured(self, requests: int, number: int) -> None:
+        """Requests drawn by hypothesis; the same number draws the same ones."""
+
+        @seed(number)
+        @settings(
+            max_examples=requests,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(structured.cases(self.subject))
+        def send(case: Case) -> None:
+            self._send_case(case, next(self._turns))
+
+        send()
+
+    def octets(self, requests: int, number: int) -> None:
+        """Mutated octets; the same number mutates the same way."""
+        for i in range(requests):
+            rng = random.Random(f"{number} {i}")
+            protocol, make = ((HTTP, octets.over_http), (GRPC, octets.over_grpc))[i % 2]
+            self._send_octets(make(self._corpus, rng), protocol)
+
+    def _send_case(self, case: Case, protocol: str) -> None:
+        encode: Callable[..., bytes] = http_octets if protocol == HTTP else grpc_octets
+        sent = Octets(case.kind, encode(case.request))
+        self._send(sent, protocol, case)
+
+    def _send_octets(self, sent: Octets, protocol: str) -> None:
+        self._send(sent, protocol, None)
+
+    def _send(self, sent: Octets, protocol: str, case: Case | None) -> None:
+        self.tally.sending(sent.kind, protocol, sent.data)
+        if protocol == HTTP:
+            answer, framed = self.http.send(sent.data), sent.framed
+        else:
+            answer, framed = self.grpc.send(sent.data, sent.method), True
+        self._check_alive(answer)
+        verdict = judge(answer, case, framed, self.subject.mask_side, sent.data)
+        self.tally.count(sent.kind, protocol, verdict, sent.data)
+        if self.tally.sent % CANARY_EVERY == 0:
+            self.canary.sing()
+
+    def _check_alive(self, answer: Answer) -> None:
+        if answer.code == UNREACHABLE or not is_alive(self._pid):
+            raise ServerDied(answer.text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run found."""
+
+    requests: int
+    warm_up: int
+    tally: Tally
+    marks: list[Census]
+    """After the warm-up and after each quarter."""
+    iou: float
+    """Of the canary's mask with the drawn disc."""
+
+    @property
+    def same_processes(self) -> bool:
+        return len({mark.processes for mark in self.marks}) == 1
+
+
+def fuzz(
+    fuzzer: Fuzzer, requests: int, warm_up: int, number: int, progress: Callable[[str], None]
+) -> Outcome:
+    """Warm up, then send that many requests. Raises ServerDied and WrongAnswer."""
+    progress(f"warm-up: {warm_up} requests and the largest ones")
+    fuzzer.largest()
+    fuzzer.run(warm_up, -1 - number)
+    fuzzer.largest()
+    pid = fuzzer.server.pid
+    warm_tally, fuzzer.tally = fuzzer.tally, Tally()
+    fuzzer.tally.findings += warm_tally.findings
+    marks = [Census.of(pid)]
+    for quarter in range(QUARTERS):
+        progress(f"quarter {quarter + 1} of {QUARTERS}")
+        fuzzer.run(requests // QUARTERS, number * QUARTERS + quarter)
+        marks.append(Census.of(pid))
+    return Outcome(requests, warm_up, fuzzer.tally, marks, fuzzer.canary.iou)

@@ -1,0 +1,116 @@
+"""Clicks per second with a number of people clicking at once, each on an image of their own.
+
+The callers run in processes of their own, so that what they cost is not the benchmark's; a process
+holds several callers in threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+
+from benchmarks.peers import Click, Peer, Photo
+from benchmarks.timing import Sample
+
+CALLERS_PER_PROCESS = 16
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a number of concurrent clickers got."""
+
+    clients: int
+    per_second: float
+    latency: Sample
+    """Seconds of every click."""
+
+
+def measure(
+    make_peer: Callable[[], Peer], photo: Photo, clients: int, duration: float
+) -> Throughput:
+    """Click for `duration` seconds with `clients` callers; `make_peer` must be picklable."""
+    shares = _shares(clients)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(shares))
+    queue = context.SimpleQueue()
+    firsts = np.cumsum([0, *shares[:-1]]).tolist()
+    processes = [
+        context.Process(
+            target=_report,
+            args=(queue, make_peer, photo, range(first, first + share), duration, barrier),
+        )
+        for first, share in zip(firsts, shares, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    reports = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    failures = [report for report in reports if isinstance(report, str)]
+    if failures:
+        raise RuntimeError(f"a caller failed: {failures[0]}")
+    latencies = [value for report in reports for value in report]
+    return Throughput(clients, len(latencies) / duration, Sample(tuple(latencies)))
+
+
+def _shares(clients: int) -> list[int]:
+    """How many callers each process holds."""
+    most = max(1, (os.cpu_count() or 1) // 2)
+    count = min(most, -(-clients // CALLERS_PER_PROCESS))
+    return [len(part) for part in np.array_split(np.arange(clients), count)]
+
+
+def _report(  # type: ignore[no-untyped-def]
+    queue, make_peer: Callable[[], Peer], photo: Photo, numbers: range, duration: float, barrier
+) -> None:
+    try:
+        queue.put(_click_for(make_peer, photo, numbers, duration, barrier))
+    except BaseException as error:
+        barrier.abort()
+        queue.put(f"{type(error).__name__}: {error}")
+
+
+def _click_for(
+    make_peer: Callable[[], Peer],
+    photo: Photo,
+    numbers: Sequence[int],
+    duration: float,
+    barrier: Barrier,
+) -> list[float]:
+    """Latencies of the clicks that ended within `duration`, all callers together."""
+    peer = make_peer()
+    clicks = [peer.open(another(photo, number)) for number in numbers]
+    for click in clicks:
+        click(1, 1)
+    barrier.wait(timeout=600)
+    deadline = time.perf_counter() + duration
+    with ThreadPoolExecutor(len(clicks)) as executor:
+        spans = executor.map(lambda n, click: _until(deadline, click, photo, n), numbers, clicks)
+        latencies = [value for span in spans for value in span]
+    peer.close()
+    return latencies
+
+
+def _until(deadline: float, click: Click, photo: Photo, seed: int) -> list[float]:
+    places = np.random.default_rng(seed)
+    latencies: list[float] = []
+    while True:
+        x, y = places.random(2) * (photo.shape[1], photo.shape[0])
+        started = time.perf_counter()
+        click(float(x), float(y))
+        ended = time.perf_counter()
+        if ended > deadline:
+            return latencies
+        latencies.append(ended - started)
+
+
+def another(photo: Photo, number: int) -> Photo:
+    """The photo shifted sideways: other pixels, so that nothing takes it for the same image."""
+    return np.ascontiguousarray(np.roll(photo, 7 * number, axis=1))

@@ -1,0 +1,169 @@
+"""What is measured of a stage: one function for each question, all peers in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import load
+from benchmarks.peers import Peer, whole
+from benchmarks.peers.in_process import InProcess
+from benchmarks.peers.ours import Ours
+from benchmarks.stage import (
+    EMBEDDINGS,
+    HTTP,
+    IN_PROCESS,
+    OURS,
+    PLACE,
+    WHOLE,
+    Stage,
+)
+from benchmarks.timing import Meter, Sample, alternate, difference, ratio, stopwatch
+from benchmarks.wire import Wire
+from triton_sam3.geometry import resize
+
+
+def clicks(stage: Stage, rounds: int) -> dict[str, Sample]:
+    """Seconds of a click on an opened photo, from call to mask, by peer."""
+    meters = {name: stopwatch(partial(click, *PLACE)) for name, click in stage.clicks.items()}
+    return alternate(meters, rounds)
+
+
+def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Sample]:
+    """Seconds from a photo that nobody has seen to its first mask, by peer."""
+
+    def open_and_click(peer: Peer) -> object:
+        return peer.open(stage.photo)(*PLACE)
+
+    asks: dict[str, Callable[[], object]] = {
+        name: partial(open_and_click, peer) for name, peer in stage.peers.items()
+    }
+    ours, other = stage.peers[OURS], stage.peers.get(WHOLE)
+    assert isinstance(ours, Ours)
+    asks[OURS] = lambda: ours.client.segment(stage.photo, points=[PLACE])
+    if isinstance(other, whole.WholeInTriton):
+        asks[WHOLE] = lambda: other.ask(*PLACE, stage.photo)
+    meters = {name: stopwatch(ask) for name, ask in asks.items()}
+    return alternate(meters, rounds, warmup=warmup)
+
+
+def one_shot(stage: Stage, rounds: int, *, warmup: int = 0) -> Sample:
+    """Seconds of our request that brings the photo along and keeps nothing."""
+    ours = stage.peers[OURS]
+    assert isinstance(ours, Ours)
+    ask = partial(ours.client.segment, stage.photo, points=[PLACE])
+    return alternate({OURS: stopwatch(ask)}, rounds, warmup=warmup)[OURS]
+
+
+def encoding(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Sample]:
+    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`."""
+    wire = Wire(stage.url)
+    meta = stage.peers[IN_PROCESS]
+    assert isinstance(meta, InProcess)
+    meters = {
+        OURS: stopwatch(lambda: wire.encode(resize(stage.photo, wire.side)[None])),
+        IN_PROCESS: stopwatch(lambda: meta.predictor.set_image(stage.photo)),
+    }
+    samples = alternate(meters, rounds, warmup=warmup)
+    wire.close()
+    return samples
+
+
+def boxes_together(stage: Stage, rounds: int, count: int = 32) -> Sample:
+    """Ratio: `count` boxes in one request to as many requests of one box each."""
+    ours = stage.peers[OURS]
+    assert isinstance(ours, Ours)
+    boxes = _boxes(stage, count)
+    with ours.client.open(stage.photo) as view:
+        samples = alternate(
+            {
+                "together": stopwatch(lambda: view.segment(boxes=boxes)),
+                "apart": stopwatch(lambda: [view.segment(boxes=[box]) for box in boxes]),
+            },
+            rounds,
+        )
+    return ratio(samples["together"], samples["apart"])
+
+
+def _boxes(stage: Stage, count: int) -> NDArray[np.float32]:
+    height, width = stage.photo.shape[:2]
+    corners = np.random.default_rng(0).random((count, 2, 2)) * (width, height)
+    boxes: NDArray[np.float64] = np.concatenate((corners.min(1), corners.max(1)), axis=1)
+    return boxes.astype(np.float32)
+
+
+def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
+    """Seconds: a click as the wire sees it, the decoder's own compute, and what lies between."""
+    wire = Wire(stage.url)
+    kept = {"image_id": wire.keep(resize(stage.photo, wire.side))}
+    samples = alternate(
+        {
+            "click": stopwatch(lambda: wire.click(kept)),
+            "compute": stage.engine.decode,
+        },
+        rounds,
+        warmup=3,
+    )
+    wire.close()
+    return {**samples, "server": difference(samples["click"], samples["compute"])}
+
+
+def objects_in_a_click(stage: Stage, counts: list[int], rounds: int) -> dict[int, Sample]:
+    """Seconds of one request with a number of objects on a kept image, without finishing masks."""
+    wire = Wire(stage.url)
+    kept = {"image_id": wire.keep(resize(stage.photo, wire.side))}
+    meters: dict[int, Meter] = {
+        count: stopwatch(partial(wire.click, kept, objects=count)) for count in counts
+    }
+    samples = alternate(meters, rounds)
+    wire.close()
+    return samples
+
+
+def batches(stage: Stage, sizes: list[int], rounds: int) -> dict[int, Sample]:
+    """Seconds to encode a batch of images in one request."""
+    wire = Wire(stage.url)
+    image = resize(stage.photo, wire.side)
+    meters: dict[int, Meter] = {
+        size: stopwatch(partial(wire.encode, np.stack([image] * size))) for size in sizes
+    }
+    samples = alternate(meters, rounds)
+    wire.close()
+    return samples
+
+
+def photo_sides(stage: Stage, sides: list[int], rounds: int) -> dict[int, dict[str, Sample]]:
+    """Seconds of a first mask and of a click on square photos of a number of sides."""
+    ours = stage.peers[OURS]
+    assert isinstance(ours, Ours)
+    found = {}
+    for side in sides:
+        photo = resize(stage.photo, side)
+        place = (side / 2, side / 2)
+        click = ours.open(photo)
+        found[side] = alternate(
+            {
+                "first mask": stopwatch(partial(ours.client.segment, photo, points=[place])),
+                "click": stopwatch(partial(click, *place)),
+            },
+            rounds,
+        )
+    return found
+
+
+def concurrent_clients(
+    stage: Stage, name: str, counts: list[int], duration: float
+) -> dict[int, load.Throughput]:
+    """Clicks per second of a number of people clicking at once, each on a photo of their own."""
+    if name == IN_PROCESS:
+        raise ValueError("Meta's predictor in process has one caller")
+    return {
+        count: load.measure(stage.makers[name], stage.photo, count, duration) for count in counts
+    }
+
+
+REMOTE = (OURS, EMBEDDINGS, HTTP)
+"""Peers that several callers with photos of their own can use at once."""

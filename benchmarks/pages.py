@@ -1,0 +1,65 @@
+"""From what a run found to the results page: sections in Markdown, with their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import plots
+from benchmarks.anatomy import Anatomy
+from benchmarks.comparison import Comparison
+from benchmarks.environment import Provenance
+from benchmarks.figures import Figure, figures_markdown
+from benchmarks.growth import Growth
+from benchmarks.results import RESULTS, write_section
+
+
+def publish_figures(device: str, figures: Sequence[Figure], origin: Provenance) -> None:
+    """The one table: measured beside asked."""
+    title = {"cpu": "Figures on a CPU", "cuda": "Figures on a GPU"}[device]
+    _publish(f"{device}-figures", title, origin, figures_markdown(figures))
+
+
+def publish_comparison(device: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
+    """Every peer's first mask and click, by model."""
+    parts = []
+    for comparison in comparisons:
+        picture = plots.PLOTS / f"{device}-clicks-{comparison.model.replace(' ', '-')}.png"
+        title = f"{comparison.model}: a click on an open image"
+        samples = {name: sample.scaled(1000) for name, sample in comparison.clicks.items()}
+        plots.bars(picture, title, "ms", samples)
+        parts += [comparison.markdown(), _image(picture, title)]
+    _publish(f"{device}-peers", "Beside the peers", origin, *parts)
+
+
+def publish_growth(device: str, growths: Sequence[Growth], origin: Provenance) -> None:
+    """Curves, and the tables behind them."""
+    picture = plots.PLOTS / f"{device}-growth.png"
+    plots.curves(picture, growths)
+    tables = [f"{growth.title} ({growth.unit})\n\n{growth.markdown()}" for growth in growths]
+    image = _image(picture, "cost as work grows")
+    _publish(f"{device}-growth", "Cost as work grows", origin, image, *tables)
+
+
+def publish_anatomy(device: str, anatomies: Sequence[Anatomy], origin: Provenance) -> None:
+    """Where each millisecond goes."""
+    parts = []
+    for anatomy in anatomies:
+        picture = plots.PLOTS / f"{device}-anatomy-{anatomy.title.replace(' ', '-')}.png"
+        plots.waterfall(picture, anatomy)
+        largest = anatomy.largest
+        share = largest.milliseconds / anatomy.milliseconds
+        sentence = (
+            f"{anatomy.title.capitalize()}: {anatomy.milliseconds:.1f} ms on the median, of which "
+            f"{share:.0%} are {largest.where}: {largest.what}."
+        )
+        parts += [sentence, _image(picture, anatomy.title)]
+    _publish(f"{device}-anatomy", "Where a request's time goes", origin, *parts)
+
+
+def _publish(name: str, title: str, origin: Provenance, *parts: str) -> None:
+    write_section(name, "\n\n".join([f"## {title}", origin.markdown(), *parts]))
+
+
+def _image(path: Path, text: str) -> str:
+    return f"![{text}]({path.relative_to(RESULTS.parent).as_posix()})"

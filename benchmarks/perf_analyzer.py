@@ -1,0 +1,109 @@
+"""Finding NVIDIA's perf_analyzer, or putting one under `build/`.
+
+The newest that runs on glibc 2.36 is in tritonclient 2.51.0's wheel; it needs two libraries that
+lie, under other names, beside nvidia-pytriton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+
+TRITONCLIENT = "2.51.0"
+FOLDER = ROOT / "build" / "perf_analyzer"
+LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+"""What perf_analyzer asks for, and what nvidia-pytriton calls it."""
+
+
+class PerfAnalyzerError(Exception):
+    """There is no perf_analyzer that runs here; the message says why."""
+
+
+@dataclass(frozen=True)
+class PerfAnalyzer:
+    """An executable and what its environment needs on top of the caller's."""
+
+    executable: str
+    version: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, arguments: list[str], timeout: float = 300) -> str:
+        """Its output; raises PerfAnalyzerError with the output when it fails."""
+        done = subprocess.run(
+            [self.executable, *arguments],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode:
+            raise PerfAnalyzerError(f"status {done.returncode}: {done.stdout.strip()[-1000:]}")
+        return done.stdout
+
+
+def find() -> PerfAnalyzer:
+    """The one on PATH if it runs, else the one under `build/`, installed if need be."""
+    on_path = shutil.which("perf_analyzer")
+    if on_path:
+        try:
+            return _checked(on_path, {})
+        except PerfAnalyzerError:
+            pass  # built for a newer glibc, or without its libraries
+    return installed()
+
+
+def installed() -> PerfAnalyzer:
+    """The one under `build/`, put there if it is not. Raises PerfAnalyzerError."""
+    executable = FOLDER / "bin" / "perf_analyzer"
+    if not executable.exists():
+        _install()
+        executable.chmod(0o755)
+    libraries = _link_libraries()
+    paths = [str(libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+    return _checked(
+        str(executable), {"LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path)}
+    )
+
+
+def _install() -> None:
+    wheel = f"tritonclient=={TRITONCLIENT}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", wheel]
+    done = subprocess.run(
+        [*command, "--target", str(FOLDER)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise PerfAnalyzerError(f"pip could not install {wheel}: {done.stderr.strip()[-300:]}")
+
+
+def _link_libraries() -> Path:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise PerfAnalyzerError("nvidia-pytriton, whose libraries it needs, is not installed")
+    source = Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
+    target = FOLDER / "lib"
+    target.mkdir(exist_ok=True)
+    for wanted, pattern in LIBRARIES.items():
+        found = next(source.glob(pattern), None)
+        if found is None:
+            raise PerfAnalyzerError(f"nvidia-pytriton has no {pattern}")
+        link = target / wanted
+        link.unlink(missing_ok=True)
+        link.symlink_to(found)
+    return target
+
+
+def _checked(executable: str, environment: dict[str, str]) -> PerfAnalyzer:
+    try:
+        answer = PerfAnalyzer(executable, "", environment).run(["--version"], timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PerfAnalyzerError(f"{executable} does not run: {error}") from error
+    return PerfAnalyzer(executable, answer.strip(), environment)

@@ -1,0 +1,91 @@
+"""Pictures of results: small PNG files beside the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.anatomy import Anatomy
+from benchmarks.growth import Growth
+from benchmarks.timing import Sample
+
+PLOTS = Path(__file__).resolve().parent / "plots"
+DOTS_PER_INCH = 100
+HIGHLIGHT, OTHER = "#2a6f4e", "#9aa5b1"
+
+
+def bars(path: Path, title: str, unit: str, samples: Mapping[str, Sample]) -> None:
+    """Horizontal bars with quartiles, the first one highlighted, on a logarithmic axis."""
+    names = list(samples)
+    picture, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.2))
+    medians = [samples[name].median for name in names]
+    below = [samples[name].median - samples[name].low for name in names]
+    above = [samples[name].high - samples[name].median for name in names]
+    colours = [HIGHLIGHT, *[OTHER] * (len(names) - 1)]
+    axes.barh(names, medians, xerr=(below, above), color=colours, ecolor="#444444", capsize=3)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{unit}, median and quartiles, logarithmic")
+    axes.set_title(title, loc="left")
+    _save(picture, path)
+
+
+def curves(path: Path, growths: Sequence[Growth]) -> None:
+    """One small panel for each kind of work."""
+    columns = 2
+    rows = -(-len(growths) // columns)
+    picture, panels = plt.subplots(rows, columns, figsize=(10, 3.2 * rows), squeeze=False)
+    for growth, axes in zip(growths, panels.flat, strict=False):
+        _panel(axes, growth)
+    for axes in list(panels.flat)[len(growths) :]:
+        axes.set_visible(False)
+    _save(picture, path)
+
+
+def _panel(axes: Axes, growth: Growth) -> None:
+    for name, curve in growth.curves.items():
+        amounts = sorted(curve)
+        medians = [curve[amount].median for amount in amounts]
+        axes.plot(amounts, medians, marker="o", markersize=3, label=name)
+        low = [curve[amount].low for amount in amounts]
+        high = [curve[amount].high for amount in amounts]
+        axes.fill_between(amounts, low, high, alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(growth.work)
+    axes.set_ylabel(growth.unit)
+    axes.set_title(growth.title, loc="left", fontsize=10)
+    axes.legend(fontsize=7)
+
+
+def waterfall(path: Path, anatomy: Anatomy) -> None:
+    """A request's phases one below the other, each where it falls in time."""
+    phases = anatomy.phases
+    picture, axes = plt.subplots(figsize=(9, 0.32 * len(phases) + 1.2))
+    start = 0.0
+    for row, phase in enumerate(phases):
+        colour = HIGHLIGHT if phase is anatomy.largest else OTHER
+        axes.barh(row, phase.milliseconds, left=start, color=colour)
+        start += phase.milliseconds
+        axes.text(start, row, f" {phase.milliseconds:.2f} ms", va="center", fontsize=8)
+    axes.set_yticks(range(len(phases)), [f"{p.where}: {p.what}" for p in phases], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * start)
+    axes.set_xlabel("milliseconds since the call")
+    axes.set_title(f"{anatomy.title}: {start:.1f} ms", loc="left")
+    _save(picture, path)
+
+
+def _save(picture: Picture, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    picture.tight_layout()
+    picture.savefig(path, dpi=DOTS_PER_INCH)
+    plt.close(picture)

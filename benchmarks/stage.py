@@ -1,0 +1,122 @@
+"""One model, served in every way that is compared, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from numpy.typing import NDArray
+
+from benchmarks import peers
+from benchmarks.artifacts import Artifacts
+from benchmarks.engine import Engine
+from benchmarks.peers import Click, Peer, Photo, http_service, whole
+from benchmarks.peers.embeddings import EmbeddingsOverTheWire
+from benchmarks.peers.http import OverHttp
+from benchmarks.peers.in_process import InProcess
+from benchmarks.peers.ours import Ours
+from server import TritonServer
+
+OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS = (
+    "ours",
+    "embeddings over the wire",
+    "Meta's predictor in a Triton Python backend",
+    "Meta's predictor behind HTTP",
+    "Meta's predictor in process",
+)
+PEERS = (OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS)
+AGREEMENT = 0.97
+"""Smallest mask IoU with Meta's predictor: resizing and rounding may move a border by a pixel."""
+PLACE = (300.0, 200.0)
+"""Where single clicks go, in pixels of the photo."""
+
+
+class Disagreement(Exception):
+    """Two ways to click gave different masks: their times must not be compared."""
+
+
+def load_photo() -> Photo:
+    """RGB [400, 600, 3], out of scikit-image's wheel."""
+    photo: NDArray[np.uint8] = np.ascontiguousarray(skimage.data.coffee())
+    return photo
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Servers and peers of one model, and a photo opened with each."""
+
+    artifacts: Artifacts
+    photo: Photo
+    url: str
+    engine: Engine
+    makers: dict[str, Callable[[], Peer]]
+    """How to make another caller of the same servers; picklable, but for the one in process."""
+    peers: dict[str, Peer]
+    clicks: dict[str, Click]
+
+
+@contextmanager
+def stage(
+    artifacts: Artifacts,
+    names: Sequence[str] = PEERS,
+    *,
+    device: str = "cpu",
+    work_dir: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Stage]:
+    """Start what `names` need, open the photo with each, and check that their masks agree.
+
+    Raises Disagreement where a mask is not Meta's predictor's.
+    """
+    with ExitStack() as cleanup:
+        progress(f"{artifacts.name}: starting servers")
+        server = cleanup.enter_context(TritonServer(artifacts.repository))
+        engine = cleanup.enter_context(Engine(artifacts.repository, device))
+        makers: dict[str, Callable[[], Peer]] = {
+            OURS: partial(Ours, server.grpc_url),
+            EMBEDDINGS: partial(EmbeddingsOverTheWire, server.grpc_url),
+            IN_PROCESS: partial(InProcess, artifacts.checkpoint, device),
+        }
+        if WHOLE in names:
+            repository = whole.write_repository(work_dir, artifacts.checkpoint, device)
+            other = cleanup.enter_context(TritonServer(repository))
+            makers[WHOLE] = partial(whole.WholeInTriton, other.grpc_url)
+        if HTTP in names:
+            address = cleanup.enter_context(http_service.running(artifacts.checkpoint, device))
+            makers[HTTP] = partial(OverHttp, *address)
+        photo = load_photo()
+        made: dict[str, Peer] = {}
+        for name in names:
+            made[name] = makers[name]()
+            cleanup.callback(made[name].close)
+        yield _opened(artifacts, photo, server.grpc_url, engine, makers, made, progress)
+
+
+def _opened(
+    artifacts: Artifacts,
+    photo: Photo,
+    url: str,
+    engine: Engine,
+    makers: dict[str, Callable[[], Peer]],
+    made: dict[str, Peer],
+    progress: Callable[[str], None],
+) -> Stage:
+    clicks: dict[str, Click] = {}
+    for name, peer in made.items():
+        progress(f"{artifacts.name}: opening the photo, {name}")
+        clicks[name] = peer.open(photo)
+    _check_agreement(clicks)
+    return Stage(artifacts, photo, url, engine, makers, made, clicks)
+
+
+def _check_agreement(clicks: dict[str, Click]) -> None:
+    reference = clicks[IN_PROCESS](*PLACE)
+    for name, click in clicks.items():
+        iou = peers.mask_iou(click(*PLACE), reference)
+        if iou < AGREEMENT:
+            raise Disagreement(f"{name}: mask IoU {iou:.3f} with Meta's predictor's")

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import read_section, write_section
+
+
+def test_a_new_section_goes_to_the_end(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Results\n\nWords.\n")
+    write_section("first", "## One", page)
+    write_section("second-part", "## Two\n", page)
+    assert page.read_text() == (
+        "# Results\n\nWords.\n\n"
+        "<!-- first -->\n## One\n<!-- /first -->\n\n"
+        "<!-- second-part -->\n## Two\n<!-- /second-part -->\n"
+    )
+
+
+def test_rewriting_leaves_everything_else_as_it_was(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    for name, text in (("a", "old a"), ("b", "old b"), ("a", r"new a with \1 and \g<0>")):
+        write_section(name, text, page)
+    assert read_section("a", page) == r"new a with \1 and \g<0>"
+    assert read_section("b", page) == "old b"
+    before = page.read_text()
+    write_section("b", "old b", page)
+    assert page.read_text() == before
+
+
+def test_an_absent_section_or_page_is_none(tmp_path: Path) -> None:
+    assert read_section("a", tmp_path / "none.md") is None
+    write_section("a", "text", tmp_path / "RESULTS.md")
+    assert read_section("b", tmp_path / "RESULTS.md") is None
+
+
+@pytest.mark.parametrize("name", ["", "Two Words", "a--b", "-a", "a\n"])
+def test_a_bad_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lower-case words"):
+        write_section(name, "text", tmp_path / "RESULTS.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- a -->\nx\n", "x\n<!-- /a -->\n", "<!-- /a -->\nx\n<!-- a -->\n", "<!-- a -->\n" * 2],
+)
+def test_a_page_with_broken_markers_is_left_alone(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="do not pair up"):
+        write_section("a", "new", page)
+    assert page.read_text() == text
+
+
+def test_a_section_cannot_hold_its_own_marker(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="own markers"):
+        write_section("a", "text <!-- /a -->", tmp_path / "RESULTS.md")
