@@ -1,0 +1,32 @@
+#!/bin/sh
+# Segment with curl alone: a photo and a point in pixels in, a finished mask (COCO RLE) out.
+# The photo is kept on the server, so that the second click names it instead of sending it.
+#
+#   sh examples/curl.sh photo.jpg 320 240
+set -eu
+models=${TRITON_SAM3_HTTP_URL:-http://127.0.0.1:8000}/v2/models
+photo=$1 x=$2 y=$3
+
+# What an output's "data" holds in the answer on stdin.
+output() { sed "s/.*\"name\":\"$1\"[^]]*\][^[]*\[\([^]]*\)\].*/\1/"; }
+
+first=$(curl --silent --show-error --fail-with-body "$models/sam3_interactive_file/infer" --data @- <<JSON
+{"inputs": [
+  {"name": "encoded_image", "datatype": "BYTES", "shape": [1, 1], "data": ["$(base64 < "$photo" | tr -d '\n')"]},
+  {"name": "points", "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [$x, $y]},
+  {"name": "point_labels", "datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
+  {"name": "keep_image", "datatype": "BOOL", "shape": [1, 1], "data": [true]}]}
+JSON
+)
+id=$(printf %s "$first" | output image_id) size=$(printf %s "$first" | output image_size)
+echo "the object at $x, $y of $size pixels: box $(printf %s "$first" | output boxes)"
+
+# The same point, and background in the image's top left corner; points are fractions here.
+curl --silent --show-error --fail-with-body "$models/sam3_click_rle/infer" --data @- <<JSON
+{"inputs": [
+  {"name": "image_id", "datatype": "BYTES", "shape": [1, 1], "data": [$id]},
+  {"name": "image_size", "datatype": "INT32", "shape": [1, 2], "data": [$size]},
+  {"name": "point_coords", "datatype": "FP32", "shape": [1, 1, 2, 2],
+   "data": [$(printf %s "$size" | awk -F, -v x="$x" -v y="$y" '{print x/$1 "," y/$2}'), 0.01, 0.01]},
+  {"name": "point_labels", "datatype": "INT32", "shape": [1, 1, 2], "data": [1, 0]}]}
+JSON

@@ -1,0 +1,43 @@
+"""Give a COCO data set that has boxes the masks that it lacks.
+
+python examples/folder_to_coco.py images/ boxes.json masks.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from triton_sam3 import Client
+
+URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
+
+
+def corners(bbox: list[float]) -> list[float]:
+    x, y, width, height = bbox
+    return [x, y, x + width, y + height]
+
+
+def main(folder: str, boxes: str, masks: str) -> None:
+    dataset = json.loads(Path(boxes).read_text())
+    of_image: dict[int, list[Any]] = {image["id"]: [] for image in dataset["images"]}
+    for annotation in dataset["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+
+    images = [Path(folder, image["file_name"]) for image in dataset["images"]]
+    prompts = [{"boxes": [corners(a["bbox"]) for a in of]} for of in of_image.values()]
+    with Client(URL) as client:
+        # A threshold that drops nothing: each box gets its mask, however unsure the model is.
+        outcomes = client.segment_many(images, prompts, threshold=-1, progress=True)
+        for outcome, annotations in zip(outcomes, of_image.values(), strict=True):
+            if outcome.result is None:
+                print(f"{outcome.image}: {outcome.error}", file=sys.stderr)
+                continue
+            for annotation, mask in zip(annotations, outcome.result.to_coco(), strict=True):
+                annotation.update({key: mask[key] for key in ("segmentation", "area")})
+    Path(masks).write_text(json.dumps(dataset))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,41 @@
+"""Run a step written for Roboflow's SAM 3 block on your own server, with what it returns there.
+
+python examples/roboflow_block.py photo.jpg
+"""
+
+import json
+import os
+import sys
+
+from triton_sam3 import Client
+from triton_sam3.block import run_block
+
+URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
+
+STEP = {
+    "type": "roboflow_core/sam3_interactive@v1",
+    "name": "segment",
+    "images": "$inputs.image",
+    "boxes": "$steps.detector.predictions",
+    "points": "$inputs.points",
+    "threshold": 0.2,
+}
+
+
+def main(photo: str) -> None:
+    values = {
+        "image": photo,
+        "points": [{"x": 320, "y": 240, "positive": True}],
+        "$steps.detector.predictions": {
+            "predictions": [{"x": 180, "y": 150, "width": 200, "height": 180, "class": "cup"}]
+        },
+    }
+    with Client(URL) as client:
+        (output,) = run_block(client, STEP, inputs=values, serialize_results=True)
+    for prediction in output["predictions"]["predictions"]:
+        del prediction["points"]  # the outline: long
+        print(json.dumps(prediction))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,127 @@
+"""Every example, run as its first lines say, against the real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from server import TritonServer
+from tests.conftest import ROOT
+
+EXAMPLES = ROOT / "examples"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(server: TritonServer, tmp_path: Path) -> Run:
+    """Run an example in an empty folder; what it printed."""
+    urls = {"TRITON_SAM3_URL": server.grpc_url, "TRITON_SAM3_HTTP_URL": server.http_url}
+
+    def run_one(name: str, *args: object) -> str:
+        interpreter = sys.executable if name.endswith(".py") else "sh"
+        command = [interpreter, str(EXAMPLES / name), *map(str, args)]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, **urls},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run_one
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with coffee.jpg (600×400), chelsea.jpg (451×300) and coins.png (384×303)."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("coffee.jpg", "chelsea.jpg", "coins.png"):
+        Image.fromarray(getattr(skimage.data, Path(name).stem)()).save(folder / name)
+    return folder
+
+
+def test_click_session(run: Run, photos: Path, tmp_path: Path) -> None:
+    printed = run("click_session.py", photos / "coffee.jpg", "320,240", "60,40,0").splitlines()
+    assert [line.split(":")[0] for line in printed] == ["320,240", "60,40,0", "one click undone"]
+    first = printed[0].split("score ")[1]
+    assert f"foreground {first}" in printed[2]  # back to the first answer
+    drawn = np.asarray(Image.open(tmp_path / "clicks.png"))
+    assert drawn.shape == skimage.data.coffee().shape
+    assert (drawn != np.asarray(Image.open(photos / "coffee.jpg"))).any()
+
+
+def test_boxes_to_masks(run: Run, photos: Path, tmp_path: Path) -> None:
+    printed = run("boxes_to_masks.py", photos / "coins.png").splitlines()
+    assert len(printed) > 5
+    assert all(line.startswith("coin: ") and line.endswith(" pixels") for line in printed)
+    assert Image.open(tmp_path / "masks.png").size == (384, 303)
+
+
+def test_folder_to_coco(run: Run, photos: Path, tmp_path: Path) -> None:
+    sizes = {"coffee.jpg": (600, 400), "chelsea.jpg": (451, 300)}
+    bboxes = [(0, [200, 100, 180, 160]), (1, [60, 40, 300, 220]), (0, [20, 20, 90, 80])]
+    dataset: dict[str, Any] = {
+        "images": [
+            {"id": number, "file_name": name, "width": width, "height": height}
+            for number, (name, (width, height)) in enumerate(sizes.items())
+        ],
+        "categories": [{"id": 3, "name": "thing"}],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": 3, "bbox": bbox, "iscrowd": 0}
+            for number, (image, bbox) in enumerate(bboxes, start=1)
+        ],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(dataset))
+    run("folder_to_coco.py", photos, "boxes.json", "masks.json")
+    coco = COCO(str(tmp_path / "masks.json"))
+    assert sorted(coco.getAnnIds()) == [1, 2, 3]
+    for annotation in coco.loadAnns(coco.getAnnIds()):
+        image = coco.loadImgs(annotation["image_id"])[0]
+        mask = coco.annToMask(annotation)
+        assert mask.shape == (image["height"], image["width"])
+        assert mask.sum() == annotation["area"] > 0
+        assert annotation["bbox"] == bboxes[annotation["id"] - 1][1]
+
+
+def test_asyncio_clicks(run: Run, photos: Path) -> None:
+    paths = [str(photos / name) for name in ("chelsea.jpg", "coffee.jpg", "coins.png")]
+    printed = run("asyncio_clicks.py", *paths).splitlines()
+    assert sorted(line.split(":")[0] for line in printed) == paths
+
+
+def test_roboflow_block(run: Run, photos: Path) -> None:
+    predictions = [
+        json.loads(line) for line in run("roboflow_block.py", photos / "coffee.jpg").splitlines()
+    ]
+    assert {prediction["class"] for prediction in predictions} <= {"cup", "foreground"}
+    assert predictions
+    assert all(prediction["confidence"] >= 0.2 for prediction in predictions)
+
+
+def test_curl(run: Run, photos: Path) -> None:
+    said, answer = run("curl.sh", photos / "coffee.jpg", 320, 240).splitlines()
+    assert said.startswith("the object at 320, 240 of 600,400 pixels: box ")
+    outputs = {output["name"]: output["data"] for output in json.loads(answer)["outputs"]}
+    (mask,) = outputs["masks"]
+    assert coco_mask.decode(json.loads(mask)).shape == (400, 600)
+
+
+def test_every_example_is_run() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.iterdir() if path.is_file()} <= tested
