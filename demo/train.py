@@ -266,7 +266,7 @@ def _resumed(settings: Settings, shown: pictures.Pictures) -> Run:
     """The run as it was last saved, or a new one."""
     saved = settings.work / "state.pt"
     if not saved.is_file() and settings.start is not None:
-        return start(resized(checkpoint.load(settings.start), SMALL))
+        return start(resized(checkpoint.load(settings.start), ARCHITECTURE.image_size))
     if not saved.is_file():
         model = build(settings.seed, SMALL)
         start_from(model, np.stack([image[::2, ::2] for image in shown.images[0]]))
@@ -282,8 +282,8 @@ def _progress(run: Run, settings: Settings) -> float:
     limit, spent = (
         (60 * settings.minutes, run.seconds) if settings.minutes else (settings.steps, run.step)
     )
-    # What has been trained before needs no time without the decoder.
-    begin = 0.0 if settings.start is None else DECODER_FROM
+    # What has been trained before needs the run's last part alone.
+    begin = 0.0 if settings.start is None else FULL_SIZE_FROM
     return begin + (1 - begin) * spent / limit
 
 
