@@ -12,6 +12,7 @@ _PROBLEMS = (
 _NOISE = ("CudaDriverHelper", "failed to load all models")
 _TAIL_LINES = 15
 _ERROR_CODE = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Not found|Unsupported): ")
+_CHANCE = "boost::interprocess::lock_exception"
 _DEAD_STUB = "is not healthy"
 _DEAD_STUB_CAUSE = "Its process ended while loading: it crashed, or was killed for want of memory."
 
@@ -30,6 +31,15 @@ def explain(log: str) -> str:
 def is_doomed(log: str) -> bool:
     """Whether an endpoint could not be opened: Triton takes its time to end, or serves on."""
     return "failed to start " in log
+
+
+def is_chance(text: str) -> bool:
+    """Whether tritonserver ended by an accident of its Python backend, which another start avoids.
+
+    Seen now and then while stubs start on a busy machine; the same exception as in
+    https://github.com/triton-inference-server/server/issues/8882
+    """
+    return _CHANCE in text
 
 
 def tail(log: str) -> str:

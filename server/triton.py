@@ -13,7 +13,7 @@ from server.family import Family
 from server.health import Probe
 
 POLL_SECONDS = 0.05
-PORT_ATTEMPTS = 3
+START_ATTEMPTS = 3
 
 
 class TritonServer:
@@ -98,15 +98,16 @@ class TritonServer:
             raise RuntimeError(f"The server is already running (process {self.pid}).")
         self.stop()
         check_repository(self.repository)
-        for attempt in range(1, PORT_ATTEMPTS + 1):
+        for attempt in range(1, START_ATTEMPTS + 1):
             self._address = self._address or ports.choose(self._host, *self._ports)
             try:
                 self._launch(self._address)
                 break
             except StartError as error:
-                if attempt == PORT_ATTEMPTS or not self._lost_port_race(str(error)):
+                lost_port = self._lost_port_race(str(error))
+                if attempt == START_ATTEMPTS or not (lost_port or failure.is_chance(str(error))):
                     raise
-                self._address = None
+                self._address = None if lost_port else self._address
         return self
 
     def stop(self) -> None:

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from benchmarks.environment import ROOT
 from docker.entrypoint.probes import ProbeFailed, Target, startup
+from server import failure
 
 START_SECONDS = 240.0
 END_SECONDS = 30.0
@@ -86,18 +87,24 @@ class Container:
         return self
 
     def wait_until_serving(self) -> Container:
-        """Until the startup probe passes. Raises RuntimeError if it ends or takes too long."""
+        """Until the startup probe passes. Raises RuntimeError if it ends or takes too long.
+
+        One that ended by Triton's own accident is started again, as a restart policy would.
+        """
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.process.poll() is not None:
-                raise RuntimeError(f"it ended while starting: {self.log.read_text()[-3000:]}")
+                said = self.log.read_text()[-3000:]
+                if not failure.is_chance(said[-500:]):
+                    raise RuntimeError(f"it ended while starting: {said}")
+                self.start()
             try:
                 startup(self.target, 60.0)
                 return self
-            except ProbeFailed as failure:
+            except ProbeFailed as unready:
                 if time.monotonic() > deadline:
                     said = self.log.read_text()[-3000:]
-                    raise RuntimeError(f"not serving: {failure}: {said}") from failure
+                    raise RuntimeError(f"not serving: {unready}: {said}") from unready
                 time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM) -> int:

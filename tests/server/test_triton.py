@@ -244,6 +244,23 @@ def free_ports() -> tuple[int, int, int]:
     return address.http_port, address.grpc_port, address.metrics_port
 
 
+CRASH = """if not os.path.exists({seen!r}):
+            open({seen!r}, "w").close()
+            print("terminate called after an instance of 'boost::interprocess::lock_exception'")
+            sys.stdout.flush()
+            os.kill(os.getppid(), signal.SIGABRT)"""
+
+
+def test_tritons_own_accident_is_answered_by_another_start(working: Path, start: Start) -> None:
+    seen = working.parent / "seen"
+    tiny.add_python(working, "crashing", "import os, signal, sys")
+    path = working / "crashing" / "1" / "model.py"
+    path.write_text(path.read_text() + "        " + CRASH.format(seen=str(seen)) + "\n")
+    server = start(working)
+    assert seen.exists()
+    assert plus_one(server) == [2, 3, 4]
+
+
 def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = TritonServer(working, grpc_port=taken.getsockname()[1])
