@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from demo import pictures, train
 from demo.batches import batches
-from demo.model import ARCHITECTURE, build
+from demo.model import ARCHITECTURE, build, resized
 from demo.pictures import Pictures
 from demo.scenes import generate
 from export import checkpoint
@@ -59,6 +60,21 @@ def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Pa
     before = torch.load(tmp_path / "state.pt", weights_only=False)["step"]
     train._train(settings(tmp_path, before + 2))
     assert torch.load(tmp_path / "state.pt", weights_only=False)["step"] > before
+
+
+def test_a_checkpoint_goes_on_at_full_size_with_rates_that_fall(few: None, tmp_path: Path) -> None:
+    trained = build(5, train.SMALL)
+    checkpoint.save(resized(trained, ARCHITECTURE.image_size), tmp_path / "first.pt")
+    goes_on = replace(settings(tmp_path, 2), start=tmp_path / "first.pt")
+    shown = pictures.prepare(tmp_path / "pictures", 4, ARCHITECTURE.image_size)
+    run = train._resumed(goes_on, shown)
+    assert run.model.architecture == ARCHITECTURE
+    torch.testing.assert_close(
+        run.model.trunk.blocks[0].attn.qkv.weight, trained.trunk.blocks[0].attn.qkv.weight
+    )
+    assert train._progress(run, goes_on) == train.FULL_SIZE_FROM
+    run.step = 2
+    assert train._progress(run, goes_on) == 1
 
 
 def test_one_batch_is_learnt(few: None) -> None:
