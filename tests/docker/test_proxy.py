@@ -41,7 +41,7 @@ def servers(
     repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Container, Container]]:
     """Two servers; a test that ends one starts it again."""
-    options = ("--host=127.0.0.1", "--drain-seconds=1", "--exit-seconds=10")
+    options = ("--host=127.0.0.1", "--drain-seconds=1", "--exit-seconds=4")
     with (
         Container(repository, tmp_path_factory.mktemp("one"), *options) as one,
         Container(repository, tmp_path_factory.mktemp("two"), *options) as two,
