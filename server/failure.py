@@ -36,7 +36,7 @@ def is_doomed(log: str) -> bool:
 def is_chance(text: str) -> bool:
     """Whether tritonserver ended by an accident of its Python backend, which another start avoids.
 
-    Seen now and then while stubs start on a busy machine; the same exception as in
+    Seen while stubs start on a busy machine; the same exception as in
     https://github.com/triton-inference-server/server/issues/8882
     """
     return _CHANCE in text

@@ -157,8 +157,8 @@ CALLER = """
 import pathlib, sys, time
 from server import TritonServer
 server = TritonServer(pathlib.Path(sys.argv[1])).start()
-print(server.pid, flush=True)
 try:
+    print(server.pid, flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(0.5)
@@ -244,18 +244,16 @@ def free_ports() -> tuple[int, int, int]:
     return address.http_port, address.grpc_port, address.metrics_port
 
 
-CRASH = """if not os.path.exists({seen!r}):
+ACCIDENT = """import os, signal
+        if not os.path.exists({seen!r}):
             open({seen!r}, "w").close()
-            print("terminate called after an instance of 'boost::interprocess::lock_exception'")
-            sys.stdout.flush()
+            print("terminate called: 'boost::interprocess::lock_exception'", flush=True)
             os.kill(os.getppid(), signal.SIGABRT)"""
 
 
 def test_tritons_own_accident_is_answered_by_another_start(working: Path, start: Start) -> None:
     seen = working.parent / "seen"
-    tiny.add_python(working, "crashing", "import os, signal, sys")
-    path = working / "crashing" / "1" / "model.py"
-    path.write_text(path.read_text() + "        " + CRASH.format(seen=str(seen)) + "\n")
+    tiny.add_python(working, "crashing", ACCIDENT.format(seen=str(seen)))
     server = start(working)
     assert seen.exists()
     assert plus_one(server) == [2, 3, 4]
