@@ -8,14 +8,12 @@ import json
 import signal
 import socket
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.faults.load import Caller, Kind, Load, questions
 from tests.docker.harness import Container
 from tests.docker.proxies import TOKEN, Envoy, Nginx, Proxy
 from triton_sam3 import Client, SAM3Error
@@ -72,8 +71,11 @@ def wait_for(proxy: Proxy) -> None:
 
 
 def connect(proxy: Proxy, scheme: str, **options: object) -> Client:
-    trusted = proxy.folder / "tls.crt"
-    return Client(proxy.url(scheme), headers=HEADERS, root_certificates=trusted, **options)  # type: ignore[arg-type]
+    return Client(proxy.url(scheme), headers=HEADERS, root_certificates=trusted(proxy), **options)  # type: ignore[arg-type]
+
+
+def trusted(proxy: Proxy) -> Path:
+    return proxy.folder / "tls.crt"
 
 
 def pictures(count: int) -> list[npt.NDArray[np.uint8]]:
@@ -82,7 +84,7 @@ def pictures(count: int) -> list[npt.NDArray[np.uint8]]:
 
 
 def call(proxy: Proxy, path: str, body: bytes | None, headers: dict[str, str]) -> int:
-    context = ssl.create_default_context(cafile=proxy.folder / "tls.crt")
+    context = ssl.create_default_context(cafile=trusted(proxy))
     request = urllib.request.Request(proxy.url("https") + path, data=body, headers=headers)
     try:
         with urllib.request.urlopen(request, context=context, timeout=30) as answer:
@@ -125,7 +127,7 @@ def test_nobody_enters_without_a_token(proxy: Proxy) -> None:
             trimmed = token == f"Bearer {TOKEN} "  # HTTP knows no spaces around a header's value
             assert status in ((200, 404) if trimmed else (401, 403)), (token, path)
     with (
-        Client(proxy.url("grpcs"), root_certificates=proxy.folder / "tls.crt") as client,
+        Client(proxy.url("grpcs"), root_certificates=trusted(proxy)) as client,
         pytest.raises(SAM3Error),
     ):
         client.segment(pictures(1)[0], points=[(5, 5)])
@@ -152,7 +154,7 @@ def test_nothing_but_segmentation_is_served(proxy: Proxy) -> None:
 
 def test_grpc_serves_nothing_but_segmentation(proxy: Proxy) -> None:
     client = triton_grpc.InferenceServerClient(
-        f"127.0.0.1:{proxy.port}", ssl=True, root_certificates=str(proxy.folder / "tls.crt")
+        f"127.0.0.1:{proxy.port}", ssl=True, root_certificates=str(trusted(proxy))
     )
     assert client.is_server_ready(headers=HEADERS)
     for method in (
@@ -179,7 +181,7 @@ def test_a_body_in_a_million_chunks_ends_no_server(
     proxy: Proxy, servers: tuple[Container, Container]
 ) -> None:
     """Straight to Triton 2.51 it does: what a proxy gathers first arrives in one piece."""
-    context = ssl.create_default_context(cafile=str(proxy.folder / "tls.crt"))
+    context = ssl.create_default_context(cafile=str(trusted(proxy)))
     path = "/v2/models/sam3_interactive/infer"
     lines = (f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}")
     head = "\r\n".join((*lines, "Transfer-Encoding: chunked", "Connection: close", "", ""))
@@ -193,6 +195,7 @@ def test_a_body_in_a_million_chunks_ends_no_server(
     with connect(proxy, "https") as client:
         assert client.segment(BLACK, points=[(5, 5)]).masks.shape[0] == 1
     for server in servers:
+        assert server.process.poll() is None
         server.wait_until_serving()
 
 
@@ -207,67 +210,24 @@ def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
     assert max(len(line) for line in text.splitlines()) < 1000
 
 
-@dataclass
-class Load:
-    """Threads that ask about the same few pictures until told to stop, and what came of it."""
+@contextmanager
+def load(proxy: Proxy, scheme: str, retries: int) -> Iterator[Load]:
+    """Two callers that ask about the same few pictures; every error counts as a loss."""
+    with connect(proxy, scheme) as client:
+        asked = questions(client)
+    options = {"headers": HEADERS, "root_certificates": trusted(proxy), "retries": retries}
+    callers = [Caller(proxy.url(scheme), options)] * 2
+    with Load(callers, asked, timeout=30, hidden=(SAM3Error,)) as running:
+        running.settle()
+        yield running
 
-    proxy: Proxy
-    scheme: str
-    retries: int
-    right: int = 0
-    wrong: int = 0
-    lost: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _threads: list[threading.Thread] = field(default_factory=list)
 
-    def __enter__(self) -> "Load":
-        with connect(self.proxy, self.scheme) as client:
-            expected = [self._ask(client, image) for image in pictures(8)]
-        for seed in range(2):
-            self._threads.append(threading.Thread(target=self._repeat, args=(seed, expected)))
-            self._threads[-1].start()
-        self.wait_for(5)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, more: int) -> None:
-        """Until so many more requests came to an end."""
-        deadline, wanted = time.monotonic() + 120, self._ended + more
-        while self._ended < wanted:
-            assert time.monotonic() < deadline, "no answers come any more"
-            time.sleep(0.05)
-
-    @property
-    def _ended(self) -> int:
-        return self.right + self.wrong + len(self.lost)
-
-    def _repeat(self, seed: int, expected: list[npt.NDArray[np.bool_]]) -> None:
-        images, rng = pictures(8), np.random.default_rng(seed)
-        with connect(self.proxy, self.scheme, retries=self.retries) as client:
-            while not self._stop.is_set():
-                i = int(rng.integers(len(images)))
-                try:
-                    same = np.array_equal(self._ask(client, images[i]), expected[i])
-                except SAM3Error as error:
-                    with self._lock:
-                        self.lost.append(f"{type(error).__name__}: {error}")
-                    continue
-                with self._lock:
-                    self.right, self.wrong = self.right + same, self.wrong + (not same)
-
-    @staticmethod
-    def _ask(client: Client, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        return client.segment(image, boxes=[(5, 5, 40, 30)]).masks
+def wait_for_more(load: Load, more: int) -> None:
+    """Until so many more requests came to an end."""
+    deadline, wanted = time.monotonic() + 120, load.ended + more
+    while load.ended < wanted:
+        assert time.monotonic() < deadline, "no answers come any more"
+        time.sleep(0.05)
 
 
 def harm(proxy: Proxy, victim: Container, fault: Callable[[], object]) -> None:
@@ -277,15 +237,15 @@ def harm(proxy: Proxy, victim: Container, fault: Callable[[], object]) -> None:
     begun to leave nginx cannot be taken back, and is the client's to send again.
     """
     try:
-        with Load(proxy, "https", 0) as http, Load(proxy, "grpcs", 4) as grpc:
+        with load(proxy, "https", 0) as http, load(proxy, "grpcs", 4) as grpc:
             fault()
-            http.wait_for(20)
-            grpc.wait_for(20)
+            wait_for_more(http, 20)
+            wait_for_more(grpc, 20)
     finally:
         victim.start().wait_until_serving()
-    for load in (http, grpc):
-        assert (load.wrong, load.lost) == (0, [])
-        assert load.right >= 25
+    for outcomes in (http.outcomes, grpc.outcomes):
+        assert [one.said for one in outcomes if one.kind is not Kind.RIGHT] == []
+        assert len(outcomes) >= 25
 
 
 def test_a_killed_server_loses_nothing(proxy: Proxy, servers: tuple[Container, Container]) -> None:
@@ -310,11 +270,10 @@ def test_a_drained_server_loses_nothing(proxy: Proxy, servers: tuple[Container, 
 
 
 def test_the_load_would_notice_a_loss(proxy: Proxy) -> None:
-    with Load(proxy, "https", 0) as load:
+    with load(proxy, "https", 0) as running:
         proxy.stop()
-        load.wait_for(3)
-    assert load.lost
-    assert load.wrong == 0
+        wait_for_more(running, 3)
+    assert {one.kind for one in running.outcomes} == {Kind.RIGHT, Kind.LOST}
 
 
 def test_json_is_logged(proxy: Proxy) -> None:
