@@ -211,6 +211,7 @@ class Settings:
     output: Path
     work: Path
     start: Path | None
+    begin: float
     steps: int
     minutes: float
     pictures: int
@@ -228,6 +229,9 @@ def main(
     first: Annotated[
         Path | None, typer.Option("--start", help="begin with this checkpoint's weights")
     ] = None,
+    begin: Annotated[
+        float, typer.Option(help="share of the run that --start's weights have behind them")
+    ] = FULL_SIZE_FROM,
     steps: Annotated[int, typer.Option(help="updates in all")] = 4000,
     minutes: Annotated[
         float, typer.Option(help="finish after this long instead, at whatever step; 0: no limit")
@@ -237,7 +241,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train the demo model from nothing, or go on where an interrupted run stopped."""
-    settings = Settings(output, work, first, steps, minutes, count, threads, seed)
+    settings = Settings(output, work, first, begin, steps, minutes, count, threads, seed)
     _keep_memory()
     torch.set_num_threads(threads)
     _train(settings)
@@ -282,8 +286,7 @@ def _progress(run: Run, settings: Settings) -> float:
     limit, spent = (
         (60 * settings.minutes, run.seconds) if settings.minutes else (settings.steps, run.step)
     )
-    # What has been trained before needs the run's last part alone.
-    begin = 0.0 if settings.start is None else FULL_SIZE_FROM
+    begin = 0.0 if settings.start is None else settings.begin
     return begin + (1 - begin) * spent / limit
 
 

@@ -31,6 +31,8 @@ class PromptDecoder(nn.Module):
         self.image_size = model.architecture.image_size
         self.prompt_encoder = model.prompt_encoder
         self.mask_decoder = model.mask_decoder
+        # The same for every image and object: computed here, not at each decode.
+        self.register_buffer("image_pe", model.prompt_encoder.get_dense_pe().detach().contiguous())
         self.eval().requires_grad_(False)
 
     def forward(
@@ -63,7 +65,7 @@ class PromptDecoder(nn.Module):
         dense = self._embed_masks(mask_input, mask_index, point_coords.shape[0])
         masks, ious, _, _ = self.mask_decoder.predict_masks(
             image_embeddings=image_embed,
-            image_pe=self.prompt_encoder.get_dense_pe(),
+            image_pe=self.image_pe,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             repeat_image=False,

@@ -27,7 +27,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(folder: Path, steps: int) -> train.Settings:
-    return train.Settings(folder / "model.pt", folder, None, steps, 0, 4, 2, seed=0)
+    return train.Settings(folder / "model.pt", folder, None, 0.0, steps, 0, 4, 2, seed=0)
 
 
 def test_pictures_are_generated_once_and_are_not_the_held_out_ones(
@@ -65,14 +65,14 @@ def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Pa
 def test_a_checkpoint_goes_on_at_full_size_with_rates_that_fall(few: None, tmp_path: Path) -> None:
     trained = build(5, train.SMALL)
     checkpoint.save(resized(trained, ARCHITECTURE.image_size), tmp_path / "first.pt")
-    goes_on = replace(settings(tmp_path, 2), start=tmp_path / "first.pt")
+    goes_on = replace(settings(tmp_path, 2), start=tmp_path / "first.pt", begin=0.85)
     shown = pictures.prepare(tmp_path / "pictures", 4, ARCHITECTURE.image_size)
     run = train._resumed(goes_on, shown)
     assert run.model.architecture == ARCHITECTURE
     torch.testing.assert_close(
         run.model.trunk.blocks[0].attn.qkv.weight, trained.trunk.blocks[0].attn.qkv.weight
     )
-    assert train._progress(run, goes_on) == train.FULL_SIZE_FROM
+    assert train._progress(run, goes_on) == 0.85
     run.step = 2
     assert train._progress(run, goes_on) == 1
 

@@ -15,9 +15,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Threads that wait for each other sleep rather than spin: on a CPU they share the cores with the
-# encoder, and spinning made a decode five times slower on a busy machine.
+# Threads that wait for each other soon sleep: on a CPU they share the cores with the encoder, and
+# spinning for long made a decode five times slower on a busy machine. Without any spinning, waking
+# them at each of a decode's steps took as long as the small demo model's decode itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # GNU's OpenMP, torch's own: some 50 µs
 
 import torch
 import triton_python_backend_utils as pb_utils

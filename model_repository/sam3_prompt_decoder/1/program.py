@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.fx import GraphModule
 
 TORCH_VERSION = "torch_version"
 """Extra file in which the exporter notes which torch wrote the program."""
-
-Program = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ProgramError(Exception):
     """A program that cannot be used; the message says why and what to do."""
 
 
-def load_program(path: Path, device: torch.device) -> Program:
+def load_program(path: Path, device: torch.device) -> GraphModule:
     """Read a program and move it to `device`. Raises `ProgramError`."""
     if not path.is_file():
         raise ProgramError(
