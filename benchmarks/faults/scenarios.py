@@ -38,12 +38,7 @@ def every() -> Sequence[Fault]:
         Fault("proxy-502", "proxy answers 502", requests.bad_gateway),
         Fault("poison", "poisoned requests in the batch", requests.poisoned),
         Fault("kept-limit", "memory limit of kept images reached", requests.kept_limit),
-        Fault("overload", "overload, 4 × capacity, as shipped", overload.overloaded),
-        Fault(
-            "short-queue",
-            "the same, 2 images in the queue",
-            overload.overloaded_with_short_queue,
-        ),
+        Fault("overload", "overload, 4 × capacity, behind Envoy", overload.overloaded),
         Fault("shm-full", "/dev/shm full", resources.shm_full),
         Fault("clock", "clock jumps 10 years ahead, then back", resources.clock_jump),
         Fault("onnx", "model.onnx corrupted, restart", partial(files.corrupted, files.ONNX)),

@@ -18,6 +18,11 @@ IMAGE_HEADER = "x-sam3-image"
 """Header on every request about an image, the same for the same pixels: a proxy in front of
 several servers hashes it, so that clicks reach the server that keeps the image."""
 
+WORK_HEADER = "x-sam3-work"
+"""Header that says what a request costs, `encode` or `click`, in front of a gRPC body as well: a
+proxy bounds each by itself."""
+ENCODE, CLICK = "encode", "click"
+
 NOT_KEPT = "image_id not found"
 """How the decoder's error starts when it does not (or no longer) keep an image."""
 

@@ -118,7 +118,9 @@ def image_request(
     if flags.keep_image:
         inputs[contract.KEEP_IMAGE.name] = _flag(True)
         outputs.append(contract.IMAGE_ID.name)
-    return Infer(contract.INTERACTIVE, inputs, tuple(outputs), _headers(image_digest))
+    return Infer(
+        contract.INTERACTIVE, inputs, tuple(outputs), _headers(image_digest, contract.ENCODE)
+    )
 
 
 def keep_request(image: npt.NDArray[np.uint8], image_digest: str, prompts: PackedPrompts) -> Infer:
@@ -136,7 +138,7 @@ def click_request(
         **_prompt_inputs(prompts, flags),
     }
     outputs = (contract.LOW_RES_MASKS.name, contract.IOU_PREDICTIONS.name)
-    return Infer(contract.DECODER, inputs, outputs, _headers(image_digest))
+    return Infer(contract.DECODER, inputs, outputs, _headers(image_digest, contract.CLICK))
 
 
 def _prompt_inputs(prompts: PackedPrompts, flags: Flags) -> dict[str, Array]:
@@ -156,8 +158,8 @@ def _flag(value: bool) -> npt.NDArray[np.bool_]:
     return np.array([[value]])
 
 
-def _headers(image_digest: str) -> dict[str, str]:
-    return {contract.IMAGE_HEADER: image_digest}
+def _headers(image_digest: str, work: str) -> dict[str, str]:
+    return {contract.IMAGE_HEADER: image_digest, contract.WORK_HEADER: work}
 
 
 def read_answer(outputs: Mapping[str, Array], objects: int) -> Answer:

@@ -42,7 +42,11 @@ _KINDS: dict[str, type[SAM3Error]] = {
     "503": ServerUnreachable,
 }
 _IMAGE_LOST = re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}")
-_OVERLOADED = re.compile(r"exceeds maximum queue size|queue .*full", re.IGNORECASE)
+_OVERLOADED = re.compile(
+    r"exceeds maximum queue size|queue .*full|too many requests|header with status: 429",
+    re.IGNORECASE,
+)
+"""In Triton's words, in those of the proxies' configurations, in gRPC's for an HTTP status."""
 _NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.IGNORECASE)
 _UNAVAILABLE_MODEL = re.compile(
     r"unknown model|is not ready|not healthy|no available versions",

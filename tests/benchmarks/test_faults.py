@@ -114,10 +114,10 @@ def test_slopes_are_of_the_last_server_alone() -> None:
 def test_a_variant_changes_what_it_says_and_its_copy_alone(
     repository: Path, tmp_path: Path
 ) -> None:
-    change = {"sam3_image_encoder": {"max_queue_size: 16": "max_queue_size: 2"}}
+    change = {"sam3_image_encoder": {"max_batch_size: 8": "max_batch_size: 2"}}
     copy = variant(repository, tmp_path, change)
-    assert "max_queue_size: 2 " in (copy / "sam3_image_encoder/config.pbtxt").read_text()
-    assert "max_queue_size: 16" in (repository / "sam3_image_encoder/config.pbtxt").read_text()
+    assert "max_batch_size: 2\n" in (copy / "sam3_image_encoder/config.pbtxt").read_text()
+    assert "max_batch_size: 8\n" in (repository / "sam3_image_encoder/config.pbtxt").read_text()
     with pytest.raises(ValueError, match="does not say"):
         variant(repository, tmp_path / "other", {"sam3_image_encoder": {"no such": "text"}})
 

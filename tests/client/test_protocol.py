@@ -84,13 +84,13 @@ def test_a_refining_click_carries_one_plane_of_logits_and_no_image() -> None:
 
 
 @pytest.mark.parametrize("prompts", [[POINT], [REFINED]])
-def test_every_request_names_its_image_in_the_header(prompts: list[Prompt]) -> None:
-    for request in (
-        image_request(IMAGE, "d", packed(*prompts), Flags()),
-        keep_request(IMAGE, "d", packed(*prompts)),
-        click_request(b"id", "d", packed(*prompts), Flags()),
+def test_every_request_names_its_image_and_its_work_in_headers(prompts: list[Prompt]) -> None:
+    for request, work in (
+        (image_request(IMAGE, "d", packed(*prompts), Flags()), "encode"),
+        (keep_request(IMAGE, "d", packed(*prompts)), "encode"),
+        (click_request(b"id", "d", packed(*prompts), Flags()), "click"),
     ):
-        assert request.headers == {contract.IMAGE_HEADER: "d"}
+        assert request.headers == {"x-sam3-image": "d", "x-sam3-work": work}
 
 
 def test_digest_depends_on_content_and_shape_alone() -> None:

@@ -1,13 +1,12 @@
 """One container's process 1 for all tests that do it no harm, and tools that may be missing."""
 
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.docker.harness import Container, run
+from benchmarks.faults.proxies import certify, program
+from tests.docker.harness import Container
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +21,10 @@ def tool() -> Callable[[str, str], Path]:
     """Find a program, or skip with how to install it."""
 
     def find(name: str, install: str) -> Path:
-        beside = Path(sys.executable).parent / name
-        found = str(beside) if beside.exists() else shutil.which(name)
+        found = program(name)
         if found is None:
             pytest.skip(f"no {name}: {install}")
-        return Path(found)
+        return found
 
     return find
 
@@ -34,14 +32,5 @@ def tool() -> Callable[[str, str], Path]:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory, tool: Callable[[str, str], Path]) -> Path:
     """A folder with tls.crt and tls.key for 127.0.0.1."""
-    folder = tmp_path_factory.mktemp("tls")
-    made = run(
-        [
-            *(tool("openssl", "apt-get install openssl"), "req", "-x509", "-newkey", "rsa:2048"),
-            *("-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"),
-            *("-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", folder / "tls.key", "-out", folder / "tls.crt"),
-        ]
-    )
-    assert made.returncode == 0, made.stderr
-    return folder
+    openssl = tool("openssl", "apt-get install openssl")
+    return certify(openssl, tmp_path_factory.mktemp("tls"))

@@ -187,3 +187,13 @@ def test_envoy_accepts_the_rendered_configuration(
     json.loads(text)
     result = run([envoy, "--mode", "validate", "--config-path", config])
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("servers", "proxies", "expected"), [(2, 2, 2), (6, 2, 6), (1, 4, 1)])
+def test_every_proxy_has_its_share_of_new_images(servers: int, proxies: int, expected: int) -> None:
+    values = {"replicas": servers, "proxy": {"tokens": [TOKEN], "replicas": proxies}}
+    text = render(values)["Secret", "r-triton-sam3-proxy"]["stringData"]["envoy.yaml"]
+    for cluster in json.loads(text)["static_resources"]["clusters"]:
+        images, clicks = cluster["circuit_breakers"]["thresholds"]
+        assert (images["priority"], images["max_requests"]) == ("DEFAULT", expected)
+        assert (clicks["priority"], clicks["max_requests"]) == ("HIGH", 256)

@@ -75,10 +75,10 @@ def test_proxies_know_which_models_are_for_clients() -> None:
     internal = {"sam3_image_encoder", "sam3_image_reader", "sam3_mask_writer"}
     models = {path.parent.name for path in (ROOT / "model_repository").glob("*/config.pbtxt")}
     nginx = re.search(r'location ~ "\^(\S+infer)\$"', (DOCKER / "proxy/nginx.conf").read_text())
-    envoy = re.search(r"regex: '(\S+infer)'", (CHART / "files" / "envoy.yaml").read_text())
-    for found in (nginx, envoy):
-        assert found is not None
-        served = {name for name in models if re.fullmatch(found[1], f"/v2/models/{name}/infer")}
+    assert nginx is not None
+    envoy = re.findall(r"regex: '(\S+infer)'", (CHART / "files" / "envoy.yaml").read_text())
+    for found in (nginx[1], "|".join(envoy)):
+        served = {name for name in models if re.fullmatch(found, f"/v2/models/{name}/infer")}
         assert served == models - internal
     ingress = render({"proxy": {"enabled": False}, "ingress": {"enabled": True}})
     (rule,) = ingress["Ingress", "r-triton-sam3-http"]["spec"]["rules"]

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +23,9 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.faults.load import Caller, Kind, Load, questions
+from benchmarks.faults.proxies import TOKEN, Envoy, Nginx, Proxy
 from tests.docker.harness import Container
-from tests.docker.proxies import TOKEN, Envoy, Nginx, Proxy
-from triton_sam3 import Client, SAM3Error
+from triton_sam3 import Client, Overloaded, SAM3Error
 from triton_sam3.protocol import digest
 
 pytestmark = pytest.mark.proxy
@@ -117,6 +118,32 @@ def test_every_image_stays_on_one_server(proxy: Proxy, scheme: str) -> None:
     assert {len(found) for found in placed.values()} == {1}
     assert len(set().union(*placed.values())) == 2
     assert not [record for record in proxy.records() if record["status"] == 404]  # none was missed
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_too_many_new_images_are_refused_and_clicks_are_not(proxy: Proxy, scheme: str) -> None:
+    crowd, image = 12, pictures(1)[0]
+
+    def encode(client: Client) -> str:
+        try:
+            client.segment(image, points=[(5, 5)])
+        except Overloaded:
+            return "refused"
+        return "answered"
+
+    with (
+        connect(proxy, scheme, retries=0, remember_images=0) as client,
+        client.open(image) as view,
+        ThreadPoolExecutor(crowd) as pool,
+    ):
+        asked = [pool.submit(encode, client) for _ in range(crowd)]
+        clicks = [pool.submit(view.click, x, 20) for x in range(1, crowd)]
+        assert {one.result() for one in asked} == {"answered", "refused"}
+        for click in clicks:
+            click.result()
+    with connect(proxy, scheme, remember_images=0) as patient, ThreadPoolExecutor(4) as pool:
+        again = [pool.submit(encode, patient) for _ in range(4)]
+        assert {one.result() for one in again} == {"answered"}
 
 
 def test_nobody_enters_without_a_token(proxy: Proxy) -> None:

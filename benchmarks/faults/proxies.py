@@ -1,11 +1,15 @@
 """The shipped nginx and Envoy configurations in front of real servers, on loopback."""
 
+from __future__ import annotations
+
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +18,30 @@ from typing import Any
 
 import yaml
 
-from tests.docker.harness import CHART, DOCKER, Container, free_ports
+from benchmarks.environment import ROOT
+from benchmarks.faults.container import Container, free_ports
 
-TOKEN = "a-token-of-one-tenant-for-the-tests"
-PROXY = DOCKER / "proxy"
+TOKEN = "a-token-of-one-tenant-on-loopback"
+NGINX = ROOT / "docker" / "proxy"
+ENVOY = ROOT / "docker" / "helm" / "triton-sam3" / "files" / "envoy.yaml"
+
+
+def program(name: str) -> Path | None:
+    """A tool beside this Python, as pip installs Envoy, or on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    return Path(found) if found else None
+
+
+def certify(openssl: Path, folder: Path) -> Path:
+    """A folder with tls.crt and tls.key for 127.0.0.1, signed by themselves."""
+    command = [
+        *(str(openssl), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+        *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+        *("-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
 
 
 class Proxy:
@@ -32,7 +56,7 @@ class Proxy:
             shutil.copy(certificate / name, folder)
 
     def configure(self, servers: Sequence[Container]) -> None:
-        """Write the shipped configuration with this proxy's port and these servers."""
+        """Write the shipped configuration with this proxy's port, these servers, their limits."""
         raise NotImplementedError
 
     def command(self) -> list[str]:
@@ -49,11 +73,16 @@ class Proxy:
         lines = self.log.read_text(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def options(self) -> dict[str, Any]:
+        """What a client needs besides the address."""
+        token = {"authorization": f"Bearer {TOKEN}"}
+        return {"headers": token, "root_certificates": self.folder / "tls.crt"}
+
     def servers_of_images(self) -> dict[str, set[str]]:
         """Which server answered for each image."""
         raise NotImplementedError
 
-    def __enter__(self) -> "Proxy":
+    def __enter__(self) -> Proxy:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(self.command(), stdout=log, stderr=log)
         deadline = time.monotonic() + 30
@@ -82,12 +111,16 @@ class Proxy:
 
 class Nginx(Proxy):
     def configure(self, servers: Sequence[Container]) -> None:
-        text = (PROXY / "nginx.conf").read_text()
+        text = (NGINX / "nginx.conf").read_text()
         text = text.replace("listen 8443 ", f"listen 127.0.0.1:{self.port} ")
-        (self.folder / "nginx.conf").write_text(text.replace("/tmp/", f"{self.folder}/"))
+        text = text.replace("/tmp/", f"{self.folder}/")
+        limit = re.search(r"limit_conn encodings (\d+);", text)
+        assert limit is not None
+        encodings = f"limit_conn encodings {int(limit[1]) * len(servers)};"
+        (self.folder / "nginx.conf").write_text(text.replace(limit[0], encodings))
         (self.folder / "tokens.conf").write_text(f'"Bearer {TOKEN}" 1;\n')
         for protocol in ("http", "grpc"):
-            shipped = (PROXY / f"{protocol}_servers.conf").read_text()
+            shipped = (NGINX / f"{protocol}_servers.conf").read_text()
             line = next(line for line in shipped.splitlines() if line.startswith("server"))
             lines = [
                 line.replace(line.split()[1], f"127.0.0.1:{getattr(server, f'{protocol}_port')}")
@@ -119,14 +152,16 @@ class Nginx(Proxy):
 
 class Envoy(Proxy):
     def configure(self, servers: Sequence[Container]) -> None:
-        text = (CHART / "files" / "envoy.yaml").read_text()
+        text = ENVOY.read_text()
         text = text.replace("/etc/envoy", str(self.folder))
         text = text.replace("REPLACE-BY-A-LONG-RANDOM-TOKEN", TOKEN)
-        config = yaml.safe_load(text)
+        # Through JSON: what YAML's aliases share would be changed twice.
+        config = json.loads(json.dumps(yaml.safe_load(text)))
         del config["admin"]  # its port is fixed
         (listener,) = config["static_resources"]["listeners"]
         listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": self.port}
         for cluster in config["static_resources"]["clusters"]:
+            cluster["circuit_breakers"]["thresholds"][0]["max_requests"] *= len(servers)
             protocol = cluster["name"].removeprefix("sam3_")
             ports = [getattr(server, f"{protocol}_port") for server in servers]
             addresses = [{"address": "127.0.0.1", "port_value": port} for port in ports]
