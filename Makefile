@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 MINUTES ?= 30
 
-.PHONY: demo test test-full bench perf fuzz faults soak lint install clean
+.PHONY: demo test test-full bench perf fuzz faults soak sbom lint install clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ faults: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.faults soak --minutes $(MINUTES)
+
+sbom: $(STAMP)
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements docker/requirements.txt --output-reproducible --output-file build/sbom.cdx.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

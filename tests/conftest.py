@@ -29,3 +29,4 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = tmp_path_factory.mktemp("server") / "tritonserver.log"
     with TritonServer(repository, log=log) as running:
         yield running
+        running.kill()  # an orderly end takes seconds, and has tests of its own

@@ -91,7 +91,7 @@ def analyze(words: list[str]) -> None:
         analyzer = perf_analyzer.find()
     except perf_analyzer.PerfAnalyzerError as error:
         pytest.skip(f"no perf_analyzer: {error}")
-    assert "Request concurrency: 1" in analyzer.run([*_here(words[1:]), "-p", "500", "-s", "999"])
+    assert "Request concurrency: 1" in analyzer.run([*_here(words[1:]), "-p", "200", "-s", "999"])
 
 
 def _here(words: list[str]) -> list[str]:

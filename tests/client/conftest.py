@@ -64,6 +64,7 @@ def spare_server(
     log = tmp_path_factory.mktemp("spare") / "tritonserver.log"
     with TritonServer(repository, log=log) as running:
         yield running
+        running.kill()  # an orderly end takes seconds, and has tests of its own
 
 
 @pytest.fixture

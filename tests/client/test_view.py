@@ -141,7 +141,8 @@ def test_later_changes_to_the_callers_array_do_no_harm(own_server: TritonServer)
     with Client(own_server.grpc_url) as client, client.open(image) as view:
         before = view.click(20, 20)
         image[:] = 77
-        own_server.restart()
+        own_server.kill()
+        own_server.start()
         view.reset()
         np.testing.assert_array_equal(view.click(20, 20).logits, before.logits)
 
@@ -154,7 +155,8 @@ def test_a_restarted_server_goes_unnoticed(own_server: TritonServer, coins: Pixe
         untouched = [[view.click(110, 80), view.click(60, 200)] for view in views]
         for view in views:
             view.undo()
-        own_server.restart()
+        own_server.kill()
+        own_server.start()
         before = encodings(own_server)
         for view, expected in zip(views, untouched, strict=True):
             np.testing.assert_array_equal(view.click(60, 200).logits, expected[1].logits)
@@ -171,7 +173,7 @@ def test_a_click_that_fails_leaves_the_object_as_it_was(
     # Tried again, because gRPC may still believe the server to be down when it is back.
     with Client(own_server.grpc_url, retries=4) as client, client.open(coins) as view:
         first = view.click(110, 80)
-        own_server.stop()
+        own_server.kill()
         with pytest.raises(ServerUnreachable):
             view.click(60, 200)
         own_server.start()
@@ -183,7 +185,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for(
     own_server: TritonServer, coins: Pixels
 ) -> None:
     with Client(own_server.grpc_url, retries=1000) as client, client.open(coins) as view:
-        own_server.stop()
+        own_server.kill()
         starting = threading.Timer(1.0, own_server.start)
         starting.start()
         try:

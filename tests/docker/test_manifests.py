@@ -40,6 +40,21 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
     assert requirements.count("--hash=sha256:") >= len(packages)
 
 
+def test_the_bill_of_materials_names_every_package(
+    tool: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """By `make sbom`'s own command."""
+    (line,) = re.findall(r"cyclonedx-py (.*)", (ROOT / "Makefile").read_text())
+    words = line.replace("build/sbom.cdx.json", str(tmp_path / "sbom.json")).split()
+    result = run([tool("cyclonedx-py", OPS), *words], cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    components = json.loads((tmp_path / "sbom.json").read_text())["components"]
+    requirements = (DOCKER / "requirements.txt").read_text()
+    listed = {(one["name"], one["version"]) for one in components}
+    assert listed == set(re.findall(r"^(\S+?)==(\S+)", requirements, re.M))
+    assert all(one["externalReferences"][0]["hashes"] for one in components)
+
+
 def test_the_decoders_torch_is_not_older_than_the_exporters() -> None:
     torch = pytest.importorskip("torch")
     pinned = re.search(r"^torch==(\S+)", (DOCKER / "requirements.in").read_text(), re.M)
