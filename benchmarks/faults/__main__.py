@@ -82,6 +82,8 @@ class _Progress:
             return
         counts = ", ".join(f"{count} {kind.value}" for kind, count in result.counts.items())
         console.print(f"      {result.skipped or counts}")
+        if result.remark:
+            console.print(f"      {result.remark}", markup=False)
         for said, count in result.errors[:6]:
             console.print(f"      {count} × {said[:200]}", markup=False, style="dim")
 
