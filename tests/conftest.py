@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,15 @@ from server import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
+
+
+def pytest_configure() -> None:
+    """Ctrl-C means Ctrl-C in what the tests start.
+
+    A shell starts a background job with SIGINT ignored, and every child inherits that: the
+    programs under test would then never see the interrupt a test sends them.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
