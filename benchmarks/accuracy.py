@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from functools import partial
 
 from export import check
 from export.architecture import InteractiveModel
-from export.check import Features, Prompt
+from export.check import Candidates, Features, Prompt
 
 GATE_TRAINED = 0.995
 """Worst mask IoU that is accepted with trained weights."""
@@ -23,21 +21,14 @@ def worst_mask_iou(
     theirs: Features,
     prompts: Sequence[Prompt] = check.PROMPTS,
 ) -> float:
-    """Smallest mask IoU over all prompts and candidates, both embeddings decoded in FP32."""
+    """Smallest mask IoU over all prompts' answers, both embeddings decoded in FP32."""
+
+    def candidates(features: Features, prompt: Prompt) -> Candidates:
+        wide = (features[0].float(), features[1].float(), features[2].float())
+        return check.decode(prompt, partial(check.decode_reference, model, wide))
+
+    side = model.architecture.image_size
     return min(
-        check.mask_iou(a, b)
+        check.answer_iou(candidates(ours, prompt), candidates(theirs, prompt), side)
         for prompt in prompts
-        for a, b in zip(_masks(model, ours, prompt), _masks(model, theirs, prompt), strict=True)
     )
-
-
-@torch.inference_mode()
-def _masks(model: InteractiveModel, features: Features, prompt: Prompt) -> Tensor:
-    """Logits of the three candidates [3, M, M]; a refined prompt is decoded twice."""
-    wide = (features[0].float(), features[1].float(), features[2].float())
-    coords = torch.tensor(prompt.coords)
-    labels = torch.tensor(prompt.labels, dtype=torch.int32)
-    logits = check.decode_reference(model, wide, coords, labels, None)
-    if not prompt.refine:
-        return logits
-    return check.decode_reference(model, wide, coords, labels, logits[0].clamp(-32, 32))

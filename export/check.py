@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.functional import interpolate
 from tritonclient.grpc import model_config_pb2
 
 from export.architecture import InteractiveModel
@@ -23,6 +24,9 @@ from export.encoder import FEATURES
 from export.repository import DECODER, ENCODER, ENSEMBLES, read_config
 
 Features = tuple[Tensor, Tensor, Tensor]
+Candidates = tuple[Tensor, Tensor]
+"""The three candidates of an object: mask logits [3, M, M] and predicted IoU [3]."""
+Decode = Callable[[Tensor, Tensor, Tensor | None], Candidates]
 Signature = dict[str, tuple[str, tuple[int, ...]]]
 
 FEATURE_TOLERANCE = 1e-4
@@ -168,7 +172,8 @@ def check_values(
 ) -> list[Check]:
     """Run the exported graphs beside Meta's modules on the same photos and prompts.
 
-    `exact` demands the relative errors of an FP32 export; without it, mask IoU alone decides.
+    Mask IoU is that of the answer: the candidate with the highest predicted IoU, at the image's
+    resolution. `exact` demands the relative errors of an FP32 export as well, of every candidate.
     """
     session = ort.InferenceSession(repository / ENCODER / "1" / "model.onnx")
     decoder = program.module()
@@ -179,13 +184,13 @@ def check_values(
         image = load_photo(photo, model.architecture.image_size)
         exported = run_encoder(session, image)
         reference = encode_reference(model, image)
-        for name, ours, theirs in zip(FEATURES, exported, reference, strict=True):
-            worst_feature[name] = max(worst_feature[name], relative_error(ours, theirs))
+        for name, a, b in zip(FEATURES, exported, reference, strict=True):
+            worst_feature[name] = max(worst_feature[name], relative_error(a, b))
         for prompt in PROMPTS:
-            error, iou = _compare(
-                _decode(prompt, lambda *p: run_decoder(decoder, exported, *p)),  # noqa: B023
-                _decode(prompt, lambda *p: decode_reference(model, reference, *p)),  # noqa: B023
-            )
+            ours = decode(prompt, lambda *p: run_decoder(decoder, exported, *p))  # noqa: B023
+            theirs = decode(prompt, lambda *p: decode_reference(model, reference, *p))  # noqa: B023
+            error = max(relative_error(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
+            iou = answer_iou(ours, theirs, side=len(image))
             worst[prompt.name] = max(worst[prompt.name][0], error), min(worst[prompt.name][1], iou)
     errors = [
         Check(f"{name}: relative error", e, FEATURE_TOLERANCE) for name, e in worst_feature.items()
@@ -218,17 +223,17 @@ def run_decoder(
     coords: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-) -> Tensor:
-    """Run an exported decoder on one object; the three candidates' logits [3, M, M]."""
+) -> Candidates:
+    """Run an exported decoder on one object."""
     size = features[1].shape[-1]
-    masks, _ = decoder(
+    masks, ious = decoder(
         **{name: tensor.float() for name, tensor in zip(FEATURES, features, strict=True)},
         point_coords=torch.cat((coords, torch.zeros(1, 2)))[None],
         point_labels=torch.cat((labels, torch.tensor([-1], dtype=torch.int32)))[None],
         mask_input=torch.empty(0, size, size) if mask is None else mask[None],
         mask_index=torch.arange(0 if mask is None else 1),
     )
-    return masks[0, 1:]
+    return masks[0, 1:], ious[0, 1:]
 
 
 @torch.inference_mode()
@@ -241,14 +246,14 @@ def encode_reference(model: InteractiveModel, image: NDArray[np.uint8]) -> Featu
 @torch.inference_mode()
 def decode_reference(
     model: InteractiveModel, features: Features, coords: Tensor, labels: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Meta's prompt encoder and mask decoder on one object; logits [3, M, M]."""
+) -> Candidates:
+    """Meta's prompt encoder and mask decoder on one object."""
     sparse, dense = model.prompt_encoder(
         points=(coords[None] * model.architecture.image_size, labels[None]),
         boxes=None,
         masks=None if mask is None else mask[None, None],
     )
-    masks, _, _, _ = model.mask_decoder(
+    masks, ious, _, _ = model.mask_decoder(
         image_embeddings=features[0],
         image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
@@ -257,22 +262,30 @@ def decode_reference(
         repeat_image=False,
         high_res_features=list(features[1:]),
     )
-    logits: Tensor = masks[0]
-    return logits
+    return masks[0], ious[0]
 
 
-def _decode(prompt: Prompt, decode: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+def decode(prompt: Prompt, decoder: Decode) -> Candidates:
+    """The candidates for a prompt; a refined one is decoded twice, the first mask fed back."""
     coords = torch.tensor(prompt.coords)
     labels = torch.tensor(prompt.labels, dtype=torch.int32)
     with torch.inference_mode():
-        logits = decode(coords, labels, None)
-        return decode(coords, labels, logits[0].clamp(-32, 32)) if prompt.refine else logits
+        candidates = decoder(coords, labels, None)
+        if not prompt.refine:
+            return candidates
+        return decoder(coords, labels, candidates[0][0].clamp(-32, 32))
 
 
-def _compare(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Worst relative error and worst mask IoU over the candidates."""
-    errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
-    return max(errors), min(mask_iou(a, b) for a, b in zip(ours, theirs, strict=True))
+def answer_iou(ours: Candidates, theirs: Candidates, side: int) -> float:
+    """Mask IoU of the candidate that `theirs` predicts to be best, at side × side pixels.
+
+    Upsampled as a client does it: at M × M, one pixel that a rounding error carries across zero
+    already weighs more than a percent of a small mask.
+    """
+    best = int(theirs[1].argmax())
+    masks = torch.stack((ours[0][best], theirs[0][best]))[None]
+    first, second = interpolate(masks, (side, side), mode="bilinear", align_corners=False)[0]
+    return mask_iou(first, second)
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -14,6 +14,7 @@ from export import check, checkpoint
 from export.check import (
     Check,
     SignatureError,
+    answer_iou,
     check_signatures,
     check_values,
     mask_iou,
@@ -48,6 +49,26 @@ def test_logits_that_are_no_numbers_agree_with_nothing() -> None:
     nothing = torch.full((2, 2), math.nan)
     assert mask_iou(nothing, nothing) == 0
     assert mask_iou(torch.ones(2, 2), nothing) == 0
+
+
+def test_the_answer_is_the_references_best_candidate() -> None:
+    logits = torch.full((3, 2, 2), -1.0)
+    theirs = logits.clone()
+    theirs[1, 0] = 1
+    predicted = torch.tensor([0.2, 0.9, 0.1])
+    assert answer_iou((theirs, predicted.flip(0)), (theirs, predicted), side=2) == 1
+    assert answer_iou((logits, predicted), (theirs, predicted), side=2) == 0
+    assert answer_iou((logits, predicted), (theirs, predicted.roll(1)), side=2) == 1
+
+
+def test_the_answer_is_compared_at_the_images_resolution() -> None:
+    theirs = torch.tensor([[4.0, 4.0, -1.0, -4.0]]).expand(3, 4, 4)
+    ours = torch.where(theirs == -1, 0.001, theirs)  # a rounding error across zero
+    predicted = torch.ones(3)
+    at_mask_size = answer_iou((ours, predicted), (theirs, predicted), side=4)
+    at_image_size = answer_iou((ours, predicted), (theirs, predicted), side=64)
+    assert at_mask_size == pytest.approx(2 / 3)
+    assert at_mask_size < at_image_size < 1
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.1, True), (0.3, False), (math.nan, False)])

@@ -17,6 +17,7 @@ from typer.testing import Result
 
 from export.check import PROMPTS
 from export.repository import DECODER, ENCODER, MODELS
+from tests.conftest import DEMO_CHECKPOINT
 from tests.export import tiny
 
 
@@ -65,6 +66,14 @@ def test_half_precision_passes_its_gate_and_says_what_it_keeps(exported_fp16: ti
     assert min(ious) >= 0.995
     assert "relative error" not in said
     assert "fp16, in FP32: patch projection, layer norms, softmax, residual stream, decoder" in said
+
+
+def test_the_demo_passes_the_gate_of_half_precision(tmp_path: Path) -> None:
+    """Trained weights, unlike the tiny model's: their attention is sharp, where FP16 hurts."""
+    output = tmp_path / "models"
+    result = tiny.run("--checkpoint", DEMO_CHECKPOINT, "--output", output, "--precision", "fp16")
+    assert result.exit_code == 0, result.stdout
+    assert (output / ENCODER / "1" / "model.onnx").is_file()
 
 
 def test_out_of_tolerance_is_status_1_and_the_old_repository_stays(tmp_path: Path) -> None:
