@@ -7,14 +7,17 @@ tokens complete, the trailing not-a-point token of an object with points or a bo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule
 
 from export.architecture import Architecture, InteractiveModel
+from export.mask_decoder import MergedMaskDecoder
 
 MAX_OBJECTS = 1024
 MAX_TOKENS = 1024
@@ -24,15 +27,16 @@ TORCH_VERSION = "torch_version"
 
 
 class PromptDecoder(nn.Module):
-    """Meta's prompt encoder and mask decoder, every candidate at once."""
+    """Meta's prompt encoder, and the mask decoder with every candidate at once."""
 
     def __init__(self, model: InteractiveModel) -> None:
         super().__init__()
         self.image_size = model.architecture.image_size
         self.prompt_encoder = model.prompt_encoder
-        self.mask_decoder = model.mask_decoder
-        # The same for every image and object: computed here, not at each decode.
-        self.register_buffer("image_pe", model.prompt_encoder.get_dense_pe().detach().contiguous())
+        self.mask_decoder = MergedMaskDecoder(
+            model.mask_decoder, model.prompt_encoder.get_dense_pe().detach()
+        )
+        self._with_fallback = model.mask_decoder._dynamic_multimask_via_stability
         self.eval().requires_grad_(False)
 
     def forward(
@@ -63,15 +67,10 @@ class PromptDecoder(nn.Module):
             point_coords * self.image_size, point_labels, pad=False
         )
         dense = self._embed_masks(mask_input, mask_index, point_coords.shape[0])
-        masks, ious, _, _ = self.mask_decoder.predict_masks(
-            image_embeddings=image_embed,
-            image_pe=self.image_pe,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            repeat_image=False,
-            high_res_features=[high_res_feats_0, high_res_feats_1],
+        masks, ious = self.mask_decoder(
+            image_embed + dense, sparse, high_res_feats_0, high_res_feats_1
         )
-        mask, iou = self.mask_decoder._dynamic_multimask_via_stability(masks, ious)
+        mask, iou = self._with_fallback(masks, ious)
         return torch.cat((mask, masks[:, 1:]), dim=1), torch.cat((iou, ious[:, 1:]), dim=1)
 
     def _embed_masks(self, mask_input: Tensor, mask_index: Tensor, objects: int) -> Tensor:
@@ -123,7 +122,17 @@ def export_decoder(model: InteractiveModel) -> ExportedProgram:
 def save_decoder(program: ExportedProgram, path: Path) -> None:
     """Write the program, with the version of torch that a reader must not be older than."""
     program.example_inputs = None  # embeddings as large as the weights
+    for graph in _graphs(program):
+        for node in graph.nodes:
+            node.meta.pop("stack_trace", None)  # this machine's paths
     archive = BytesIO()
     torch.export.save(program, archive, extra_files={TORCH_VERSION: torch.__version__})
     # Not written by torch itself: it answers a full disk with an internal error.
     path.write_bytes(archive.getvalue())
+
+
+def _graphs(program: ExportedProgram) -> Iterator[Graph]:
+    """The program's own, and those of its branches."""
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            yield module.graph
