@@ -17,6 +17,7 @@ import torch
 from benchmarks.environment import ROOT
 from benchmarks.random_weights import save_random_checkpoint
 from export import repository
+from export.accelerator import Accelerator
 from export.architecture import Architecture
 from export.checkpoint import load
 from export.decoder import export_decoder, save_decoder
@@ -38,7 +39,9 @@ class Artifacts:
 
 
 def full_size(
-    dtype: torch.dtype = torch.float32, progress: Callable[[str], None] = lambda _: None
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[str], None] = lambda _: None,
+    accelerator: Accelerator | None = None,
 ) -> Artifacts:
     """SAM 3 at its published size with seeded random weights."""
     folder = _folder("full-size", ())
@@ -47,17 +50,18 @@ def full_size(
         progress("seeding full-size weights")
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(checkpoint, lambda path: save_random_checkpoint(Architecture(), path, SEED))
-    return _exported("full size", checkpoint, folder, dtype, None, progress)
+    return _exported("full size", checkpoint, folder, dtype, None, progress, accelerator)
 
 
 def demo(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    accelerator: Accelerator | None = None,
 ) -> Artifacts:
     """The small trained model of the demo, at its own or another image size."""
     folder = _folder("demo", (DEMO_CHECKPOINT,))
-    return _exported("demo", DEMO_CHECKPOINT, folder, dtype, image_size, progress)
+    return _exported("demo", DEMO_CHECKPOINT, folder, dtype, image_size, progress, accelerator)
 
 
 def _exported(
@@ -67,22 +71,32 @@ def _exported(
     dtype: torch.dtype,
     image_size: int | None,
     progress: Callable[[str], None],
+    accelerator: Accelerator | None,
 ) -> Artifacts:
-    size = f"-{image_size}" if image_size else ""
-    output = folder / f"models-{str(dtype).removeprefix('torch.')}{size}"
+    chosen = [str(dtype).removeprefix("torch.")]
+    chosen += [str(image_size)] if image_size else []
+    chosen += [accelerator.value] if accelerator else []
+    output = folder / "-".join(["models", *chosen])
     if not output.exists():
-        progress(f"exporting the {name} model")
-        _export(checkpoint, output, dtype, image_size)
+        progress(f"exporting the {name} model: {', '.join(chosen)}")
+        _export(checkpoint, output, dtype, image_size, accelerator)
     return Artifacts(name, checkpoint, output)
 
 
-def _export(checkpoint: Path, output: Path, dtype: torch.dtype, image_size: int | None) -> None:
+def _export(
+    checkpoint: Path,
+    output: Path,
+    dtype: torch.dtype,
+    image_size: int | None,
+    accelerator: Accelerator | None,
+) -> None:
     """As `python -m export`, without its check against PyTorch: benchmarks check for themselves."""
     with repository.new_repository(output, overwrite=True) as folder:
         model = load(checkpoint, image_size)
-        repository.copy_sources(folder, model.architecture, dtype)
+        repository.copy_sources(folder, model.architecture, dtype, accelerator)
         graph = folder / repository.ENCODER / "1" / "model.onnx"
-        export_encoder(ImageEncoder(model, dtype), model.architecture.image_size, graph)
+        encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
+        export_encoder(encoder, model.architecture.image_size, graph)
         program = folder / repository.DECODER / "1" / "decoder.pt2"
         save_decoder(export_decoder(model), program)
 

@@ -23,13 +23,19 @@ from benchmarks.figures import Asked, Figure, Target, reason
 from benchmarks.growth import Growth
 from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, WHOLE, stage
 from benchmarks.timing import Meter, Sample, alternate
+from export.accelerator import Accelerator
 
 Progress = Callable[[str], None]
 
 DEVICE = "cuda"
 MILLISECONDS = 1000
 BUDGET_BYTES = 80e9
-ENCODERS = ("onnxruntime", "pytorch")
+ENCODERS: dict[str, Accelerator | None] = {
+    "onnxruntime": None,
+    "tensorrt": Accelerator.TENSORRT,
+    "pytorch": None,
+}
+"""What runs the encoder without a server, and what its graph is exported for."""
 
 DEMO_ACCURACY = Asked(
     "demo model, worst mask IoU of the 16-bit encoder against fp32",
@@ -80,10 +86,11 @@ def run(progress: Progress) -> Outcome:
     outcome = Outcome()
     built = artifacts.full_size(torch.float16, progress=progress)
     _collect(outcome, [DEMO_ACCURACY], lambda: _demo_accuracy(progress))
-    for encoder in ENCODERS:
+    for encoder, accelerator in ENCODERS.items():
         asked = [ACCURACY, ENCODE, SATURATION, DECODE, DECODES, MEMORY]
         asked = [_by(encoder, one) for one in asked]
-        _collect(outcome, asked, partial(_in_process, built, encoder, outcome, progress))
+        graphs = partial(artifacts.full_size, torch.float16, progress, accelerator)
+        _collect(outcome, asked, partial(_in_process, graphs, encoder, outcome, progress))
     served = [CLICK_P50, CLICK_P99, CLICKS]
     _collect(outcome, served, lambda: _served(built, outcome, progress))
     return outcome
@@ -108,10 +115,10 @@ def _demo_accuracy(progress: Progress) -> list[Figure]:
 
 
 def _in_process(
-    built: Artifacts, encoder: str, outcome: Outcome, progress: Progress
+    graphs: Callable[[], Artifacts], encoder: str, outcome: Outcome, progress: Progress
 ) -> list[Figure]:
     """Encoder and decoder without a server: what the GPU itself can do."""
-    with _engine(built, encoder) as engine:
+    with _engine(graphs(), encoder) as engine:
         progress(f"{encoder}: checking the 16-bit encoder")
         iou = engine.mask_iou()
         progress(f"{encoder}: timing")
@@ -119,7 +126,7 @@ def _in_process(
         decodes = {n: _repeat(partial(engine.decode, images=n), 200) for n in TOGETHER}
         each = engine.keep(images=64) / 64
     outcome.growth.append(_curve(f"{encoder}: images encoded together", "images", batches))
-    if encoder == ENCODERS[0]:
+    if encoder == next(iter(ENCODERS)):
         outcome.growth.append(_curve("clicks decoded together", "images", decodes))
     return [
         _by(encoder, ACCURACY).measured(Sample((iou,))),

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from export.encoder import FEATURES
+from export.encoder import FEATURES, MAX_BATCH
 
-CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 Encoder = Callable[[Tensor], tuple[Tensor, ...]]
 """UINT8 [B, S, S, 3] on the device → the three embeddings on the device."""
 
@@ -23,16 +25,20 @@ NUMPY_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8
 class OnnxRuntimeEncoder:
     """`model.onnx` in ONNX Runtime, input and outputs bound where they are: nothing is copied.
 
+    tensorrt: let TensorRT compile it, for batches of 1 to MAX_BATCH; on a GPU alone.
+
     Raises RuntimeError where this ONNX Runtime has no provider for the device.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        if device.type == "cuda" and CUDA not in ort.get_available_providers():
-            raise RuntimeError("this onnxruntime was built without CUDA")
+    def __init__(self, path: Path, device: torch.device, *, tensorrt: bool = False) -> None:
+        provider = TENSORRT if tensorrt else CUDA if device.type == "cuda" else CPU
+        if provider not in ort.get_available_providers():
+            raise RuntimeError(f"this onnxruntime was built without {provider}")
         self._device = device
-        self._session = ort.InferenceSession(path, providers=_providers(device))
-        if device.type == "cuda" and self._session.get_providers()[0] != CUDA:
-            raise RuntimeError("onnxruntime could not load its CUDA provider")
+        providers = _providers(device, tensorrt=tensorrt, image=_image_shape(path))
+        self._session = ort.InferenceSession(path, providers=providers)
+        if self._session.get_providers()[0] != provider:
+            raise RuntimeError(f"onnxruntime could not load its {provider}")
         self._outputs = {output.name: output for output in self._session.get_outputs()}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -60,13 +66,24 @@ class OnnxRuntimeEncoder:
         )
 
 
-def _providers(device: torch.device) -> list[object]:
+def _providers(device: torch.device, *, tensorrt: bool, image: str) -> list[object]:
     if device.type != "cuda":
-        return ["CPUExecutionProvider"]
+        return [CPU]
     # On PyTorch's stream: its events then time the graph, and nothing waits for another stream.
     stream = str(torch.cuda.current_stream(device).cuda_stream)
     options = {"device_id": device.index or 0, "user_compute_stream": stream}
-    return [(CUDA, options), "CPUExecutionProvider"]
+    profile = {
+        f"trt_profile_{bound}_shapes": f"image:{batch}x{image}"
+        for bound, batch in (("min", 1), ("opt", 1), ("max", MAX_BATCH))
+    }
+    first: list[object] = [(TENSORRT, {**options, **profile})] if tensorrt else []
+    return [*first, (CUDA, options), CPU]
+
+
+def _image_shape(path: Path) -> str:
+    """A graph's input without its batch, as TensorRT's options spell it."""
+    (image,) = onnx.load(path, load_external_data=False).graph.input
+    return "x".join(str(dim.dim_value) for dim in image.type.tensor_type.shape.dim[1:])
 
 
 def pytorch_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Encoder:

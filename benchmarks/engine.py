@@ -28,7 +28,8 @@ class EngineError(RuntimeError):
 class Engine:
     """A worker process; a context manager.
 
-    encoder: "onnxruntime" or "pytorch"; the latter needs `checkpoint`.
+    encoder: "onnxruntime", "tensorrt" (compiled by it inside of ONNX Runtime) or "pytorch", which
+        needs `checkpoint`.
 
     Raises EngineError, from every method, with the worker's reason.
     """

@@ -1,6 +1,6 @@
 """The process behind `benchmarks.engine.Engine`: one JSON line in, one JSON line out.
 
-python -m benchmarks.engine_worker REPOSITORY DEVICE onnxruntime|pytorch CHECKPOINT
+python -m benchmarks.engine_worker REPOSITORY DEVICE onnxruntime|tensorrt|pytorch CHECKPOINT
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Worker:
 
     def _make_encoder(self, repository: Path, encoder: str) -> Encoder:
         config = read_config(repository, ENCODER)
-        if encoder == "onnxruntime":
-            return OnnxRuntimeEncoder(repository / ENCODER / "1" / "model.onnx", self._device)
+        if encoder != "pytorch":
+            graph, compiled = repository / ENCODER / "1" / "model.onnx", encoder == "tensorrt"
+            return OnnxRuntimeEncoder(graph, self._device, tensorrt=compiled)
         types = {10: torch.float16, 11: torch.float32}  # TYPE_FP16, TYPE_FP32
         return pytorch_encoder(self._checkpoint, types[config.output[0].data_type], self._device)
 

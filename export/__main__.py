@@ -24,6 +24,7 @@ logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 
+from export.accelerator import Accelerator  # noqa: E402
 from export.architecture import SizeError  # noqa: E402
 from export.check import Check, SignatureError  # noqa: E402
 from export.checkpoint import CheckpointError  # noqa: E402
@@ -41,7 +42,7 @@ class Precision(str, Enum):
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
 KEPT_IN_FP32 = {
     Precision.FP32: "everything",
-    Precision.FP16: "patch projection, layer norms, softmax, residual stream, decoder",
+    Precision.FP16: "patch projection, layer norms, residual stream, decoder",
 }
 
 console = Console(highlight=False, soft_wrap=True)
@@ -54,6 +55,10 @@ def main(
     precision: Annotated[
         Precision, typer.Option(help="Type of the encoder's matrix products and outputs.")
     ] = Precision.FP32,
+    accelerator: Annotated[
+        Accelerator | None,
+        typer.Option(help="What runs the models; by default the GPU where there is one."),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(help="Side of the encoder's input in pixels; the checkpoint's by default."),
@@ -75,6 +80,7 @@ def main(
                 checkpoint,
                 output,
                 dtype=DTYPES[precision],
+                accelerator=accelerator,
                 image_size=image_size,
                 min_iou=min_iou,
                 overwrite=overwrite,
@@ -88,7 +94,10 @@ def main(
     except SignatureError as error:
         raise _failure(error, 1) from error
     _print(checks)
-    console.print(f"{output}: {precision.value}, in FP32: {KEPT_IN_FP32[precision]}")
+    kept = KEPT_IN_FP32[precision]
+    if precision is Precision.FP16 and accelerator is not Accelerator.TENSORRT:
+        kept += ", softmax"  # inside ONNX Runtime's operator; TensorRT's own does as it likes
+    console.print(f"{output}: {precision.value}, in FP32: {kept}")
     console.print(f"next: python -m server {output}")
 
 

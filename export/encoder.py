@@ -38,9 +38,18 @@ class ImageEncoder(nn.Module):
     With `dtype` FP16, matrix products, attention and convolutions are in half precision and the
     outputs are FP16; the patches' projection, layer norms, the softmax inside attention and the
     residual stream stay FP32, since activations of a ViT this deep leave half precision's range.
+
+    `fused`: rotation and attention as ONNX Runtime's own operators, or spelled out (see
+    operators.py).
     """
 
-    def __init__(self, model: InteractiveModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: InteractiveModel,
+        dtype: torch.dtype = torch.float32,
+        *,
+        fused: bool = True,
+    ) -> None:
         super().__init__()
         self.windows = _Windows(model.architecture)
         self.dtype = dtype
@@ -48,7 +57,7 @@ class ImageEncoder(nn.Module):
         self.position = nn.Buffer(self.windows.join(self.windows.split(_position_embedding(model))))
         self.ln_pre = deepcopy(model.trunk.ln_pre)
         self.blocks = nn.ModuleList(
-            _fused_block(block, i in model.architecture.global_att_blocks, self.windows, dtype)
+            _block(block, i in model.architecture.global_att_blocks, self.windows, dtype, fused)
             for i, block in enumerate(model.trunk.blocks)
         )
         self.global_att_blocks = frozenset(model.architecture.global_att_blocks)
@@ -137,11 +146,12 @@ def _alias(module: nn.Module) -> Any:
     return deepcopy(module, parameters)
 
 
-class _FusedAttention(nn.Module):
-    """Meta's ViT attention on fused operators; tokens [B, H, W, C] in whatever order."""
+class _Attention(nn.Module):
+    """Meta's ViT attention on our operators; tokens [B, H, W, C] in whatever order."""
 
-    def __init__(self, meta: Attention, rotary: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, meta: Attention, rotary: Tensor, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
+        self.fused = fused
         self.num_heads: int = meta.num_heads
         self.qkv = _alias(meta.qkv).to(dtype)
         self.proj = _alias(meta.proj).to(dtype)
@@ -150,26 +160,28 @@ class _FusedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
-        query = rotary_embedding(query, self.cos, self.sin, self.num_heads)
-        key = rotary_embedding(key, self.cos, self.sin, self.num_heads)
-        attended = self.proj(attention(query, key, value.contiguous(), self.num_heads))
-        shaped: Tensor = attended.reshape(x.shape)
+        query = rotary_embedding(query, self.cos, self.sin, self.num_heads, fused=self.fused)
+        key = rotary_embedding(key, self.cos, self.sin, self.num_heads, fused=self.fused)
+        attended = attention(query, key, value.contiguous(), self.num_heads, fused=self.fused)
+        shaped: Tensor = self.proj(attended).reshape(x.shape)
         return shaped
 
 
-def _fused_block(block: Block, is_global: bool, windows: _Windows, dtype: torch.dtype) -> nn.Module:
+def _block(
+    block: Block, is_global: bool, windows: _Windows, dtype: torch.dtype, fused: bool
+) -> nn.Module:
     rotary = block.attn.freqs_cis
     if is_global:
         side = windows.count * windows.side
         rotary = windows.split(rotary.reshape(1, side, side, -1)).flatten(0, 2)
-    fused = _alias(block)
+    ours = _alias(block)
     if windows.fits:
-        fused.window_size = 0  # the tokens arrive cut into windows
-    fused.attn = _FusedAttention(block.attn, rotary, dtype)
+        ours.window_size = 0  # the tokens arrive cut into windows
+    ours.attn = _Attention(block.attn, rotary, dtype, fused)
     if dtype != torch.float32:
-        fused.norm1, fused.norm2 = _Narrow(fused.norm1, dtype), _Narrow(fused.norm2, dtype)
-        fused.mlp.to(dtype)
-    return cast(nn.Module, fused)
+        ours.norm1, ours.norm2 = _Narrow(ours.norm1, dtype), _Narrow(ours.norm2, dtype)
+        ours.mlp.to(dtype)
+    return cast(nn.Module, ours)
 
 
 def _position_embedding(model: InteractiveModel) -> Tensor:

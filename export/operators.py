@@ -2,7 +2,8 @@
 
 PyTorch's exporter would spell rotary embedding and attention out in dozens of nodes and keep whole
 attention matrices; as `com.microsoft` operators they are one kernel each, on the CPU and on CUDA,
-and the graph does not depend on the opset-23 `Attention` operator.
+and the graph does not depend on the opset-23 `Attention` operator. `fused=False` exports them
+spelled out, for runtimes that know neither.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+def rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, fused: bool = True
+) -> Tensor:
     """Rotate pairs of neighbouring channels of each head (RoPE, arXiv 2104.09864).
 
     x [B, L, heads*D]; cos, sin [L, D/2]. Same as multiplying (x[2i] + j·x[2i+1]) by
     (cos[i] + j·sin[i]), which is how Meta's ViT writes it, in complex numbers.
     """
-    if torch.onnx.is_in_onnx_export():
+    if fused and torch.onnx.is_in_onnx_export():
         first_row = torch.zeros(1, dtype=torch.int64)
         return _fused(
             "RotaryEmbedding", x, (x, first_row, cos, sin), num_heads=num_heads, interleaved=1
@@ -28,9 +31,11 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
     return rotated.flatten(-3)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, fused: bool = True
+) -> Tensor:
     """Multi-head scaled dot-product attention; all tensors [B, L, heads*D]."""
-    if torch.onnx.is_in_onnx_export():
+    if fused and torch.onnx.is_in_onnx_export():
         return _fused("MultiHeadAttention", query, (query, key, value), num_heads=num_heads)
     q, k, v = (t.reshape(*t.shape[:-1], num_heads, -1).transpose(1, 2) for t in (query, key, value))
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from export import check, checkpoint, repository
+from export.accelerator import Accelerator
 from export.decoder import export_decoder, save_decoder
 from export.encoder import ImageEncoder, export_encoder
 
@@ -29,6 +30,7 @@ def export_repository(
     output: Path,
     *,
     dtype: torch.dtype = torch.float32,
+    accelerator: Accelerator | None = None,
     image_size: int | None = None,
     min_iou: float = DEFAULT_MIN_IOU,
     overwrite: bool = False,
@@ -39,6 +41,7 @@ def export_repository(
     Args:
         checkpoint_file: in the layout of Meta's sam3.pt.
         dtype: FP32 or FP16, of the encoder's matrix products and outputs.
+        accelerator: what runs the models; by default the GPU where there is one.
         image_size: side of the encoder's input in pixels; the checkpoint's own by default.
         min_iou: worst mask IoU against FP32 PyTorch that is accepted.
         progress: told what is being done.
@@ -51,10 +54,11 @@ def export_repository(
     progress("loading the checkpoint")
     model = checkpoint.load(checkpoint_file, image_size)
     with repository.new_repository(output, overwrite=overwrite) as folder:
-        repository.copy_sources(folder, model.architecture, dtype)
+        repository.copy_sources(folder, model.architecture, dtype, accelerator)
         progress("exporting the image encoder to ONNX")
         path = folder / repository.ENCODER / "1" / "model.onnx"
-        export_encoder(ImageEncoder(model, dtype), model.architecture.image_size, path)
+        encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
+        export_encoder(encoder, model.architecture.image_size, path)
         progress("exporting the prompt decoder")
         path = folder / repository.DECODER / "1" / "decoder.pt2"
         save_decoder(export_decoder(model), path)

@@ -13,6 +13,7 @@ import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
+from export.accelerator import Accelerator, compiled_by_tensorrt, place
 from export.architecture import Architecture
 from export.encoder import FEATURES
 
@@ -93,15 +94,28 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
 
 
-def copy_sources(target: Path, architecture: Architecture, dtype: torch.dtype) -> None:
-    """Copy configs and Python files; only dims and the embeddings' type follow the model."""
+def copy_sources(
+    target: Path,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Copy configs and Python files.
+
+    Dims and the embeddings' type follow the model, encoder's and decoder's device the accelerator.
+    """
     for name in MODELS:
         shutil.copytree(
             TEMPLATES / name, target / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )
         (target / name / "1").mkdir(exist_ok=True)
         config = target / name / "config.pbtxt"
-        config.write_text(adapt_config(config.read_text(), architecture, dtype))
+        text = adapt_config(config.read_text(), architecture, dtype)
+        if accelerator and name in (ENCODER, DECODER):
+            text = place(text, accelerator)
+        if accelerator is Accelerator.TENSORRT and name == ENCODER:
+            text = compiled_by_tensorrt(text, architecture.image_size)
+        config.write_text(text)
     for name, modules in SHARED.items():
         _copy_shared(target / name / "1" / SHARED_PACKAGE, modules)
 

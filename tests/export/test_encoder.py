@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from export import checkpoint
 from export.architecture import InteractiveModel
-from export.encoder import FEATURES, MAX_BATCH, OPSET, ImageEncoder, _then_pointwise, _Windows
+from export.encoder import (
+    FEATURES,
+    MAX_BATCH,
+    OPSET,
+    ImageEncoder,
+    _then_pointwise,
+    _Windows,
+    export_encoder,
+)
 from export.repository import ENCODER
 from tests.export import tiny
 
@@ -153,6 +161,21 @@ def test_the_graphs_operators(exported: tiny.Export, exported_fp16: tiny.Export)
         assert kinds["com.microsoft", "RotaryEmbedding"] == 2 * depth
         assert not {("", "Attention"), ("", "Softmax")} & kinds.keys()
         assert not proto.functions
+
+
+def test_spelled_out_the_graph_is_of_plain_operators_and_computes_the_same(
+    model: InteractiveModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    export_encoder(ImageEncoder(model, fused=False), FITS, path)
+    proto = onnx.load(path)
+    assert {entry.domain for entry in proto.opset_import} == {""}
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds["Softmax"] == tiny.ARCHITECTURE.depth
+    images = _images(3, FITS)
+    outputs = ort.InferenceSession(path).run(list(FEATURES), {"image": images})
+    for a, b in zip(outputs, _reference(model, images), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_stand_beside_the_graph(exported: tiny.Export) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tritonclient.grpc import model_config_pb2
 
+from export.accelerator import Accelerator
 from export.architecture import Architecture
 from export.encoder import FEATURES, MAX_BATCH
 from export.repository import (
@@ -25,7 +26,10 @@ from export.repository import (
     new_repository,
     read_config,
 )
+from tests.conftest import ROOT
 from tests.export import tiny
+
+GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
 
 
 def _text(model: str) -> str:
@@ -95,6 +99,37 @@ def test_types_follow_in_the_built_configs(exported_fp16: tiny.Export) -> None:
         types = {t.name: t.data_type for t in tensors if t.name in FEATURES}
         assert len(types) == len(FEATURES), model
         assert set(types.values()) == {model_config_pb2.TYPE_FP16}
+
+
+@pytest.mark.parametrize("accelerator", Accelerator)
+def test_an_accelerator_changes_encoder_and_decoder_alone(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    copy_sources(tmp_path, Architecture(), torch.float32, accelerator)
+    cpu = accelerator is Accelerator.CPU
+    kind = model_config_pb2.ModelInstanceGroup.KIND_CPU if cpu else GPU
+    for model in MODELS:
+        config, written = read_config(tmp_path, model), read_config(TEMPLATES, model)
+        if model in (ENCODER, DECODER):
+            assert [(group.count, group.kind) for group in config.instance_group] == [(1, kind)]
+            del config.instance_group[:], written.instance_group[:]
+        if model == ENCODER:
+            chosen = config.optimization.execution_accelerators.gpu_execution_accelerator
+            assert [one.name for one in chosen] == ["tensorrt"] * (accelerator == "tensorrt")
+            config.ClearField("optimization")
+        assert config == written
+
+
+def test_tensorrt_compiles_once_for_every_batch(tmp_path: Path) -> None:
+    copy_sources(tmp_path, Architecture(image_size=224), torch.float16, Accelerator.TENSORRT)
+    config = read_config(tmp_path, ENCODER)
+    (chosen,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    sides = {bound: chosen.parameters[f"trt_profile_{bound}_shapes"] for bound in ("min", "max")}
+    assert sides == {"min": "image:1x224x224x3", "max": f"image:{config.max_batch_size}x224x224x3"}
+    assert chosen.parameters["trt_engine_cache_enable"] == "1"
+    chart = (ROOT / "docker/helm/triton-sam3/templates/deployment.yaml").read_text()
+    (volume,) = re.findall(r"name: engine-cache, mountPath: (\S+)}", chart)
+    assert Path(chosen.parameters["trt_engine_cache_path"]).is_relative_to(volume)
 
 
 def test_sources_are_copied_without_leftovers(tmp_path: Path) -> None:

@@ -341,13 +341,30 @@ def test_a_gpu_instance_uses_cuda_where_there_is_one(
     logger = SimpleNamespace(log_warn=warnings.append)  # the stub alone has the real one
     monkeypatch.setattr(backend.pb_utils, "Logger", logger, raising=False)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert backend.choose_providers("GPU", "1") == ["CPUExecutionProvider"]
-    assert len(warnings) == 1
+    assert backend.choose_providers("GPU", "1", {}) == ["CPUExecutionProvider"]
+    assert warnings == ["this onnxruntime was built without cuda"]
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    cuda, cpu = backend.choose_providers("GPU", "1")
-    assert cuda == ("CUDAExecutionProvider", {"device_id": 1})
-    assert backend.choose_providers("CPU", "0") == [cpu]
+    cuda, cpu = backend.choose_providers("GPU", "1", {})
+    assert cuda == ("CUDAExecutionProvider", {"device_id": "1"})
+    assert backend.choose_providers("CPU", "0", {}) == [cpu]
+
+    both = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: both)
+    asked = {"tensorrt": {"trt_engine_cache_enable": "1"}}
+    tensorrt = ("TensorrtExecutionProvider", {"device_id": "1", "trt_engine_cache_enable": "1"})
+    assert backend.choose_providers("GPU", "1", asked) == [tensorrt, cuda, cpu]
+
+
+def test_accelerators_are_read_as_triton_writes_them(backend: ModuleType) -> None:
+    def config(name: str) -> dict[str, Any]:
+        chosen = {"gpu_execution_accelerator": [{"name": name, "parameters": {"key": "value"}}]}
+        return {"optimization": {"execution_accelerators": chosen}}
+
+    assert backend.accelerators({}) == {}
+    assert backend.accelerators(config("tensorrt")) == {"tensorrt": {"key": "value"}}
+    with pytest.raises(ValueError, match="must be one of"):
+        backend.accelerators(config("openvino"))
 
 
 def test_outputs_of_another_length_are_not_handed_out(backend: ModuleType) -> None:

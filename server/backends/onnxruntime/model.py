@@ -6,7 +6,8 @@ so a model with `backend: "onnxruntime"` and `1/model.onnx` loads here as it doe
     requests of one batch ── concatenated ── one session run ── split ── responses
 
 It honours what the C++ backend reads from `config.pbtxt`: `default_model_filename`,
-`optimization { graph { level } }` and the parameters `intra_op_thread_count`,
+`optimization { graph { level } }`, the GPU's execution accelerators `cuda` and `tensorrt` with the
+options that ONNX Runtime calls by the same names, and the parameters `intra_op_thread_count`,
 `inter_op_thread_count`, `execution_mode`, `enable_mem_arena` and `enable_mem_pattern`.
 Unlike there, a request that fails never fails the ones it was batched with.
 """
@@ -49,6 +50,9 @@ EXECUTION_MODES = {
     1: ort.ExecutionMode.ORT_PARALLEL,
 }
 SWITCH = {0: False, 1: True}
+GPU_ACCELERATOR = "gpu_execution_accelerator"
+GPU_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""In the order in which ONNX Runtime asks them for a node."""
 
 
 class TritonPythonModel:
@@ -105,7 +109,9 @@ def load_session(path: Path, config: Config, args: Mapping[str, str]) -> ort.Inf
     """Open the model on the instance's device. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"there is no {path.name} in {path.parent}")
-    providers = choose_providers(args["model_instance_kind"], args["model_instance_device_id"])
+    providers = choose_providers(
+        args["model_instance_kind"], args["model_instance_device_id"], accelerators(config)
+    )
     options = session_options(config)
     try:
         return ort.InferenceSession(path, options, providers=providers)
@@ -113,15 +119,36 @@ def load_session(path: Path, config: Config, args: Mapping[str, str]) -> ort.Inf
         raise ValueError(f"ONNX Runtime cannot load it: {error}") from error
 
 
-def choose_providers(kind: str, device: str) -> list[Any]:
-    """CUDA first for a GPU instance, where this ONNX Runtime was built with it."""
-    cuda = "CUDAExecutionProvider"
+def accelerators(config: Config) -> dict[str, dict[str, str]]:
+    """The GPU's execution accelerators by name, each with its options. Raises ValueError."""
+    chosen = config.get("optimization", {}).get("execution_accelerators", {})
+    options = {one["name"]: one.get("parameters", {}) for one in chosen.get(GPU_ACCELERATOR, [])}
+    if unknown := options.keys() - GPU_PROVIDERS.keys():
+        raise ValueError(f"{GPU_ACCELERATOR} must be one of {list(GPU_PROVIDERS)}, not {unknown}")
+    return options
+
+
+def choose_providers(kind: str, device: str, options: Mapping[str, Any]) -> list[Any]:
+    """For a GPU instance TensorRT if the config asks for it, then CUDA, then the CPU.
+
+    What this ONNX Runtime was built without is left out, with a word in the log.
+    """
+    cpu = "CPUExecutionProvider"
     if kind != "GPU":
-        return ["CPUExecutionProvider"]
-    if cuda not in ort.get_available_providers():
-        pb_utils.Logger.log_warn("this onnxruntime has no CUDA: a KIND_GPU model runs on the CPU")
-        return ["CPUExecutionProvider"]
-    return [(cuda, {"device_id": int(device)}), "CPUExecutionProvider"]
+        return [cpu]
+    wanted = [name for name in GPU_PROVIDERS if name in options or name == "cuda"]
+    available = ort.get_available_providers()
+    missing = [name for name in wanted if GPU_PROVIDERS[name] not in available]
+    if missing:
+        pb_utils.Logger.log_warn(f"this onnxruntime was built without {' and '.join(missing)}")
+    return [
+        *(
+            (GPU_PROVIDERS[name], {"device_id": device, **options.get(name, {})})
+            for name in wanted
+            if name not in missing
+        ),
+        cpu,
+    ]
 
 
 def session_options(config: Config) -> ort.SessionOptions:
