@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,19 @@ class Decoder:
         for launch in self._launches(jobs):
             logits, ious = self._run(jobs, launch)
             self.launches += 1
-            for row, (j, n) in enumerate(launch):
-                chosen = _choose(jobs[j], ious[row])
-                answers[j].low_res_masks[n] = logits[row, chosen].clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-                answers[j].iou_predictions[n] = ious[row, chosen]
+            row = 0
+            for j, members in groupby(launch, key=itemgetter(0)):
+                objects = [n for _, n in members]
+                rows = slice(row, row + len(objects))
+                row = rows.stop
+                masks, scores = _choose(jobs[j], logits[rows], ious[rows])
+                where = _selection(objects)
+                answers[j].low_res_masks[where] = masks.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT).half()
+                answers[j].iou_predictions[where] = scores
         return answers
 
     def _launches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, int]]]:
-        """Yield lists of (job, object), all with the same token count."""
+        """Yield lists of (job, object), in order and all with the same token count."""
         groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for j, job in enumerate(jobs):
             for n, prompt in enumerate(job.objects):
@@ -152,10 +158,18 @@ def _gather(features: list[Features]) -> Features:
     return Features(*(torch.stack(tensors).float() for tensors in zip(*features, strict=True)))
 
 
-def _choose(job: Job, ious: Tensor) -> slice | Tensor:
-    """The rows of the program's four masks that a job asked for (see export/decoder.py)."""
+def _choose(job: Job, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
+    """What a job asked for of the program's four masks of each object (see export/decoder.py)."""
     if not job.multimask_output:
-        return slice(0, 1)
+        return logits[:, :1], ious[:, :1]
     if job.best_only:
-        return 1 + ious[1:].argmax(dim=0, keepdim=True)
-    return slice(1, None)
+        best = 1 + ious[:, 1:].argmax(dim=1, keepdim=True)
+        rows = torch.arange(len(ious), device=ious.device).unsqueeze(1)
+        return logits[rows, best], ious[rows, best]
+    return logits[:, 1:], ious[:, 1:]
+
+
+def _selection(objects: list[int]) -> slice | list[int]:
+    """Objects as an index; neighbours, the usual case, as a slice, which needs no copy."""
+    first, last = objects[0], objects[-1]
+    return slice(first, last + 1) if last - first + 1 == len(objects) else objects
