@@ -15,6 +15,7 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")  # sam3 warns about machines without a GPU
 
+import threads  # noqa: E402, F401 - before torch, as the served decoder does
 import torch  # noqa: E402
 from decoder import Decoder, Job  # noqa: E402
 from prompts import Limits, parse_prompts  # noqa: E402

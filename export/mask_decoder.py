@@ -6,10 +6,10 @@ are merged with the tokens' own, head by head:
 
     (W_q t) · (W_k x) = (W_kᵀ W_q t) · x        Σ p_x W_o W_v x = W_o W_v Σ p_x x
 
-so that pixels are only ever multiplied with heads × tokens vectors: less work while tokens are few,
-the same results but for rounding. An object of many tokens takes Meta's way. Upscaling is a matrix
-product too, its pixels in the order in which a 2 × 2 transposed convolution makes them until the
-masks are there.
+so that pixels are only ever multiplied with heads × tokens vectors: the same results but for
+rounding, and less work while tokens are few and pixels many (`few_tokens`); else Meta's way is
+taken. Upscaling is a matrix product too, its pixels in the order in which a 2 × 2 transposed
+convolution makes them until the masks are there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,20 @@ from sam3.sam.mask_decoder import MaskDecoder
 from sam3.sam.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 
-FEW_TOKENS = 16
-"""Up to so many, the decoder's own six included, merging is less work; on a CPU the faster way."""
+CLICK_TOKENS = 2
+"""A point, and the not-a-point token that SAM adds."""
+
+
+def few_tokens(pixels: int, attention: Attention) -> int:
+    """Up to how many tokens, the decoder's own included, merged projections are the faster way.
+
+    Multiplications by P pixels, T tokens, H heads, C channels and D inside of the attention, which
+    are 2·T·H·C·(C + P) merged and 2·P·C·D + 2·T·D·(C + P) otherwise, equated; less a tenth for
+    the larger weights that have to be read, as measured on a CPU.
+    """
+    heads, width, inside = attention.num_heads, attention.embedding_dim, attention.internal_dim
+    a_token = (heads * width - inside) * (width + pixels)
+    return int(0.9 * pixels * width * inside / a_token)
 
 
 class _Heads:
@@ -144,6 +156,24 @@ class MergedTwoWay(nn.Module):
         return self.last_norm(queries + answer), pixels
 
 
+class EitherTwoWay(nn.Module):
+    """Merged up to `few` tokens, Meta's beyond: decided at each decode, by the tokens it brings."""
+
+    def __init__(self, transformer: TwoWayTransformer, few: int) -> None:
+        super().__init__()
+        self.few = few
+        self.merged = MergedTwoWay(transformer)
+        self.metas = transformer
+
+    def forward(self, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MergedTwoWay`."""
+        given = (image, image_pe, tokens)
+        chosen: tuple[Tensor, Tensor] = torch.cond(
+            tokens.shape[1] <= self.few, self.merged, self.metas, given
+        )
+        return chosen
+
+
 class Upscaling(nn.Module):
     """Meta's `output_upscaling`, and the masks of it."""
 
@@ -184,8 +214,9 @@ class MergedMaskDecoder(nn.Module):
         first = (decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens)
         self.tokens = nn.Buffer(torch.cat([t.weight for t in first]).detach().unsqueeze(0))
         self.image_pe = nn.Buffer(image_pe.contiguous())
-        self.metas_two_way = decoder.transformer
-        self.merged_two_way = MergedTwoWay(decoder.transformer)
+        few = few_tokens(image_pe[0, 0].numel(), decoder.transformer.final_attn_token_to_image)
+        pays = few >= self.tokens.shape[1] + CLICK_TOKENS
+        self.two_way = EitherTwoWay(decoder.transformer, few) if pays else decoder.transformer
         self.upscaling = Upscaling(decoder.output_upscaling)
         self.hypernetworks = decoder.output_hypernetworks_mlps
         self.iou_head = decoder.iou_prediction_head
@@ -199,12 +230,7 @@ class MergedMaskDecoder(nn.Module):
         fine, middle: high_res_feats_0 and _1. Returns [N, 4, 4E, 4E] and [N, 4].
         """
         tokens = torch.cat((self.tokens.expand(image.shape[0], -1, -1), prompt), dim=1)
-        tokens, pixels = torch.cond(
-            tokens.shape[1] <= FEW_TOKENS,
-            self.merged_two_way,
-            self.metas_two_way,
-            (image, self.image_pe, tokens),
-        )
+        tokens, pixels = self.two_way(image, self.image_pe, tokens)
         _, iou_token, *mask_tokens = tokens[:, : self.tokens.shape[1]].unbind(dim=1)
         hyper = [
             network(token) for network, token in zip(self.hypernetworks, mask_tokens, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from export.architecture import InteractiveModel
-from export.decoder import TORCH_VERSION, PromptDecoder, example_inputs, save_decoder
-from export.mask_decoder import FEW_TOKENS
+from export import mask_decoder
+from export.architecture import Architecture, InteractiveModel, build_mask_decoder
+from export.decoder import (
+    TORCH_VERSION,
+    PromptDecoder,
+    example_inputs,
+    export_decoder,
+    save_decoder,
+)
+from export.mask_decoder import CLICK_TOKENS, few_tokens
 from export.repository import DECODER
 from tests.conftest import ROOT
 from tests.export import tiny
@@ -39,8 +47,7 @@ def _inputs(objects: int, tokens: int, masks: int) -> Inputs:
     return {**inputs, "point_labels": labels, "mask_index": chosen}
 
 
-MANY_TOKENS = FEW_TOKENS + 1
-SIZES = [(1, 0, 1), (1, 2, 0), (2, 3, 1), (5, 4, 5), (17, 9, 3), (2, MANY_TOKENS, 1)]
+SIZES = [(1, 0, 1), (1, 2, 0), (2, 3, 1), (5, 4, 5), (17, 9, 3)]
 
 
 @pytest.mark.parametrize(("objects", "tokens", "masks"), SIZES)
@@ -75,17 +82,40 @@ def _metas(model: Any, inputs: Inputs, n: int, multimask: bool) -> tuple[Tensor,
     return masks[0], ious[0]
 
 
-@pytest.mark.parametrize("tokens", [4, MANY_TOKENS])
-def test_every_candidate_is_metas(model: InteractiveModel, tokens: int) -> None:
+def _check_against_metas(
+    decoder: Callable[..., tuple[Tensor, Tensor]], model: InteractiveModel, tokens: int
+) -> None:
     inputs = _inputs(objects=6, tokens=tokens, masks=3)
     inputs["point_labels"][:, -1] = -1
     inputs["point_coords"][:, -1] = 0
-    masks, ious = PromptDecoder(model)(**inputs)
+    masks, ious = decoder(**inputs)
     for n in range(6):
         for multimask, rows in ((False, slice(0, 1)), (True, slice(1, None))):
             logits, scores = _metas(model, inputs, n, multimask)
             torch.testing.assert_close(masks[n, rows], logits, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ious[n, rows], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_every_candidate_is_metas(model: InteractiveModel, tokens: int) -> None:
+    _check_against_metas(PromptDecoder(model), model, tokens)
+
+
+def test_few_and_many_tokens_go_two_ways_to_metas_masks(
+    model: InteractiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model is too small for merging to pay, and would show one way only."""
+    monkeypatch.setattr(mask_decoder, "few_tokens", lambda *_: 10)
+    program = export_decoder(model).module()
+    for tokens in (1, 4, 5, 9):
+        _check_against_metas(program, model, tokens)
+
+
+def test_merging_pays_where_pixels_are_many() -> None:
+    """Against what was measured: with 72² pixels a click and more, with 16² not even a click."""
+    attention = build_mask_decoder(Architecture()).transformer.final_attn_token_to_image
+    prompts = {side: few_tokens(side * side, attention) - 6 for side in (16, 32, 72)}
+    assert prompts[16] < CLICK_TOKENS < prompts[32] < prompts[72]
 
 
 def test_the_file_names_its_torch_and_holds_no_inputs(path: Path) -> None:

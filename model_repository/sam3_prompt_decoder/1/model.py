@@ -9,18 +9,12 @@ requests ─► wire.read_question ─► decoder.decode (all at once; one by on
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Threads that wait for each other soon sleep: on a CPU they share the cores with the encoder, and
-# spinning for long made a decode five times slower on a busy machine. Without any spinning, waking
-# them at each of a decode's steps took as long as the small demo model's decode itself.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # GNU's OpenMP, torch's own: some 50 µs
-
+import threads  # noqa: F401 - before torch
 import torch
 import triton_python_backend_utils as pb_utils
 from decoder import Decoder, Masks
