@@ -7,7 +7,7 @@ when they have equally many; padding them to one length would change their masks
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from program import ProgramError, first_line, load_program
 from prompts import PADDING, POSITIVE, ObjectPrompt
+from replay import ClickReplay, Program
 from store import Features
 from torch import Tensor
-
-Program = Callable[..., tuple[Tensor, Tensor]]
 
 LOGIT_LIMIT = 32.0
 """Returned logits are clamped to ±32, as Meta's predictor does."""
@@ -67,6 +66,8 @@ class Decoder:
         self.device = device
         self.launches = 0
         """How often the program has run."""
+        self.remark = ""
+        """What an operator should know of this device."""
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Decode one click on embeddings of the config's shapes, which warms up the program too.
@@ -74,17 +75,30 @@ class Decoder:
         Later calls leave the shapes to Triton, which holds requests to the config. Raises
         `ProgramError` when program and config do not fit together.
         """
-        blank = Features(*(torch.zeros(shapes[n], device=self.device) for n in Features._fields))
-        labels = np.array([POSITIVE, PADDING], dtype=np.int32)
-        click = ObjectPrompt(np.zeros((2, 2), dtype=np.float32), labels, mask=None)
+        image = Features(*(torch.randn(shapes[n], device=self.device) for n in Features._fields))
         try:
-            self.decode([Job(blank, [click])])
+            self.decode([Job(image, [_click(0.5)])])
         except Exception as error:  # torch's guards and kernels share no exception
             raise ProgramError(
                 f"the decoder does not fit the shapes in config.pbtxt ({first_line(error)}); "
                 "export both together"
             ) from error
         self._program = self._unchecked
+        if self.device.type == "cuda":
+            self._replay_clicks(image)
+
+    def _replay_clicks(self, image: Features) -> None:
+        """Replay clicks from now on, if that gives the masks that the program gives."""
+        clicks = [Job(image, [_click(place)]) for place in (0.25, 0.75)]
+        expected = [self.decode([click]) for click in clicks]
+        self._program = ClickReplay(self._unchecked)
+        try:
+            for click, (masks,) in zip(clicks, expected, strict=True):
+                (replayed,) = self.decode([click])
+                torch.testing.assert_close(replayed.low_res_masks, masks.low_res_masks)
+        except (RuntimeError, AssertionError) as error:
+            self._program = self._unchecked
+            self.remark = f"clicks are not replayed, which makes them slower: {first_line(error)}"
 
     @torch.inference_mode()
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
@@ -147,6 +161,12 @@ class Decoder:
             torch.empty((objects, candidates, size, size), dtype=torch.float16, device=self.device),
             torch.empty((objects, candidates), dtype=torch.float32, device=self.device),
         )
+
+
+def _click(place: float) -> ObjectPrompt:
+    """On the diagonal, at a fraction of both sides."""
+    coords = np.array([[place, place], [0, 0]], dtype=np.float32)
+    return ObjectPrompt(coords, np.array([POSITIVE, PADDING], dtype=np.int32), mask=None)
 
 
 def _gather(features: list[Features]) -> Features:

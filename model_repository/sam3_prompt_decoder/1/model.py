@@ -45,6 +45,8 @@ class TritonPythonModel:
             self._decoder.check(self._settings.feature_shapes)
         except (SettingError, ProgramError) as error:
             raise pb_utils.TritonModelException(str(error)) from error
+        if self._decoder.remark:
+            pb_utils.Logger.log_warn(self._decoder.remark)
         self._store = ImageStore(
             max_bytes=self._settings.kept_images_bytes,
             max_idle_seconds=self._settings.kept_images_idle_seconds,

@@ -1,0 +1,60 @@
+"""The decoder on a GPU: the CPU's masks, and clicks that are replayed are the program's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from decoder import Decoder, Job
+from prompts import ObjectPrompt
+from replay import MAX_TOKENS, ClickReplay
+from store import Features
+
+from tests.model_repository.sam3_prompt_decoder.test_decoder import (
+    OBJECTS,
+    SHAPES,
+    features,
+    prompt,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module")
+def on_gpu(program: Path) -> Decoder:
+    decoder = Decoder(program, GPU)
+    decoder.check(SHAPES)
+    return decoder
+
+
+def _job(seed: int, objects: Sequence[ObjectPrompt], device: torch.device) -> Job:
+    return Job(Features(*(tensor.to(device) for tensor in features(seed))), objects)
+
+
+def test_the_gpus_masks_are_the_cpus(on_gpu: Decoder, decoder: Decoder) -> None:
+    (ours,) = on_gpu.decode([_job(1, OBJECTS, GPU)])
+    (theirs,) = decoder.decode([_job(1, OBJECTS, torch.device("cpu"))])
+    assert ours.low_res_masks.device == GPU
+    torch.testing.assert_close(ours.low_res_masks.cpu(), theirs.low_res_masks, rtol=2e-2, atol=2e-2)
+
+
+def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
+    on_gpu: Decoder, program: Path
+) -> None:
+    assert not on_gpu.remark
+    assert isinstance(on_gpu._program, ClickReplay)
+    plain = Decoder(program, GPU)
+    clicks = [(1, prompt([1])), (2, prompt([1], seed=1)), (1, prompt([1], mask=1))]
+    clicks += [(3, prompt([1] * count)) for count in (3, MAX_TOKENS - 1, MAX_TOKENS)]
+    for seed, click in [*clicks, *clicks]:
+        (ours,) = on_gpu.decode([_job(seed, [click], GPU)])
+        (theirs,) = plain.decode([_job(seed, [click], GPU)])
+        torch.testing.assert_close(ours.low_res_masks, theirs.low_res_masks)
+        torch.testing.assert_close(ours.iou_predictions, theirs.iou_predictions)
