@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore")
 from benchmarks import artifacts  # noqa: E402
 from benchmarks.environment import provenance  # noqa: E402
 from benchmarks.faults import report, scenarios, soak  # noqa: E402
+from benchmarks.faults.bench import VIEWS_SECONDS  # noqa: E402
 from benchmarks.faults.load import Kind  # noqa: E402
 from benchmarks.faults.trial import Result  # noqa: E402
 from benchmarks.results import write_section  # noqa: E402
@@ -32,7 +33,7 @@ def faults(
     ] = None,
     views_seconds: Annotated[
         float, typer.Option(help="Seconds at most for 10,000 views that are never closed.")
-    ] = 300.0,
+    ] = VIEWS_SECONDS,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
     """Every fault, one after the other. Exit status 1 if a request was lost or answered wrong."""
@@ -44,7 +45,7 @@ def faults(
         raise typer.BadParameter(f"no fault {', '.join(unknown)}; there are {', '.join(known)}")
     in_full = "make faults"
     shorter = f"python -m benchmarks.faults --views-seconds {views_seconds:g}"
-    origin = provenance(in_full if views_seconds == 300 else shorter)
+    origin = provenance(in_full if views_seconds == VIEWS_SECONDS else shorter)
     results = scenarios.run(artifacts.demo().repository, names, views_seconds, _Progress())
     console.print(report.table([one for one in results if not one.skipped]), markup=False)
     if write and not names:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.faults import files, overload, processes, requests, resources
-from benchmarks.faults.bench import Bench
+from benchmarks.faults.bench import VIEWS_SECONDS, Bench
 from benchmarks.faults.trial import Result
 from triton_sam3.contract import DECODER, ENCODER
 
@@ -53,7 +53,7 @@ def every() -> Sequence[Fault]:
 def run(
     repository: Path,
     names: Sequence[str],
-    views_seconds: float = 300.0,
+    views_seconds: float = VIEWS_SECONDS,
     told: Callable[[str, Result | None], None] = lambda _title, _result: None,
 ) -> list[Result]:
     """Run the faults of these names, all for none; `told` hears of each before and after."""
