@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -22,12 +23,15 @@ from prompts import PADDING, POSITIVE, ObjectPrompt
 from replay import ClickReplay, Program
 from store import Features
 from torch import Tensor
+from workers import Workers
 
 LOGIT_LIMIT = 32.0
 """Returned logits are clamped to ±32, as Meta's predictor does."""
 
 CPU_LAUNCH_PIXELS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
+
+GPU_LAUNCH_OBJECTS = 64
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Decoder:
         # Without the hook that compares shapes with the traced ones, a tenth of a small decode.
         self._unchecked: Program = program.forward
         self.device = device
+        self._workers = Workers() if device.type == "cpu" else None
         self.launches = 0
         """How often the program has run."""
         self.remark = ""
@@ -104,8 +109,10 @@ class Decoder:
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
         """Decode every object of every job; an object's mask does not depend on its company."""
         answers = [self._empty_answer(job) for job in jobs]
-        for launch in self._launches(jobs):
-            logits, ious = self._run(jobs, launch)
+        launches = list(self._launches(jobs))
+        run = partial(self._run, jobs)
+        results = self._workers.map(run, launches) if self._workers else map(run, launches)
+        for launch, (logits, ious) in zip(launches, results, strict=True):
             self.launches += 1
             row = 0
             for j, members in groupby(launch, key=itemgetter(0)):
@@ -125,14 +132,16 @@ class Decoder:
             for n, prompt in enumerate(job.objects):
                 groups[prompt.tokens].append((j, n))
         for members in groups.values():
-            size = self._launch_size(jobs[members[0][0]].features)
+            size = self._launch_size(jobs[members[0][0]].features, len(members))
             waiting = iter(members)
             while launch := list(islice(waiting, size)):
                 yield launch
 
-    def _launch_size(self, features: Features) -> int:
-        pixels = features.image_embed[0].numel()
-        return max(1, CPU_LAUNCH_PIXELS // pixels) if self.device.type == "cpu" else 64
+    def _launch_size(self, features: Features, objects: int) -> int:
+        if self._workers is None:
+            return GPU_LAUNCH_OBJECTS
+        most = max(1, CPU_LAUNCH_PIXELS // features.image_embed[0].numel())
+        return min(most, self._workers.share(objects))
 
     def _run(self, jobs: Sequence[Job], launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         prompts = [jobs[j].objects[n] for j, n in launch]

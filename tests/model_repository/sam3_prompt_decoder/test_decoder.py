@@ -150,6 +150,21 @@ def test_large_requests_are_split_into_launches(decoder: Decoder) -> None:
         close(answer.low_res_masks[n], alone(decoder, Job(features(1), many), n).low_res_masks[0])
 
 
+def test_launches_side_by_side_give_the_same_masks(decoder: Decoder, program: Path) -> None:
+    torch.set_num_threads(2)  # until this module's fixture takes it back
+    try:
+        two = Decoder(program, torch.device("cpu"))
+        many = [prompt([1, 0][: 1 + i % 2], seed=i) for i in range(24)]
+        jobs = [Job(features(i), many[i:]) for i in range(3)]
+        answers = two.decode(jobs)
+        assert two.launches == 2 * 2  # a half of each token count
+    finally:
+        torch.set_num_threads(1)
+    for ours, theirs in zip(answers, decoder.decode(jobs), strict=True):
+        close(ours.low_res_masks, theirs.low_res_masks)
+        close(ours.iou_predictions, theirs.iou_predictions)
+
+
 def test_one_launch_for_each_token_count(decoder: Decoder) -> None:
     before = decoder.launches
     decoder.decode([Job(features(i), OBJECTS) for i in range(4)])

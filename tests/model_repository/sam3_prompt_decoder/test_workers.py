@@ -1,0 +1,65 @@
+"""Launches side by side: in order, bounded, each on its share of the cores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from workers import Workers
+
+
+@pytest.fixture
+def four_cores() -> Iterator[Workers]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield Workers()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("objects", "share"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 2), (9, 3), (256, 64)]
+)
+def test_objects_are_shared_out_to_the_cores_but_two_to_each(
+    four_cores: Workers, objects: int, share: int
+) -> None:
+    assert four_cores.share(objects) == share
+
+
+@pytest.mark.parametrize(("items", "threads"), [(1, [4]), (2, [2, 2]), (3, [1] * 3)])
+def test_each_works_on_its_share_of_the_cores(
+    four_cores: Workers, items: int, threads: list[int]
+) -> None:
+    assert list(four_cores.map(lambda _: torch.get_num_threads(), range(items))) == threads
+    assert torch.get_num_threads() == 4
+
+
+def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
+    four_cores: Workers,
+) -> None:
+    all_started = threading.Barrier(4, timeout=20)
+    at_work, most, lock = 0, 0, threading.Lock()
+
+    def work(item: int) -> int:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        all_started.wait()
+        with lock:
+            at_work -= 1
+        return item
+
+    assert list(four_cores.map(work, range(12))) == list(range(12))
+    assert most == 4
+
+
+def test_gradients_are_off_and_an_error_comes_out(four_cores: Workers) -> None:
+    assert list(four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2))) == [True] * 2
+
+    def fails(item: int) -> int:
+        raise MemoryError(item)
+
+    with pytest.raises(MemoryError):
+        list(four_cores.map(fails, range(3)))
