@@ -57,8 +57,8 @@ CROWD = Asked(
 FULL_SIZE = (ENCODE, FASTEST, CLICK, CLICK_OR_ONE_SHOT, BOXES)
 DEMO = (DEMO_BOXES, SERVER_COST, CROWD)
 
-ENCODER_ROUNDS = 3
-"""Of about two minutes each at full size."""
+ENCODER_ROUNDS = 5
+"""Of about a minute each at full size."""
 LOAD_SECONDS = 4.0
 """How long each number of concurrent clickers clicks."""
 
