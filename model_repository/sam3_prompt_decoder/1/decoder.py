@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ CPU_LAUNCH_PIXELS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
 
 GPU_LAUNCH_OBJECTS = 64
+
+Launch = list[tuple[int, int]]
+"""Objects that run together, all of one token count: the job's and the object's number."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,7 @@ class Decoder:
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
         """Decode every object of every job; an object's mask does not depend on its company."""
         answers = [self._empty_answer(job) for job in jobs]
-        launches = list(self._launches(jobs))
-        run = partial(self._run, jobs)
-        results = self._workers.map(run, launches) if self._workers else map(run, launches)
-        for launch, (logits, ious) in zip(launches, results, strict=True):
+        for launch, (logits, ious) in self._run_all(jobs):
             self.launches += 1
             row = 0
             for j, members in groupby(launch, key=itemgetter(0)):
@@ -125,17 +125,26 @@ class Decoder:
                 answers[j].iou_predictions[where] = scores
         return answers
 
-    def _launches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, int]]]:
-        """Yield lists of (job, object), in order and all with the same token count."""
-        groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    def _run_all(self, jobs: Sequence[Job]) -> Iterator[tuple[Launch, tuple[Tensor, Tensor]]]:
+        """Each launch with its masks; side by side on a CPU.
+
+        Only those of the same token count: how many cores a launch has shows in a sum's last bit,
+        which is not to depend on objects that are none of the launch's own kind.
+        """
+        run = partial(self._run, jobs)
+        for launches in self._launches(jobs):
+            results = self._workers.map(run, launches) if self._workers else map(run, launches)
+            yield from zip(launches, results, strict=True)
+
+    def _launches(self, jobs: Sequence[Job]) -> Iterator[list[Launch]]:
+        """Yield, for each token count, the launches of its objects, in order."""
+        groups: dict[int, Launch] = defaultdict(list)
         for j, job in enumerate(jobs):
             for n, prompt in enumerate(job.objects):
                 groups[prompt.tokens].append((j, n))
         for members in groups.values():
             size = self._launch_size(jobs[members[0][0]].features, len(members))
-            waiting = iter(members)
-            while launch := list(islice(waiting, size)):
-                yield launch
+            yield [members[start : start + size] for start in range(0, len(members), size)]
 
     def _launch_size(self, features: Features, objects: int) -> int:
         if self._workers is None:
@@ -143,7 +152,7 @@ class Decoder:
         most = max(1, CPU_LAUNCH_PIXELS // features.image_embed[0].numel())
         return min(most, self._workers.share(objects))
 
-    def _run(self, jobs: Sequence[Job], launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _run(self, jobs: Sequence[Job], launch: Launch) -> tuple[Tensor, Tensor]:
         prompts = [jobs[j].objects[n] for j, n in launch]
         masks = [prompt.mask for prompt in prompts if prompt.mask is not None]
         indices = [row for row, prompt in enumerate(prompts) if prompt.mask is not None]
