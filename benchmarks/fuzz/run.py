@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Fuzzer:
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
+        self._in_flight = (threading.Lock(), threading.Lock())  # of the two halves
         self._turns = itertools.cycle((HTTP, GRPC))
         address = self.server.address
         self._pid = self.server.pid
@@ -122,15 +124,22 @@ class Fuzzer:
         self._send(sent, protocol, None)
 
     def _send(self, sent: Octets, protocol: str, case: Case | None) -> None:
-        self.tally.sending(sent.kind, protocol, sent.data)
-        if protocol == HTTP:
-            answer, framed = self.http.send(sent.data), sent.framed
-        else:
-            answer, framed = self.grpc.send(sent.data, sent.method), True
-        self._check_alive(answer)
-        verdict = judge(answer, case, framed, self.subject.mask_side, sent.data)
-        self.tally.count(sent.kind, protocol, verdict, sent.data)
-        if self.tally.sent % CANARY_EVERY == 0:
+        with self._in_flight[case is None]:
+            self.tally.sending(sent.kind, protocol, sent.data)
+            if protocol == HTTP:
+                answer, framed = self.http.send(sent.data), sent.framed
+            else:
+                answer, framed = self.grpc.send(sent.data, sent.method), True
+            self._check_alive(answer)
+            verdict = judge(answer, case, framed, self.subject.mask_side, sent.data)
+            self.tally.count(sent.kind, protocol, verdict, sent.data)
+            due = self.tally.sent % CANARY_EVERY == 0
+        if due:
+            self._sing()
+
+    def _sing(self) -> None:
+        """While nothing else is in flight: a launch that others share sums in another order."""
+        with self._in_flight[False], self._in_flight[True]:
             self.canary.sing()
 
     def _check_alive(self, answer: Answer) -> None:
