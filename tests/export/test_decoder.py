@@ -118,12 +118,18 @@ def test_merging_pays_where_pixels_are_many() -> None:
     assert prompts[16] < CLICK_TOKENS < prompts[32] < prompts[72]
 
 
-def test_the_file_names_its_torch_and_holds_no_inputs(path: Path) -> None:
+def test_the_file_names_its_torch_and_holds_no_inputs(
+    path: Path, program: ExportedProgram, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(path) as archive:
         sizes = {Path(entry.filename).parts[1:]: entry.file_size for entry in archive.infolist()}
         assert archive.read("archive/extra/" + TORCH_VERSION).decode() == torch.__version__
         assert sizes["data", "sample_inputs", "model.pt"] < 1000
         assert str(ROOT).encode() not in archive.read("archive/models/model.json")
+    assert program.example_inputs is None
+    save_decoder(program, tmp_path / "again.pt2")
+    weights = sum(p.numel() * p.element_size() for p in program.parameters())
+    assert (tmp_path / "again.pt2").stat().st_size < weights + 2_000_000
 
 
 def test_writing_to_a_full_disk_is_an_os_error(program: ExportedProgram) -> None:

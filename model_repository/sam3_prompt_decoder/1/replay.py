@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from store import Features
 from torch import Tensor
 
 Program = Callable[..., tuple[Tensor, Tensor]]
@@ -42,7 +43,7 @@ class ClickReplay:
     def _own(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies to record from; all recordings share the image's, by far the largest."""
         own = {name: tensor.clone() for name, tensor in inputs.items()}
-        for name in ("image_embed", "high_res_feats_0", "high_res_feats_1"):
+        for name in Features._fields:
             own[name] = self._image.setdefault(name, own[name])
         return own
 
