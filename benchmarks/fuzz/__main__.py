@@ -25,8 +25,8 @@ from server import TritonServer
 
 FINDINGS = ROOT / "build" / "fuzz" / "findings.jsonl"
 KEPT_BYTES = 32 * 2**20
-"""Few kept images, so that the warm-up fills the store and later growth is no store's. With 16 of
-the demo model's, the canary's own was found forgotten in two runs of 20,000; why was not traced."""
+"""Few kept images, so that the warm-up fills the store and later growth is no store's; and more
+than are kept between two clicks on the one that all ask about."""
 
 console = Console(highlight=False)
 

@@ -25,6 +25,9 @@ from benchmarks.fuzz.subject import (
 )
 
 LEAST_IOU = 0.8
+SCORE_TOLERANCE = 1e-5
+"""Objects that share a launch are summed in another order: beside 1 to 3 clickers, half of 1,500
+answers had a score that differed by 1.2e-7, and none another mask."""
 
 
 class WrongAnswer(Exception):
@@ -32,7 +35,7 @@ class WrongAnswer(Exception):
 
 
 class Canary:
-    """Remembers the first answers; later ones must be the same to the bit."""
+    """Remembers the first answers; later ones must be the same, the masks to the bit."""
 
     def __init__(self, grpc: Grpc, subject: Subject) -> None:
         self._grpc = grpc
@@ -44,10 +47,20 @@ class Canary:
 
     def sing(self) -> None:
         """Ask again. Raises WrongAnswer, and RuntimeError where there is none."""
-        for question, expected in zip(self._questions, self._expected, strict=True):
-            masks, scores = self._answer(question)
-            if not (masks == expected[0]).all() or not (scores == expected[1]).all():
-                raise WrongAnswer(f"{question.model} answers another mask than at first")
+        for number in range(len(self._questions)):
+            self._ask_again(number)
+
+    def click(self) -> None:
+        """Ask again about the kept image alone, which also keeps it from being forgotten."""
+        self._ask_again(0)
+
+    def _ask_again(self, number: int) -> None:
+        question, expected = self._questions[number], self._expected[number]
+        masks, scores = self._answer(question)
+        if not (masks == expected[0]).all():
+            raise WrongAnswer(f"{question.model} answers another mask than at first")
+        if not np.allclose(scores, expected[1], rtol=0, atol=SCORE_TOLERANCE):
+            raise WrongAnswer(f"{question.model} answers {scores}, at first {expected[1]}")
 
     def _answer(self, question: Request) -> tuple[Array, Array]:
         answer: Any = ask(self._grpc, question)

@@ -8,7 +8,7 @@ from benchmarks.environment import Provenance
 from benchmarks.figures import markdown_table
 from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN
 from benchmarks.fuzz.octets import GRPC, HTTP
-from benchmarks.fuzz.run import Outcome
+from benchmarks.fuzz.run import CANARY_EVERY, CLICK_EVERY, Outcome
 
 COLUMNS = (ANSWERED, IN_WORDS, CUT, SERVERS_OWN, FINDING)
 HEADER = (
@@ -51,9 +51,9 @@ def _server(outcome: Outcome) -> str:
     processes = len(outcome.marks[0].processes)
     kept = "the same to the end" if outcome.same_processes else "NOT the same at the end"
     return (
-        f"The server's {processes} processes were {kept}. The canary, a drawn disc asked for every "
-        f"500 requests by click and by file, has IoU {outcome.iou:.2f} with what was drawn and "
-        "came back the same to the bit each time."
+        f"The server's {processes} processes were {kept}. The canary, a drawn disc asked for by "
+        f"click beside every {CLICK_EVERY} requests and by file beside every {CANARY_EVERY}, has "
+        f"IoU {outcome.iou:.2f} with what was drawn and came back the same to the bit each time."
     )
 
 

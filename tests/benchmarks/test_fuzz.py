@@ -47,13 +47,19 @@ def test_every_answer_is_masks_or_a_refusal(fuzzer: Fuzzer, server: TritonServer
     assert all(fuzzer.tally.total[outcome] > 20 for outcome in (ANSWERED, IN_WORDS, CUT))
 
 
-def test_the_canary_notices_another_mask(fuzzer: Fuzzer) -> None:
+def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> None:
+    first = masks, scores = fuzzer.canary._expected[0]
+    other = masks.copy()
+    other[0, 0] = other[0, 0].replace(b"96", b"97", 1)
+    for changed in ((other, scores), (masks, scores + 1e-3)):
+        fuzzer.canary._expected[0] = changed
+        with pytest.raises(WrongAnswer):
+            fuzzer.canary.click()
+        with pytest.raises(WrongAnswer):
+            fuzzer.canary.sing()
+    fuzzer.canary._expected[0] = masks, scores + 1e-6
     fuzzer.canary.sing()
-    masks, scores = fuzzer.canary._expected[0]
-    fuzzer.canary._expected[0] = masks, scores + 1
-    with pytest.raises(WrongAnswer):
-        fuzzer.canary.sing()
-    fuzzer.canary._expected[0] = masks, scores
+    fuzzer.canary._expected[0] = first
 
 
 def result(**arrays: Any) -> Any:

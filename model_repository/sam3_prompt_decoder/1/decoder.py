@@ -110,7 +110,10 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
-        """Decode every object of every job; an object's mask does not depend on its company."""
+        """Decode every object of every job.
+
+        An object's mask does not depend on its company, but for the order of a launch's sums.
+        """
         answers = [self._empty_answer(job) for job in jobs]
         for launch, (logits, ious) in self._run_all(jobs):
             self.launches += 1
