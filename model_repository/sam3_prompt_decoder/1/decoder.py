@@ -28,7 +28,7 @@ from workers import Workers
 LOGIT_LIMIT = 32.0
 """Returned logits are clamped to ±32, as Meta's predictor does."""
 
-CPU_LAUNCH_PIXELS = 8192
+CPU_LAUNCH_ROWS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
 
 GPU_LAUNCH_OBJECTS = 64
@@ -136,8 +136,11 @@ class Decoder:
         """
         run = partial(self._run, jobs)
         for launches in self._launches(jobs):
-            results = self._workers.map(run, launches) if self._workers else map(run, launches)
-            yield from zip(launches, results, strict=True)
+            if self._workers is None:
+                yield from zip(launches, map(run, launches), strict=True)
+                continue
+            rows = len(launches[0]) * _rows(jobs[launches[0][0][0]].features)
+            yield from zip(launches, self._workers.map(run, launches, rows), strict=True)
 
     def _launches(self, jobs: Sequence[Job]) -> Iterator[list[Launch]]:
         """Yield, for each token count, the launches of its objects, in order."""
@@ -152,7 +155,7 @@ class Decoder:
     def _launch_size(self, features: Features, objects: int) -> int:
         if self._workers is None:
             return GPU_LAUNCH_OBJECTS
-        most = max(1, CPU_LAUNCH_PIXELS // features.image_embed[0].numel())
+        most = max(1, CPU_LAUNCH_ROWS // _rows(features))
         return min(most, self._workers.share(objects))
 
     def _run(self, jobs: Sequence[Job], launch: Launch) -> tuple[Tensor, Tensor]:
@@ -182,6 +185,11 @@ class Decoder:
             torch.empty((objects, candidates, size, size), dtype=torch.float16, device=self.device),
             torch.empty((objects, candidates), dtype=torch.float32, device=self.device),
         )
+
+
+def _rows(features: Features) -> int:
+    """Image tokens of one object."""
+    return features.image_embed[0].numel()
 
 
 def _click(place: float) -> ObjectPrompt:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from workers import Workers
+from workers import LEAST_ROWS, Workers
 
 
 @pytest.fixture
@@ -27,12 +27,21 @@ def test_objects_are_shared_out_to_the_cores_but_two_to_each(
     assert four_cores.share(objects) == share
 
 
-@pytest.mark.parametrize(("items", "threads"), [(1, [4]), (2, [2, 2]), (3, [1] * 3)])
-def test_each_works_on_its_share_of_the_cores(
-    four_cores: Workers, items: int, threads: list[int]
+@pytest.mark.parametrize(
+    ("items", "rows", "threads"),
+    [
+        (1, LEAST_ROWS, [4]),
+        (1, LEAST_ROWS - 1, [1]),
+        (2, LEAST_ROWS, [2, 2]),
+        (3, LEAST_ROWS, [1] * 3),
+    ],
+)
+def test_each_works_on_its_share_of_the_cores_and_a_small_one_alone_on_one(
+    four_cores: Workers, items: int, rows: int, threads: list[int]
 ) -> None:
-    assert list(four_cores.map(lambda _: torch.get_num_threads(), range(items))) == threads
-    assert torch.get_num_threads() == 4
+    for _ in range(2):  # whatever the launch before was given
+        found = four_cores.map(lambda _: torch.get_num_threads(), range(items), rows)
+        assert list(found) == threads
 
 
 def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
@@ -51,15 +60,16 @@ def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
             at_work -= 1
         return item
 
-    assert list(four_cores.map(work, range(12))) == list(range(12))
+    assert list(four_cores.map(work, range(12), LEAST_ROWS)) == list(range(12))
     assert most == 4
 
 
 def test_gradients_are_off_and_an_error_comes_out(four_cores: Workers) -> None:
-    assert list(four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2))) == [True] * 2
+    modes = four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2), LEAST_ROWS)
+    assert list(modes) == [True] * 2
 
     def fails(item: int) -> int:
         raise MemoryError(item)
 
     with pytest.raises(MemoryError):
-        list(four_cores.map(fails, range(3)))
+        list(four_cores.map(fails, range(3), LEAST_ROWS))
