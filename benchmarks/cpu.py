@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import artifacts, growth, measures
 from benchmarks.artifacts import Artifacts
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.figures import Asked, Figure, Target, reason
 from benchmarks.growth import Growth
 from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, PEERS, WHOLE, Stage, stage
@@ -93,6 +93,7 @@ def run_full_size(progress: Progress) -> Outcome:
     with _staged(built, names, progress) as s:
         progress("full size: clicks")
         clicks = measures.clicks(s, rounds=15)
+        rested = measures.clicks(s, rounds=7, pause=PAUSE)
         boxes = measures.boxes_together(s, rounds=3)
         objects = growth.objects(s, growth.OBJECTS[:6], rounds=2)
         progress(f"full size: encoding, {ENCODER_ROUNDS} rounds")
@@ -122,7 +123,7 @@ def run_full_size(progress: Progress) -> Outcome:
         ),
         BOXES.measured(boxes),
     ]
-    return Outcome(figures, Comparison("full size", first, clicks), [objects])
+    return Outcome(figures, Comparison("full size", first, clicks, rested), [objects])
 
 
 def run_demo_size(progress: Progress) -> Outcome:
@@ -131,6 +132,7 @@ def run_demo_size(progress: Progress) -> Outcome:
     with _staged(built, PEERS, progress) as s:
         progress("demo: clicks")
         clicks = measures.clicks(s, rounds=30)
+        rested = measures.clicks(s, rounds=15, pause=PAUSE)
         cost = measures.server_cost(s, rounds=60)
         boxes = measures.boxes_together(s, rounds=7)
         progress("demo: first masks")
@@ -164,7 +166,7 @@ def run_demo_size(progress: Progress) -> Outcome:
             f"{rates[16].median:.0f} and {rates[1].median:.0f} clicks per second",
         ),
     ]
-    return Outcome(figures, Comparison("demo", first, clicks), [*curves, *crowds])
+    return Outcome(figures, Comparison("demo", first, clicks, rested), [*curves, *crowds])
 
 
 def _milliseconds(ours: Sample, theirs: Sample) -> str:

@@ -17,7 +17,7 @@ import torch
 from benchmarks import artifacts, growth, measures
 from benchmarks.accuracy import GATE_RANDOM, GATE_TRAINED
 from benchmarks.artifacts import Artifacts
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.engine import Engine
 from benchmarks.figures import Asked, Figure, Target, reason
 from benchmarks.growth import Growth
@@ -148,7 +148,9 @@ def _served(built: Artifacts, outcome: Outcome, progress: Progress) -> list[Figu
     ):
         progress("clicks")
         clicks = measures.clicks(s, rounds=200)
-        outcome.comparison = Comparison("full size", measures.first_masks(s, rounds=10), clicks)
+        rested = measures.clicks(s, rounds=20, pause=PAUSE)
+        first = measures.first_masks(s, rounds=10)
+        outcome.comparison = Comparison("full size", first, clicks, rested)
         outcome.growth.append(growth.objects(s, growth.OBJECTS, rounds=10))
         progress("growing crowds")
         crowds = growth.clients(s, [OURS, WHOLE, HTTP], growth.CLIENTS, seconds=4.0)

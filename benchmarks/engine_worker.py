@@ -42,7 +42,8 @@ class Worker:
         self._side = int(inputs["image"][0])
         self._decoder = Decoder(repository / DECODER / "1" / "decoder.pt2", self._device)
         self._encode = self._make_encoder(repository, encoder)
-        self._features = self._embed(torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8))
+        black = torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8)
+        self._features = self._embed(black).own()  # as a click finds them
         # As the server does at its start: what comes after is no longer held to the traced shapes.
         self._decoder.check({n: tuple(t.shape) for n, t in self._features._asdict().items()})
         self._limits = Limits(1024, 1024, self._features.high_res_feats_0.shape[-1])

@@ -26,10 +26,10 @@ from benchmarks.wire import Wire
 from triton_sam3.geometry import resize
 
 
-def clicks(stage: Stage, rounds: int) -> dict[str, Sample]:
+def clicks(stage: Stage, rounds: int, *, pause: float = 0.0) -> dict[str, Sample]:
     """Seconds of a click on an opened photo, from call to mask, by peer."""
     meters = {name: stopwatch(partial(click, *PLACE)) for name, click in stage.clicks.items()}
-    return alternate(meters, rounds)
+    return alternate(meters, rounds, pause=pause)
 
 
 def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Sample]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -80,21 +81,23 @@ def stopwatch(call: Callable[[], object]) -> Meter:
     return lambda: seconds(call)
 
 
-def alternate(meters: Mapping[Key, Meter], rounds: int, *, warmup: int = 1) -> dict[Key, Sample]:
-    """Read every meter once a round, each round beginning with another one.
+def alternate(
+    meters: Mapping[Key, Meter], rounds: int, *, warmup: int = 1, pause: float = 0.0
+) -> dict[Key, Sample]:
+    """Read every meter once a round, in an order that is shuffled each time, the same every run.
 
-    `warmup` rounds come first and are not counted.
+    Were one always read after the same other, it alone would bear what that one leaves behind:
+    threads that still spin, caches full of its own. `warmup` rounds come first and are not counted;
+    `pause`, in seconds, comes before each reading.
     """
     names = list(meters)
+    shuffle = random.Random(0).shuffle
     values: dict[Key, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
-        for name in _rotated(names, number):
+        shuffle(names)
+        for name in names:
+            time.sleep(pause)
             value = meters[name]()
             if number >= warmup:
                 values[name].append(value)
-    return {name: Sample(tuple(values[name])) for name in names}
-
-
-def _rotated(names: Sequence[Key], by: int) -> list[Key]:
-    shift = by % len(names)
-    return [*names[shift:], *names[:shift]]
+    return {name: Sample(tuple(values[name])) for name in meters}

@@ -1,4 +1,6 @@
+from collections import Counter
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -48,14 +50,19 @@ def test_samples_of_unequal_length_cannot_be_paired() -> None:
         ratio(Sample((1.0,)), Sample((1.0, 2.0)))
 
 
-def test_alternate_takes_turns_and_begins_each_round_with_another() -> None:
+def test_alternate_takes_turns_and_puts_none_always_behind_the_same_other() -> None:
     order: list[str] = []
 
     def meter(name: str) -> float:
         order.append(name)
         return float(len(order))
 
-    samples = alternate({name: partial(meter, name) for name in "abc"}, 2, warmup=1)
-    assert "".join(order) == "abc" + "bca" + "cab"
-    assert samples["a"].values == (6.0, 8.0)  # the warm-up round is not counted
-    assert all(len(sample.values) == 2 for sample in samples.values())
+    samples = alternate({name: partial(meter, name) for name in "abc"}, 60, warmup=1)
+    rounds = [order[start : start + 3] for start in range(0, len(order), 3)]
+    assert len(rounds) == 61
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    # The warm-up round is not counted.
+    assert samples["a"].values == tuple(i + 1.0 for i in range(3, 183) if order[i] == "a")
+    behind = Counter(pair for pair in pairwise(order) if pair[1] == "a")
+    assert min(behind["b", "a"], behind["c", "a"]) > 15
+    assert list(samples) == ["a", "b", "c"]

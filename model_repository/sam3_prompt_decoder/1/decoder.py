@@ -83,7 +83,8 @@ class Decoder:
         Later calls leave the shapes to Triton, which holds requests to the config. Raises
         `ProgramError` when program and config do not fit together.
         """
-        image = Features(*(torch.randn(shapes[n], device=self.device) for n in Features._fields))
+        made = (torch.randn(shapes[name], device=self.device) for name in Features._fields)
+        image = Features(*made).own()  # as a click finds it
         try:
             self.decode([Job(image, [_click(0.5)])])
         except Exception as error:  # torch's guards and kernels share no exception
@@ -204,7 +205,9 @@ def _gather(features: list[Features]) -> Features:
     if all(other is first for other in features):
         # FP32 before expanding: a cast materialises the shared rows.
         return Features(*(t.float().expand(len(features), *t.shape) for t in first))
-    return Features(*(torch.stack(tensors).float() for tensors in zip(*features, strict=True)))
+    # Not stack, which would not keep a kept image's channels last.
+    rows = ([tensor.unsqueeze(0) for tensor in tensors] for tensors in zip(*features, strict=True))
+    return Features(*(torch.cat(tensors).float() for tensors in rows))
 
 
 def _choose(job: Job, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 ID_BYTES = 16
@@ -27,12 +28,22 @@ class Features(NamedTuple):
     """[64, 2E, 2E]"""
 
     def own(self) -> Features:
-        """A copy that outlives the request whose memory these tensors are."""
-        return Features(*(tensor.clone() for tensor in self))
+        """A copy that outlives the request whose memory these tensors are.
+
+        Of the high-resolution features a pixel's channels come to lie side by side, which is how
+        the decoder adds them: a sixth of a full-size click.
+        """
+        embedding, *high_res = self
+        return Features(embedding.clone(), *(_channels_last(tensor) for tensor in high_res))
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """A copy of the same shape [C, H, W], in memory [H, W, C]."""
+    return image.unsqueeze(0).clone(memory_format=torch.channels_last).squeeze(0)
 
 
 class ImageNotKept(KeyError):

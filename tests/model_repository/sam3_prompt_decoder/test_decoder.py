@@ -80,7 +80,7 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
         np.random.default_rng(0).shuffle(indices)
     jobs = [
         Job(features(1), [OBJECTS[i] for i in indices]),
-        Job(features(2), [OBJECTS[i] for i in indices[:3]]),
+        Job(features(2).own(), [OBJECTS[i] for i in indices[:3]]),
         Job(features(1), []),
         Job(features(3), [OBJECTS[i] for i in indices[4:]]),
     ]
@@ -89,6 +89,16 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
             single = alone(decoder, job, n)
             close(together.low_res_masks[n : n + 1], single.low_res_masks)
             close(together.iou_predictions[n : n + 1], single.iou_predictions)
+
+
+@pytest.mark.semantic("session", "a kept image gives the masks of the image sent", "equality")
+def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
+    sent, kept = (
+        decoder.decode([Job(features(1), OBJECTS)]),
+        decoder.decode([Job(features(1).own(), OBJECTS)]),
+    )
+    assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
+    assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
 
 
 def test_objects_do_differ(decoder: Decoder) -> None:

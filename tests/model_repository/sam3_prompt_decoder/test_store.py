@@ -10,6 +10,7 @@ import pytest
 import torch
 from store import ID_BYTES, Features, ImageNotKept, ImageStore, StoreTooSmall
 
+SHAPE = (2, 1, 2)
 SIZE = 3 * 4 * 4
 """Bytes of one image below: three tensors of four floats."""
 
@@ -23,7 +24,7 @@ class Clock:
 
 
 def image(value: float = 0.0, dtype: torch.dtype = torch.float32) -> Features:
-    return Features(*(torch.full((4,), value, dtype=dtype) for _ in range(3)))
+    return Features(*(torch.full(SHAPE, value, dtype=dtype) for _ in range(3)))
 
 
 def store(images: float = 2, idle: float = 10, clock: Clock | None = None) -> ImageStore:
@@ -41,8 +42,8 @@ def kept(shelf: ImageStore, image_id: str) -> bool:
 def test_what_is_kept_is_found() -> None:
     shelf = store()
     first, second = shelf.keep(image(1)), shelf.keep(image(2))
-    assert torch.equal(shelf.get(first).image_embed, torch.ones(4))
-    assert torch.equal(shelf.get(second).high_res_feats_1, torch.full((4,), 2.0))
+    assert torch.equal(shelf.get(first).image_embed, torch.ones(SHAPE))
+    assert torch.equal(shelf.get(second).high_res_feats_1, torch.full(SHAPE, 2.0))
     assert (len(shelf), shelf.nbytes) == (2, 2 * SIZE)
 
 
@@ -51,11 +52,20 @@ def test_a_copy_is_kept() -> None:
     image_id = shelf.keep(features)
     for tensor in features:
         tensor.zero_()
-    assert all(torch.equal(tensor, torch.ones(4)) for tensor in shelf.get(image_id))
+    assert all(torch.equal(tensor, torch.ones(SHAPE)) for tensor in shelf.get(image_id))
+
+
+def test_the_high_resolution_features_are_kept_channels_last() -> None:
+    image_embed, *high_res = (torch.randn(3, 4, 5) for _ in range(3))
+    kept_embed, *kept_high_res = Features(image_embed, *high_res).own()
+    assert kept_embed.is_contiguous()
+    for tensor, given in zip(kept_high_res, high_res, strict=True):
+        assert torch.equal(tensor, given)
+        assert tensor.permute(1, 2, 0).is_contiguous()
 
 
 def test_a_slice_is_kept_without_the_rest_of_its_batch() -> None:
-    batch = torch.arange(40.0).reshape(10, 4)
+    batch = torch.arange(40.0).reshape(10, *SHAPE)
     shelf = store()
     shelf.get(shelf.keep(Features(batch[0], batch[1], batch[2])))
     (entry,) = shelf._entries.values()
@@ -136,7 +146,7 @@ def test_what_was_never_kept_is_not_found() -> None:
 def test_one_image_larger_than_the_store_is_refused_and_forgets_nobody() -> None:
     shelf = store(images=1)
     image_id = shelf.keep(image())
-    large = Features(*(torch.zeros(5) for _ in range(3)))
+    large = Features(*(torch.zeros(5, 1, 1) for _ in range(3)))
     for attempt in (shelf.keep, shelf.check_size):
         with pytest.raises(StoreTooSmall) as caught:
             attempt(large)
