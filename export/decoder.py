@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 
 from export.architecture import Architecture, InteractiveModel
-from export.mask_decoder import MergedMaskDecoder
+from export.mask_decoder import MergedMaskDecoder, as_rows
 
 MAX_OBJECTS = 1024
 MAX_TOKENS = 1024
@@ -66,19 +66,19 @@ class PromptDecoder(nn.Module):
         sparse = self.prompt_encoder._embed_points(
             point_coords * self.image_size, point_labels, pad=False
         )
-        dense = self._embed_masks(mask_input, mask_index, point_coords.shape[0])
-        masks, ious = self.mask_decoder(
-            image_embed + dense, sparse, high_res_feats_0, high_res_feats_1
-        )
+        pixels = self._pixels(image_embed, mask_input, mask_index)
+        masks, ious = self.mask_decoder(pixels, sparse, high_res_feats_0, high_res_feats_1)
         mask, iou = self._with_fallback(masks, ious)
         return torch.cat((mask, masks[:, 1:]), dim=1), torch.cat((iou, ious[:, 1:]), dim=1)
 
-    def _embed_masks(self, mask_input: Tensor, mask_index: Tensor, objects: int) -> Tensor:
-        none = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        dense = none.expand(objects, -1, *self.prompt_encoder.image_embedding_size)
-        embedded = self.prompt_encoder.mask_downscaling(mask_input.unsqueeze(1))
-        combined: Tensor = dense.index_copy(0, mask_index, embedded)
-        return combined
+    def _pixels(self, image_embed: Tensor, mask_input: Tensor, mask_index: Tensor) -> Tensor:
+        """The image's embedding with the mask's, or with that of no mask, added: [N, E·E, 256]."""
+        no_mask = self.prompt_encoder.no_mask_embed.weight
+        # Added first: where the embedding's channels lie last already, nothing has to be moved.
+        pixels: Tensor = (as_rows(image_embed) + no_mask).contiguous()
+        masks = self.prompt_encoder.mask_downscaling(mask_input.unsqueeze(1))
+        pixels.index_copy_(0, mask_index, as_rows(image_embed[mask_index] + masks))
+        return pixels
 
 
 def example_inputs(

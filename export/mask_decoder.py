@@ -14,6 +14,8 @@ convolution makes them until the masks are there.
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import torch.nn.functional as F
 from sam3.sam.common import LayerNorm2d
@@ -137,10 +139,9 @@ class MergedTwoWay(nn.Module):
         self.last_to_image = TokenToImageAttention(transformer.final_attn_token_to_image)
         self.last_norm = transformer.norm_final_attn
 
-    def forward(self, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """image [N, C, E, E], its positions [1, C, E, E], tokens [N, T, C] → tokens, pixels"""
+    def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [N, P, C], their positions [1, P, C], tokens [N, T, C] → tokens, pixels"""
         queries = tokens
-        pixels, image_pe = _rows(image).contiguous(), _rows(image_pe).contiguous()
         for i, layer in enumerate(self.layers):
             if layer.skip_first_layer_pe:
                 queries = layer.self_attn(queries, queries, queries)
@@ -148,12 +149,26 @@ class MergedTwoWay(nn.Module):
                 placed = queries + tokens
                 queries = queries + layer.self_attn(placed, placed, queries)
             queries = layer.norm1(queries)
-            keys = pixels + image_pe
+            keys = pixels + positions
             queries = layer.norm2(queries + self.to_image[i](queries + tokens, keys, pixels))
             queries = layer.norm3(queries + layer.mlp(queries))
             pixels = layer.norm4(self.to_tokens[i](keys, queries + tokens, queries, pixels))
-        answer = self.last_to_image(queries + tokens, pixels + image_pe, pixels)
+        answer = self.last_to_image(queries + tokens, pixels + positions, pixels)
         return self.last_norm(queries + answer), pixels
+
+
+class MetasTwoWay(nn.Module):
+    """Meta's `TwoWayTransformer` as it is."""
+
+    def __init__(self, transformer: TwoWayTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MergedTwoWay`."""
+        image, image_pe = (_as_square(rows) for rows in (pixels, positions))
+        found: tuple[Tensor, Tensor] = self.transformer(image, image_pe, tokens)
+        return found
 
 
 class EitherTwoWay(nn.Module):
@@ -163,11 +178,11 @@ class EitherTwoWay(nn.Module):
         super().__init__()
         self.few = few
         self.merged = MergedTwoWay(transformer)
-        self.metas = transformer
+        self.metas = MetasTwoWay(transformer)
 
-    def forward(self, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As `MergedTwoWay`."""
-        given = (image, image_pe, tokens)
+        given = (pixels, positions, tokens)
         chosen: tuple[Tensor, Tensor] = torch.cond(
             tokens.shape[1] <= self.few, self.merged, self.metas, given
         )
@@ -213,24 +228,25 @@ class MergedMaskDecoder(nn.Module):
         super().__init__()
         first = (decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens)
         self.tokens = nn.Buffer(torch.cat([t.weight for t in first]).detach().unsqueeze(0))
-        self.image_pe = nn.Buffer(image_pe.contiguous())
+        self.positions = nn.Buffer(as_rows(image_pe).contiguous())
         few = few_tokens(image_pe[0, 0].numel(), decoder.transformer.final_attn_token_to_image)
         pays = few >= self.tokens.shape[1] + CLICK_TOKENS
-        self.two_way = EitherTwoWay(decoder.transformer, few) if pays else decoder.transformer
+        metas = decoder.transformer
+        self.two_way = EitherTwoWay(metas, few) if pays else MetasTwoWay(metas)
         self.upscaling = Upscaling(decoder.output_upscaling)
         self.hypernetworks = decoder.output_hypernetworks_mlps
         self.iou_head = decoder.iou_prediction_head
 
     def forward(
-        self, image: Tensor, prompt: Tensor, fine: Tensor, middle: Tensor
+        self, pixels: Tensor, prompt: Tensor, fine: Tensor, middle: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Every mask and its predicted IoU.
 
-        image: [N, C, E, E], the image's embedding with the mask's added; prompt: [N, T, C];
+        pixels: [N, E·E, C], the image's embedding with the mask's added; prompt: [N, T, C];
         fine, middle: high_res_feats_0 and _1. Returns [N, 4, 4E, 4E] and [N, 4].
         """
-        tokens = torch.cat((self.tokens.expand(image.shape[0], -1, -1), prompt), dim=1)
-        tokens, pixels = self.two_way(image, self.image_pe, tokens)
+        tokens = torch.cat((self.tokens.expand(pixels.shape[0], -1, -1), prompt), dim=1)
+        tokens, pixels = self.two_way(pixels, self.positions, tokens)
         _, iou_token, *mask_tokens = tokens[:, : self.tokens.shape[1]].unbind(dim=1)
         hyper = [
             network(token) for network, token in zip(self.hypernetworks, mask_tokens, strict=True)
@@ -238,9 +254,16 @@ class MergedMaskDecoder(nn.Module):
         return self.upscaling(pixels, fine, middle, torch.stack(hyper, 1)), self.iou_head(iou_token)
 
 
-def _rows(image: Tensor) -> Tensor:
+def as_rows(image: Tensor) -> Tensor:
     """[N, C, E, E] → [N, E·E, C]"""
     return image.flatten(2).transpose(1, 2)
+
+
+def _as_square(rows: Tensor) -> Tensor:
+    """[N, E·E, C] → [N, C, E, E]"""
+    n, pixels, channels = rows.shape
+    side = isqrt(pixels)
+    return rows.transpose(1, 2).view(n, channels, side, side)
 
 
 def _exact(weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from export.architecture import InteractiveModel
-from export.mask_decoder import MergedTwoWay
+from export.mask_decoder import MergedTwoWay, as_rows
 from tests.export import tiny
 
 E, C = tiny.ARCHITECTURE.grid, tiny.ARCHITECTURE.d_model
@@ -23,6 +23,6 @@ def test_merged_projections_attend_as_metas_do(
     image_pe = torch.randn(1, C, E, E, generator=generator)
     asked = torch.randn(objects, tokens, C, generator=generator)
     transformer = model.mask_decoder.transformer
-    ours = MergedTwoWay(transformer)(image, image_pe, asked)
+    ours = MergedTwoWay(transformer)(as_rows(image), as_rows(image_pe), asked)
     for a, b in zip(ours, transformer(image, image_pe, asked), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

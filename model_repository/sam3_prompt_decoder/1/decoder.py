@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import keep_freed_memory
 from numpy.typing import NDArray
 from program import ProgramError, first_line, load_program
 from prompts import PADDING, POSITIVE, ObjectPrompt
@@ -71,7 +72,10 @@ class Decoder:
         # Without the hook that compares shapes with the traced ones, a tenth of a small decode.
         self._unchecked: Program = program.forward
         self.device = device
-        self._workers = Workers() if device.type == "cpu" else None
+        self._workers: Workers | None = None
+        if device.type == "cpu":
+            self._workers = Workers()
+            keep_freed_memory()
         self.launches = 0
         """How often the program has run."""
         self.remark = ""

@@ -30,11 +30,10 @@ class Features(NamedTuple):
     def own(self) -> Features:
         """A copy that outlives the request whose memory these tensors are.
 
-        Of the high-resolution features a pixel's channels come to lie side by side, which is how
-        the decoder adds them: a sixth of a full-size click.
+        A pixel's channels come to lie side by side, which is how the decoder reads them: a fifth of
+        a full-size click.
         """
-        embedding, *high_res = self
-        return Features(embedding.clone(), *(_channels_last(tensor) for tensor in high_res))
+        return Features(*(_channels_last(tensor) for tensor in self))
 
     @property
     def nbytes(self) -> int:

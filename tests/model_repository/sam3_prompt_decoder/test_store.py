@@ -55,11 +55,9 @@ def test_a_copy_is_kept() -> None:
     assert all(torch.equal(tensor, torch.ones(SHAPE)) for tensor in shelf.get(image_id))
 
 
-def test_the_high_resolution_features_are_kept_channels_last() -> None:
-    image_embed, *high_res = (torch.randn(3, 4, 5) for _ in range(3))
-    kept_embed, *kept_high_res = Features(image_embed, *high_res).own()
-    assert kept_embed.is_contiguous()
-    for tensor, given in zip(kept_high_res, high_res, strict=True):
+def test_features_are_kept_channels_last() -> None:
+    sent = Features(*(torch.randn(3, 4, 5) for _ in range(3)))
+    for tensor, given in zip(sent.own(), sent, strict=True):
         assert torch.equal(tensor, given)
         assert tensor.permute(1, 2, 0).is_contiguous()
 
