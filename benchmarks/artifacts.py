@@ -20,8 +20,7 @@ from export import repository
 from export.accelerator import Accelerator
 from export.architecture import Architecture
 from export.checkpoint import load
-from export.decoder import export_decoder, save_decoder
-from export.encoder import ImageEncoder, export_encoder
+from export.pipeline import write_repository
 
 BUILD = ROOT / "build" / "benchmarks"
 SEED = 0
@@ -92,13 +91,7 @@ def _export(
 ) -> None:
     """As `python -m export`, without its check against PyTorch: benchmarks check for themselves."""
     with repository.new_repository(output, overwrite=True) as folder:
-        model = load(checkpoint, image_size)
-        repository.copy_sources(folder, model.architecture, dtype, accelerator)
-        graph = folder / repository.ENCODER / "1" / "model.onnx"
-        encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
-        export_encoder(encoder, model.architecture.image_size, graph)
-        program = folder / repository.DECODER / "1" / "decoder.pt2"
-        save_decoder(export_decoder(model), program)
+        write_repository(folder, load(checkpoint, image_size), dtype, accelerator)
 
 
 def _folder(name: str, inputs: Iterable[Path]) -> Path:

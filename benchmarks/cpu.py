@@ -112,7 +112,7 @@ def run_full_size(progress: Progress) -> Outcome:
         ),
         FASTEST.measured(
             ratio(encoding[OURS], encoding[IN_PROCESS]),
-            "fp32: nothing narrower and faster is within it (see narrower encoders)",
+            "fp32's sample; what narrower encoders would be: see the section of theirs",
         ),
         CLICK.measured(
             ratio(clicks[OURS], clicks[IN_PROCESS]),

@@ -11,7 +11,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from export.encoder import FEATURES, MAX_BATCH
+from export.accelerator import batch_profile
+from export.encoder import FEATURES
 
 CPU = "CPUExecutionProvider"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -35,7 +36,7 @@ class OnnxRuntimeEncoder:
         if provider not in ort.get_available_providers():
             raise RuntimeError(f"this onnxruntime was built without {provider}")
         self._device = device
-        providers = _providers(device, tensorrt=tensorrt, image=_image_shape(path))
+        providers = _providers(path, device, tensorrt=tensorrt)
         self._session = ort.InferenceSession(path, providers=providers)
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime could not load its {provider}")
@@ -66,24 +67,22 @@ class OnnxRuntimeEncoder:
         )
 
 
-def _providers(device: torch.device, *, tensorrt: bool, image: str) -> list[object]:
+def _providers(path: Path, device: torch.device, *, tensorrt: bool) -> list[object]:
     if device.type != "cuda":
         return [CPU]
     # On PyTorch's stream: its events then time the graph, and nothing waits for another stream.
     stream = str(torch.cuda.current_stream(device).cuda_stream)
     options = {"device_id": device.index or 0, "user_compute_stream": stream}
-    profile = {
-        f"trt_profile_{bound}_shapes": f"image:{batch}x{image}"
-        for bound, batch in (("min", 1), ("opt", 1), ("max", MAX_BATCH))
-    }
-    first: list[object] = [(TENSORRT, {**options, **profile})] if tensorrt else []
-    return [*first, (CUDA, options), CPU]
+    if not tensorrt:
+        return [(CUDA, options), CPU]
+    compiled = {**options, **batch_profile(_image_size(path))}
+    return [(TENSORRT, compiled), (CUDA, options), CPU]
 
 
-def _image_shape(path: Path) -> str:
-    """A graph's input without its batch, as TensorRT's options spell it."""
+def _image_size(path: Path) -> int:
+    """Of a graph's input [B, S, S, 3]."""
     (image,) = onnx.load(path, load_external_data=False).graph.input
-    return "x".join(str(dim.dim_value) for dim in image.type.tensor_type.shape.dim[1:])
+    return int(image.type.tensor_type.shape.dim[1].dim_value)
 
 
 def pytorch_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Encoder:

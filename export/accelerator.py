@@ -26,9 +26,7 @@ optimization {{ execution_accelerators {{
     parameters {{ key: "trt_engine_cache_path" value: "{cache}" }}
     parameters {{ key: "trt_timing_cache_enable" value: "1" }}
     parameters {{ key: "trt_timing_cache_path" value: "{cache}" }}
-    parameters {{ key: "trt_profile_min_shapes" value: "image:1x{image}" }}
-    parameters {{ key: "trt_profile_opt_shapes" value: "image:1x{image}" }}
-    parameters {{ key: "trt_profile_max_shapes" value: "image:{batch}x{image}" }}
+    {profile}
   }} ]
 }} }}
 """
@@ -53,5 +51,16 @@ def place(config: str, accelerator: Accelerator) -> str:
 
 def compiled_by_tensorrt(config: str, image_size: int) -> str:
     """The encoder's config with TensorRT in front of CUDA."""
-    image = f"{image_size}x{image_size}x3"
-    return config + TENSORRT.format(cache=CACHE, image=image, batch=MAX_BATCH)
+    profile = "\n    ".join(
+        f'parameters {{ key: "{option}" value: "{shapes}" }}'
+        for option, shapes in batch_profile(image_size).items()
+    )
+    return config + TENSORRT.format(cache=CACHE, profile=profile)
+
+
+def batch_profile(image_size: int) -> dict[str, str]:
+    """ONNX Runtime's options by which TensorRT knows the batches to compile the encoder for."""
+    return {
+        f"trt_profile_{bound}_shapes": f"image:{batch}x{image_size}x{image_size}x3"
+        for bound, batch in (("min", 1), ("opt", 1), ("max", MAX_BATCH))
+    }

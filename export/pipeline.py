@@ -9,6 +9,7 @@ import torch
 
 from export import check, checkpoint, repository
 from export.accelerator import Accelerator
+from export.architecture import InteractiveModel
 from export.decoder import export_decoder, save_decoder
 from export.encoder import ImageEncoder, export_encoder
 
@@ -54,14 +55,7 @@ def export_repository(
     progress("loading the checkpoint")
     model = checkpoint.load(checkpoint_file, image_size)
     with repository.new_repository(output, overwrite=overwrite) as folder:
-        repository.copy_sources(folder, model.architecture, dtype, accelerator)
-        progress("exporting the image encoder to ONNX")
-        path = folder / repository.ENCODER / "1" / "model.onnx"
-        encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
-        export_encoder(encoder, model.architecture.image_size, path)
-        progress("exporting the prompt decoder")
-        path = folder / repository.DECODER / "1" / "decoder.pt2"
-        save_decoder(export_decoder(model), path)
+        path = write_repository(folder, model, dtype, accelerator, progress)
         program = torch.export.load(path)
         check.check_signatures(folder, program)
         exact = dtype == torch.float32
@@ -77,3 +71,22 @@ def export_repository(
         if not all(c.passed for c in checks):
             raise ToleranceError(checks)
     return checks
+
+
+def write_repository(
+    folder: Path,
+    model: InteractiveModel,
+    dtype: torch.dtype,
+    accelerator: Accelerator | None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """All files of the repository, unchecked; returns the decoder's."""
+    repository.copy_sources(folder, model.architecture, dtype, accelerator)
+    progress("exporting the image encoder to ONNX")
+    graph = folder / repository.ENCODER / "1" / "model.onnx"
+    encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
+    export_encoder(encoder, model.architecture.image_size, graph)
+    progress("exporting the prompt decoder")
+    program = folder / repository.DECODER / "1" / "decoder.pt2"
+    save_decoder(export_decoder(model), program)
+    return program
