@@ -16,10 +16,11 @@ RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded)
 
 @dataclass(frozen=True)
 class Retries:
-    """At most `attempts` further tries inside one deadline, pausing with full jitter.
+    """At most `attempts` further tries inside one deadline, pausing with jitter.
 
-    The pause before try n is drawn evenly from 0 to `base` * 2^n seconds, at most `cap`: many
-    clients that lost the same server do not come back at the same moment.
+    The pause before try n is drawn evenly from the upper half of `base` * 2^n seconds, at most
+    `cap`: many clients that lost the same server do not come back at the same moment, and no draw
+    spends all tries on the first moment of an outage: four by default last 1.9 s at least.
     """
 
     attempts: int
@@ -36,7 +37,8 @@ class Retries:
             try:
                 return (yield Call(request, max(deadline - self.clock(), 0.0)))
             except RETRYABLE:
-                pause = self.uniform(0.0, min(self.cap, self.base * 2**attempt))
+                longest = min(self.cap, self.base * 2**attempt)
+                pause = self.uniform(longest / 2, longest)
                 if attempt >= self.attempts or self.clock() + pause >= deadline:
                     raise
             yield Sleep(pause)

@@ -31,8 +31,11 @@ class Clock:
 
 
 def longest(low: float, high: float) -> float:
-    assert low == 0.0
     return high
+
+
+def shortest(low: float, high: float) -> float:
+    return low
 
 
 def drive(
@@ -118,13 +121,21 @@ def test_pauses_double_up_to_a_cap() -> None:
     assert pauses == [0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
 
 
-def test_jitter_spreads_the_pauses_from_zero() -> None:
+def test_jitter_spreads_the_pauses_over_the_upper_half() -> None:
     clock = Clock()
     pauses = []
     for _ in range(50):
         pauses += drive(Retries(1, 60.0, base=1.0, clock=clock), clock, failing(Overloaded, 1))[2]
-    assert 0.0 <= min(pauses) < 0.3
-    assert 0.7 < max(pauses) <= 1.0
+    assert 0.5 <= min(pauses) < 0.6
+    assert 0.9 < max(pauses) <= 1.0
+
+
+def test_no_draw_of_pauses_gives_up_within_a_short_outage() -> None:
+    """A proxy that has no server for a moment, and a gRPC channel that backs off besides."""
+    clock = Clock()
+    with pytest.raises(ServerUnreachable):
+        drive(Retries(4, 60.0, clock=clock, uniform=shortest), clock, failing(ServerUnreachable, 9))
+    assert clock.now - 100.0 > 1.8
 
 
 def test_tries_share_one_deadline() -> None:
