@@ -24,12 +24,17 @@ class Comparison:
     clicks: Mapping[str, Sample]
     clicks_after_pause: Mapping[str, Sample]
 
-    def markdown(self) -> str:
-        columns = {
+    @property
+    def columns(self) -> dict[str, Mapping[str, Sample]]:
+        """By heading."""
+        return {
             "new photo to first mask": self.first_masks,
             "click": self.clicks,
             f"click after {PAUSE} s of rest": self.clicks_after_pause,
         }
+
+    def markdown(self) -> str:
+        columns = self.columns
         rows = [
             [name, *(_span(measured.get(name)) for measured in columns.values())]
             for name in self.clicks

@@ -26,8 +26,12 @@ def publish_comparison(device: str, comparisons: Sequence[Comparison], origin: P
     for comparison in comparisons:
         picture = plots.PLOTS / f"{device}-clicks-{comparison.model.replace(' ', '-')}.png"
         title = f"{comparison.model}: a click on an open image"
-        samples = {name: sample.scaled(1000) for name, sample in comparison.clicks.items()}
-        plots.bars(picture, title, "ms", samples)
+        series = {
+            heading: {name: sample.scaled(1000) for name, sample in samples.items()}
+            for heading, samples in comparison.columns.items()
+            if samples is not comparison.first_masks
+        }
+        plots.bars(picture, title, "ms", series)
         parts += [comparison.markdown(), _image(picture, title)]
     _publish(f"{device}-peers", "Beside the peers", origin, *parts)
 

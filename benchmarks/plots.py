@@ -22,19 +22,36 @@ DOTS_PER_INCH = 100
 HIGHLIGHT, OTHER = "#2a6f4e", "#9aa5b1"
 
 
-def bars(path: Path, title: str, unit: str, samples: Mapping[str, Sample]) -> None:
-    """Horizontal bars with quartiles, the first one highlighted, on a logarithmic axis."""
-    names = list(samples)
-    picture, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.2))
-    medians = [samples[name].median for name in names]
-    below = [samples[name].median - samples[name].low for name in names]
-    above = [samples[name].high - samples[name].median for name in names]
-    colours = [HIGHLIGHT, *[OTHER] * (len(names) - 1)]
-    axes.barh(names, medians, xerr=(below, above), color=colours, ecolor="#444444", capsize=3)
+def bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[str, Sample]]) -> None:
+    """Horizontal bars with quartiles by name, from zero, the first name's highlighted.
+
+    series: the measurements by name, of which each has a bar for every name, each series paler.
+    """
+    names = list(next(iter(series.values())))
+    height = 0.8 / len(series)
+    picture, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.2))
+    for number, (label, samples) in enumerate(series.items()):
+        medians = [samples[name].median for name in names]
+        below = [samples[name].median - samples[name].low for name in names]
+        above = [samples[name].high - samples[name].median for name in names]
+        drawn = axes.barh(
+            [row + number * height for row in range(len(names))],
+            medians,
+            height,
+            xerr=(below, above),
+            color=[HIGHLIGHT, *[OTHER] * (len(names) - 1)],
+            alpha=1 / (1 + number),
+            ecolor="#444444",
+            capsize=3,
+            label=label,
+        )
+        axes.bar_label(drawn, [f"{median:.3g}" for median in medians], padding=4, fontsize=8)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel(f"{unit}, median and quartiles, logarithmic")
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"{unit}, median and quartiles")
     axes.set_title(title, loc="left")
+    axes.legend(fontsize=8)
     _save(picture, path)
 
 
