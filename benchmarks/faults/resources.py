@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Question, observe
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
+from benchmarks.fuzz.census import SHARED_MEMORY
 from triton_sam3 import Client
 from triton_sam3.contract import DECODER
 
@@ -35,6 +37,8 @@ FULL_SECONDS = 6.0
 BOX = (4, 4, 60, 60)
 MUCH = (64, 160, 256)
 YEARS = timedelta(days=3650)
+FAKETIME_REGIONS = "*faketime_s*"
+"""Of shared memory: libfaketime's numbers and their semaphore."""
 
 
 def shm_full(bench: Bench, title: str) -> Result:
@@ -112,7 +116,7 @@ def clock_jump(bench: Bench, title: str) -> Result:
         "DONT_FAKE_MONOTONIC": "1",
     }
     years: list[str] = []
-    with Stand(bench.repository, folder, env=env) as stand:
+    with removing_regions(), Stand(bench.repository, folder, env=env) as stand:
 
         def jump() -> None:
             for ahead in (YEARS, timedelta()):
@@ -136,6 +140,17 @@ def _year(env: Mapping[str, str]) -> str:
     return subprocess.run(
         command, env={**os.environ, **env}, capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+@contextmanager
+def removing_regions(folder: Path = SHARED_MEMORY) -> Iterator[None]:
+    """Take away what libfaketime leaves behind of a process that a signal ended."""
+    before = set(folder.glob(FAKETIME_REGIONS))
+    try:
+        yield
+    finally:
+        for region in set(folder.glob(FAKETIME_REGIONS)) - before:
+            region.unlink(missing_ok=True)
 
 
 def _set(clock: Path, ahead: timedelta) -> None:

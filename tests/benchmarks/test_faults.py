@@ -15,6 +15,7 @@ from benchmarks.faults import processes, report, scenarios
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Load, Outcome, judge, observe, questions
 from benchmarks.faults.relay import Relay
+from benchmarks.faults.resources import removing_regions
 from benchmarks.faults.stand import variant
 from benchmarks.faults.trial import Result, Truth, last_trouble, truth
 from benchmarks.faults.watching import Size, Slope, Verdict, slope
@@ -207,3 +208,12 @@ def test_a_killed_decoder_is_brought_back(repository: Path, tmp_path: Path) -> N
     assert result.recovered is not None
     assert family
     assert not any(process.runs for process in family)  # nothing is left behind
+
+
+def test_what_libfaketime_leaves_is_taken_away_and_nothing_of_others(tmp_path: Path) -> None:
+    (tmp_path / "faketime_shm_1").touch()
+    with pytest.raises(KeyboardInterrupt), removing_regions(tmp_path):
+        for name in ("faketime_shm_2", "sem.faketime_sem_2", "psm_3"):
+            (tmp_path / name).touch()
+        raise KeyboardInterrupt
+    assert {path.name for path in tmp_path.iterdir()} == {"faketime_shm_1", "psm_3"}
