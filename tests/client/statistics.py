@@ -1,18 +1,32 @@
 """How often the models of a server ran, by Triton's own count."""
 
+import time
+
 import tritonclient.grpc
 
 from server import TritonServer
 from triton_sam3 import contract
 
 
+STANDS_STILL_SECONDS = 0.1
+"""Triton counts after it has answered: on a busy machine, a client was there before the count."""
+
+
 def inferences(server: TritonServer, model: str) -> int:
-    """Successful inferences of `model` since the server started."""
+    """Successful inferences of `model` since the server started, once the count stands still."""
     client = tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://"))
     try:
-        answer = client.get_inference_statistics(model, as_json=True)
+        before, count = -1, _count(client, model)
+        while before != count:
+            time.sleep(STANDS_STILL_SECONDS)
+            before, count = count, _count(client, model)
     finally:
         client.close()
+    return count
+
+
+def _count(client: tritonclient.grpc.InferenceServerClient, model: str) -> int:
+    answer = client.get_inference_statistics(model, as_json=True)
     return int(answer["model_stats"][0].get("inference_count", 0))
 
 
