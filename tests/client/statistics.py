@@ -7,7 +7,6 @@ import tritonclient.grpc
 from server import TritonServer
 from triton_sam3 import contract
 
-
 STANDS_STILL_SECONDS = 0.1
 """Triton counts after it has answered: on a busy machine, a client was there before the count."""
 
