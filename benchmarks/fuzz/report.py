@@ -53,7 +53,7 @@ def _server(outcome: Outcome) -> str:
     return (
         f"The server's {processes} processes were {kept}. The canary, a drawn disc asked for by "
         f"click beside every {CLICK_EVERY} requests and by file beside every {CANARY_EVERY}, has "
-        f"IoU {outcome.iou:.2f} with what was drawn and came back the same to the bit each time."
+        f"IoU {outcome.iou:.2f} with what was drawn; its mask was the same to the bit each time."
     )
 
 
