@@ -26,7 +26,7 @@ from benchmarks.fuzz.subject import (
 
 LEAST_IOU = 0.8
 SCORE_TOLERANCE = 1e-5
-"""Objects that share a launch are summed in another order: beside 1 to 3 clickers, half of 1,500
+"""Objects that share a launch are summed in another order: beside five other callers, half of 1,500
 answers had a score that differed by 1.2e-7, and none another mask."""
 
 

@@ -37,8 +37,8 @@ from server import TritonServer
 QUARTERS = 4
 CANARY_EVERY = 500
 CLICK_EVERY = 8
-"""Hypothesis draws runs of requests alike: sixteen images were once kept within 0.6 s, while the
-other half waited for a connection to close, and the store forgot the one that all ask about."""
+"""Hypothesis draws runs of requests alike: sixteen images were once kept within 0.4 s, in which
+neither half asked about the one that all are about, and a store for sixteen forgot it."""
 HTTP, GRPC = "HTTP", "gRPC"
 LARGEST = ((256, 1), (1, 128))
 """Objects and tokens of the largest requests: what memory grows to."""
