@@ -30,7 +30,7 @@ class Features(NamedTuple):
     def own(self) -> Features:
         """A copy that outlives the request whose memory these tensors are.
 
-        A pixel's channels come to lie side by side, which is how the decoder reads them: a fifth of
+        A pixel's channels come to lie side by side, which is how the decoder reads them: a sixth of
         a full-size click.
         """
         return Features(*(_channels_last(tensor) for tensor in self))
