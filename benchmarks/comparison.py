@@ -25,16 +25,12 @@ class Comparison:
     clicks_after_pause: Mapping[str, Sample]
 
     @property
-    def columns(self) -> dict[str, Mapping[str, Sample]]:
-        """By heading."""
-        return {
-            "new photo to first mask": self.first_masks,
-            "click": self.clicks,
-            f"click after {PAUSE} s of rest": self.clicks_after_pause,
-        }
+    def click_columns(self) -> dict[str, Mapping[str, Sample]]:
+        """Clicks by heading."""
+        return {"click": self.clicks, f"click after {PAUSE} s of rest": self.clicks_after_pause}
 
     def markdown(self) -> str:
-        columns = self.columns
+        columns = {"new photo to first mask": self.first_masks, **self.click_columns}
         rows = [
             [name, *(_span(measured.get(name)) for measured in columns.values())]
             for name in self.clicks

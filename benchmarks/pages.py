@@ -28,8 +28,7 @@ def publish_comparison(device: str, comparisons: Sequence[Comparison], origin: P
         title = f"{comparison.model}: a click on an open image"
         series = {
             heading: {name: sample.scaled(1000) for name, sample in samples.items()}
-            for heading, samples in comparison.columns.items()
-            if samples is not comparison.first_masks
+            for heading, samples in comparison.click_columns.items()
         }
         plots.bars(picture, title, "ms", series)
         parts += [comparison.markdown(), _image(picture, title)]
