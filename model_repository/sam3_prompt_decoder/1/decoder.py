@@ -144,7 +144,9 @@ class Decoder:
             if self._workers is None:
                 yield from zip(launches, map(run, launches), strict=True)
                 continue
-            rows = len(launches[0]) * _rows(jobs[launches[0][0][0]].features)
+            largest = launches[0]
+            job, _ = largest[0]
+            rows = len(largest) * _rows(jobs[job].features)
             yield from zip(launches, self._workers.map(run, launches, rows), strict=True)
 
     def _launches(self, jobs: Sequence[Job]) -> Iterator[list[Launch]]:
