@@ -40,6 +40,9 @@ from export.repository import ENCODER  # noqa: E402
 
 SECTION = "cpu-variants"
 ROUNDS = 30
+PAUSE = 0.05
+"""Seconds before each reading: one library's threads still spin when another's turn comes. Without
+it FP16 seemed to take 0.68 of FP32's time, which it does not beside FP32 alone (1.03 to 1.06)."""
 HEADER = ("encoder", "worst mask IoU", f"gate, {GATE_TRAINED}", "time / fp32")
 
 Run = Callable[[NDArray[np.uint8]], Features]
@@ -147,7 +150,8 @@ def _worst_ious(runs: dict[str, Run]) -> dict[str, float]:
 def _times(runs: dict[str, Run]) -> dict[str, Sample]:
     side = load(artifacts.DEMO_CHECKPOINT).architecture.image_size
     image = check.load_photo(check.PHOTOS[0], side)
-    return alternate({n: stopwatch(partial(run, image)) for n, run in runs.items()}, ROUNDS)
+    meters = {name: stopwatch(partial(run, image)) for name, run in runs.items()}
+    return alternate(meters, ROUNDS, pause=PAUSE)
 
 
 def main(
