@@ -11,16 +11,17 @@ file of that instant, is swept by the next client, which knows its owner from th
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .errors import SAM3Error, TransportError
-from .flow import Array, Flow, Infer, InSharedMemory, Query
+from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
 from .regions import Kind, Region, check_available, make_region, owner_is_dead, sweep_files
 from .retry import Retries
-from .translation import RegionLost
+from .translation import RegionInUse, RegionLost
 
 SMALLEST = 64 * 1024
 """Tensors of fewer bytes travel in the request: copying them costs less than naming a region."""
@@ -33,6 +34,9 @@ _MOST_REGIONS = 32
 
 _FAREWELL = 5.0
 """Most seconds to wait for a server to let go of a region; closing must not hang."""
+
+_STILL_READING = 0.01
+"""Seconds until a server that still uses a region is asked again."""
 
 _log = logging.getLogger(__name__)
 
@@ -126,11 +130,14 @@ class SharedMemory:
 
     def _clean_up(self, retries: Retries) -> Flow[None]:
         """Let go of regions that went without an answer, and once of those of dead processes."""
+        for _ in range(len(self._lost)):
+            with self._guard:
+                region = self._lost.pop(0) if self._lost else None
+            if region and not (yield from self._forget(region, retries)):
+                with self._guard:
+                    self._lost.append(region)
         with self._guard:
-            lost, self._lost = self._lost, []
             sweep, self._swept = not self._swept, True
-        for region in lost:
-            yield from self._forget(region, retries)
         if sweep:
             yield from _sweep(self._kind, retries)
 
@@ -139,19 +146,36 @@ class SharedMemory:
         with self._guard:
             regions = self._free + self._lost
             self._free, self._lost = [], []
+        end = retries.clock() + _FAREWELL
         for region in regions:
-            yield from self._forget(region, retries)
+            while not (yield from self._forget(region, retries)):
+                if retries.clock() >= end:
+                    _log.debug("region %s is left to be swept: still in use", region.name)
+                    self._release(region)
+                    break
+                yield Sleep(_STILL_READING)
 
-    def _forget(self, region: Region, retries: Retries) -> Flow[None]:
-        """Unregister and free; a server that is gone has forgotten the region by itself."""
+    def _forget(self, region: Region, retries: Retries) -> Flow[bool]:
+        """Unregister and free, unless the server still uses the region: then False.
+
+        A server that is gone has forgotten the region by itself.
+        """
         brief = replace(retries, attempts=0, timeout=min(retries.timeout, _FAREWELL))
+        in_use = False
         try:
             yield from brief.send(region.unregister())
+        except RegionInUse:
+            in_use = True
         except SAM3Error as error:
             _log.debug("region %s is left to be swept: %s", region.name, error)
         finally:
-            region.close()
-            self._count_down()
+            if not in_use:
+                self._release(region)
+        return not in_use
+
+    def _release(self, region: Region) -> None:
+        region.close()
+        self._count_down()
 
 
 def _not_shared(kind: str, error: SAM3Error) -> TransportError:
@@ -192,7 +216,8 @@ def _sweep(kind: Kind, retries: Retries) -> Flow[None]:
         known = yield from retries.send(Query(f"get_{kind}_shared_memory_status"))
         for name in _region_names(known):
             if owner_is_dead(name):
-                yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
+                with suppress(RegionInUse):  # its request outlives it: the next client's to sweep
+                    yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
     except TransportError:
         raise
     except SAM3Error as error:  # a proxy may allow registering and forbid looking at the list

@@ -66,10 +66,18 @@ _NOT_JSON = "an exception occurred in the client while decoding the response"
 
 _WRAPPING = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
 _REGION_LOST = re.compile(r"unable to find .*shared memory region", re.IGNORECASE)
+_REGION_IN_USE = re.compile(r"shared memory region .* currently in use", re.IGNORECASE)
 
 
 class RegionLost(ServerError):
     """The server does not know a shared memory region, most likely because it was restarted."""
+
+
+class RegionInUse(ServerError):
+    """The server has not put away the last request whose tensors lie in a shared memory region.
+
+    Triton 2.51 refuses to let go of such a region, for a moment even after it has answered.
+    """
 
 
 def translate(error: BaseException, url: str, timeout: float) -> SAM3Error:
@@ -104,6 +112,8 @@ def _kind(status: str, text: str) -> type[SAM3Error]:
         return ImageNotKept
     if _REGION_LOST.search(text):
         return RegionLost
+    if _REGION_IN_USE.search(text):
+        return RegionInUse
     if _UNAVAILABLE_MODEL.search(text):
         return ModelUnavailable
     if _OVERLOADED.search(text) or _NO_SHARED_MEMORY.search(text):

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ from triton_sam3 import (
     SAM3Error,
     TransportError,
 )
-from triton_sam3.flow import Call, Infer, InSharedMemory, Query
+from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
 from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
+from triton_sam3.translation import RegionInUse
 
 Pixels = NDArray[np.uint8]
 Fresh = Callable[[], Pixels]
@@ -116,6 +117,15 @@ def test_a_killed_client_leaks_nothing_once_another_one_comes(
         assert len(regions(server)) == 1
 
 
+def test_a_region_in_use_is_waited_for(url: str, coins: Pixels, server: TritonServer) -> None:
+    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
+    with Client(url, shared_memory="system", timeout=0.2) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.segment(coins, boxes=boxes)
+        assert len(regions(server)) == 1
+    assert regions(server) == []
+
+
 def test_a_restarted_server_gets_new_regions(own_server: TritonServer, fresh: Fresh) -> None:
     with Client(own_server.grpc_url, shared_memory="system") as client:
         image = fresh()
@@ -149,22 +159,41 @@ def test_without_memory_to_share_the_image_travels_in_the_request(
     assert "no shared memory" in caplog.text
 
 
-def by_hand(memory: SharedMemory, answer: Any) -> list[Infer | Query]:
-    """Send an image with `answer` in place of the server's; what was sent, in order."""
-    image: NDArray[np.uint8] = np.zeros((1, 200, 200, 3), np.uint8)
-    flow = memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0, 9.0))
+def by_hand(flow: Flow[Any], answer: Callable[[Infer | Query], Any]) -> list[Infer | Query]:
+    """Run `flow` with `answer` in the server's place, and no waiting; what it sent, in order."""
     sent: list[Infer | Query] = []
-    value: Any = None
-    try:
+    with suppress(StopIteration, SAM3Error):
+        step = next(flow)
         while True:
-            step = flow.send(value)
+            if isinstance(step, Sleep):
+                step = flow.send(None)
+                continue
             assert isinstance(step, Call)
             sent.append(step.request)
-            value = {}
-            if isinstance(step.request, Infer) and answer is not None:
-                flow.throw(answer)
-    except (StopIteration, SAM3Error):
-        return sent
+            try:
+                value = answer(step.request)
+            except SAM3Error as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(value)
+    return sent
+
+
+def an_image(memory: SharedMemory) -> Flow[Any]:
+    image: NDArray[np.uint8] = np.zeros((1, 200, 200, 3), np.uint8)
+    return memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0, 9.0))
+
+
+def answering(error: SAM3Error | None, to: str = "infer") -> Callable[[Infer | Query], Any]:
+    """Inferences, or else the calls whose names begin with `to`, fail with `error`."""
+
+    def answer(request: Infer | Query) -> Any:
+        name = request.method if isinstance(request, Query) else "infer"
+        if error is not None and name.startswith(to):
+            raise error
+        return {}
+
+    return answer
 
 
 def region_of(sent: list[Infer | Query]) -> str:
@@ -174,14 +203,41 @@ def region_of(sent: list[Infer | Query]) -> str:
     return placed.region
 
 
+def unregistering(region: str) -> Query:
+    return Query("unregister_system_shared_memory", (region,))
+
+
 def test_a_region_without_an_answer_is_not_used_again() -> None:
     memory = SharedMemory("system")
-    first = by_hand(memory, DeadlineExceeded("late"))
-    second = by_hand(memory, InvalidRequest("no"))  # an answer, if not a nice one
-    third = by_hand(memory, None)
+    first = by_hand(an_image(memory), answering(DeadlineExceeded("late")))
+    second = by_hand(an_image(memory), answering(InvalidRequest("no, but an answer")))
+    third = by_hand(an_image(memory), answering(None))
     assert region_of(first) != region_of(second) == region_of(third)
-    assert Query("unregister_system_shared_memory", (region_of(first),)) in second
+    assert unregistering(region_of(first)) in second
     assert [type(request) for request in third] == [Infer]
+
+
+def test_a_request_does_not_wait_for_a_region_in_use() -> None:
+    memory = SharedMemory("system")
+    lost = region_of(by_hand(an_image(memory), answering(DeadlineExceeded("late"))))
+    second = by_hand(an_image(memory), answering(RegionInUse("still in use"), to="unregister"))
+    assert second.count(unregistering(lost)) == 1
+    assert region_of(second) != lost
+    closing = by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    assert sorted(closing, key=str) == sorted(
+        [unregistering(lost), unregistering(region_of(second))], key=str
+    )
+
+
+def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
+    memory = SharedMemory("system")
+    region = region_of(by_hand(an_image(memory), answering(None)))
+    seconds = iter(range(100))
+    retries = Retries(0, 9.0, clock=lambda: float(next(seconds)))
+    closing = by_hand(
+        memory.close(retries), answering(RegionInUse("still in use"), to="unregister")
+    )
+    assert 1 < closing.count(unregistering(region)) < 10
 
 
 def test_a_server_elsewhere_is_told_apart(

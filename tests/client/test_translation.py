@@ -21,7 +21,7 @@ from triton_sam3.errors import (
     ServerUnreachable,
 )
 from triton_sam3.flow import Call, Query
-from triton_sam3.translation import RegionLost, translate
+from triton_sam3.translation import RegionInUse, RegionLost, translate
 from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
@@ -164,6 +164,7 @@ def test_grpc_code(send: Send, code: grpc.StatusCode, error: type[SAM3Error]) ->
         ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", Overloaded),
         ("503", "Exceeds maximum queue size", Overloaded),
         ("404", "Unable to find shared memory region: 'x'", RegionLost),
+        ("400", "Cannot unregister shared memory region 'x', it is currently in use.", RegionInUse),
         ("500", "Failed to increase the shared memory pool size for key 'x' to 9", Overloaded),
     ],
 )
