@@ -131,7 +131,7 @@ class SharedMemory:
     def _clean_up(self, retries: Retries) -> Flow[None]:
         """Let go of regions that went without an answer, and once of those of dead processes."""
         for _ in range(len(self._lost)):
-            with self._guard:
+            with self._guard:  # one at a time: a caller who gives up midway forgets none
                 region = self._lost.pop(0) if self._lost else None
             if region and not (yield from self._forget(region, retries)):
                 with self._guard:

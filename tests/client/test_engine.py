@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from triton_sam3 import contract
 from triton_sam3.engine import Engine, Options, Picture, gather_prompts
 from triton_sam3.errors import ImageNotKept, PromptError, SAM3Error
-from triton_sam3.flow import Acquire, Array, Call, Compute, Flow, Infer, Query
+from triton_sam3.flow import Acquire, Array, Call, Flow, Infer, Query
 from triton_sam3.prompts import Prompt
 from triton_sam3.retry import Retries
+from triton_sam3.steps import _perform, perform
 
 T = TypeVar("T")
 S, M, LIMIT = 56, 16, 4
@@ -29,19 +30,6 @@ class Hand:
         self.kept: set[bytes] = set()
         self.requests: list[Infer] = []
         self.queries: list[Query] = []
-
-    def answer(self, step: Any) -> Any:
-        if isinstance(step, Compute):
-            return step.function()
-        if isinstance(step, Acquire):
-            assert isinstance(step.lock, type(threading.Lock()))
-            return step.lock.acquire(timeout=step.timeout)
-        assert isinstance(step, Call)
-        if isinstance(step.request, Query):
-            self.queries.append(step.request)
-            return self.config()
-        self.requests.append(step.request)
-        return self.infer(step.request)
 
     def config(self) -> dict[str, Any]:
         sides = [{"name": "image", "dims": [S, S, 3]}, {"name": "mask_input", "dims": [-1, M, M]}]
@@ -68,17 +56,16 @@ class Hand:
         return Counter(request.model for request in self.requests)
 
     def drive(self, flow: Flow[T]) -> T:
-        resume: Callable[[Any], Any] = flow.send
-        value: Any = None
-        try:
-            while True:
-                step = resume(value)
-                try:
-                    resume, value = flow.send, self.answer(step)
-                except SAM3Error as error:
-                    resume, value = flow.throw, error
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        return perform(flow, self)
+
+    def call(self, call: Call) -> Any:
+        if isinstance(call.request, Query):
+            self.queries.append(call.request)
+            return self.config()
+        self.requests.append(call.request)
+        return self.infer(call.request)
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -224,7 +211,7 @@ def _advance(flow: Flow[Any], hand: Hand) -> Any:
             return step
         if isinstance(step, Acquire) and step.lock.locked():
             return step
-        step = flow.send(hand.answer(step))
+        step = flow.send(_perform(step, hand))
 
 
 def test_a_failure_frees_the_image_for_the_next_caller(hand: Hand) -> None:

@@ -23,10 +23,11 @@ from triton_sam3 import (
     SAM3Error,
     TransportError,
 )
-from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
-from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion
+from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query
+from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
+from triton_sam3.steps import perform
 from triton_sam3.translation import RegionInUse
 
 Pixels = NDArray[np.uint8]
@@ -159,24 +160,26 @@ def test_without_memory_to_share_the_image_travels_in_the_request(
     assert "no shared memory" in caplog.text
 
 
+class ByHand:
+    """A transport whose server is a function; it keeps what was sent, in order."""
+
+    def __init__(self, answer: Callable[[Infer | Query], Any]) -> None:
+        self._answer = answer
+        self.sent: list[Infer | Query] = []
+
+    def call(self, call: Call) -> Any:
+        self.sent.append(call.request)
+        return self._answer(call.request)
+
+    def close(self) -> None: ...
+
+
 def by_hand(flow: Flow[Any], answer: Callable[[Infer | Query], Any]) -> list[Infer | Query]:
-    """Run `flow` with `answer` in the server's place, and no waiting; what it sent, in order."""
-    sent: list[Infer | Query] = []
-    with suppress(StopIteration, SAM3Error):
-        step = next(flow)
-        while True:
-            if isinstance(step, Sleep):
-                step = flow.send(None)
-                continue
-            assert isinstance(step, Call)
-            sent.append(step.request)
-            try:
-                value = answer(step.request)
-            except SAM3Error as error:
-                step = flow.throw(error)
-            else:
-                step = flow.send(value)
-    return sent
+    """Perform `flow`, `answer` in the server's place, to its end or failure; what it sent."""
+    server = ByHand(answer)
+    with suppress(SAM3Error):
+        perform(flow, server)
+    return server.sent
 
 
 def an_image(memory: SharedMemory) -> Flow[Any]:
@@ -238,6 +241,19 @@ def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
         memory.close(retries), answering(RegionInUse("still in use"), to="unregister")
     )
     assert 1 < closing.count(unregistering(region)) < 10
+
+
+def test_one_region_in_use_does_not_end_the_sweep() -> None:
+    birth = new_name().split("_")[-2]
+    dead = [new_name().replace(f"_{birth}_", "_1_") for _ in range(2)]
+
+    def answer(request: Infer | Query) -> Any:
+        if isinstance(request, Query) and request.method.startswith("unregister"):
+            raise RegionInUse("still in use")
+        return {"regions": {name: {"name": name} for name in dead}}
+
+    sent = by_hand(an_image(SharedMemory("system")), answer)
+    assert all(unregistering(name) in sent for name in dead)
 
 
 def test_a_server_elsewhere_is_told_apart(
