@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import ImageError
 
@@ -29,6 +29,17 @@ and bool masks [H, W])."""
 ACCEPTED = (
     "accepted are a path, a PIL image, or a uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
 )
+
+TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation (tag 0x0112) but 1, upright."""
 
 
 def load_image(image: ImageLike) -> NDArray[np.uint8]:
@@ -53,6 +64,19 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
         f"an image cannot be a {type(image).__name__}: {ACCEPTED}"
         + (hint if isinstance(image, (bytes, bytearray, memoryview)) else "")
     )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an opened file as its EXIF orientation says; one that cannot be read says nothing.
+
+    Not by `ImageOps.exif_transpose`: it writes the EXIF anew, and refuses a good picture over
+    whatever else in it is damaged.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's EXIF reader raises a wide variety
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -102,8 +126,7 @@ def _from_file(path: str) -> NDArray[np.uint8]:
     if not Path(path).is_file():
         raise ImageError(f"there is no file {path!r}")
     with _decoding(repr(path)), Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return _from_pil(image, repr(path))
+        return _from_pil(upright(image), repr(path))
 
 
 def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,32 @@ def test_exif_orientation_of_files(
     assert_image(load_image(str(path)), UPRIGHT[orientation](photo))
     with Image.open(path) as image:  # its size is what its holder's coordinates refer to
         assert_image(load_image(image), photo)
+
+
+def tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of one directory; tag, type, count and value of each entry."""
+    packed = (struct.pack("<HHI4s", *entry) for entry in entries)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return b"Exif\0\0" + head + b"".join(packed) + bytes(4)
+
+
+ON_ITS_SIDE = (ORIENTATION, 3, 1, struct.pack("<HH", 6, 0))
+DAMAGED_EXIF: dict[str, tuple[bytes, int]] = {
+    "a width in letters": (tiff(ON_ITS_SIDE, (0x0100, 2, 4, b"abc\0")), 6),
+    "a resolution in letters": (tiff(ON_ITS_SIDE, (0x011A, 2, 4, b"abc\0")), 6),
+    "an orientation that is none": (tiff((ORIENTATION, 3, 1, struct.pack("<HH", 9, 0))), 1),
+    "no directory": (b"Exif\0\0no directory", 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(("exif", "orientation"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_damaged_exif_refuses_no_picture(
+    tmp_path: Path, photo: NDArray[np.uint8], exif: bytes, orientation: int
+) -> None:
+    path = tmp_path / "damaged.png"
+    Image.fromarray(photo).save(path, exif=exif)
+    assert_image(load_image(path), UPRIGHT[orientation](photo))
 
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
