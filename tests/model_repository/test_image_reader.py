@@ -68,6 +68,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     ),
     "JPEG, lying on its side": lambda: turned(6),
     "JPEG, mirrored": lambda: turned(5),
+    "JPEG, some filling": lambda: padded(1_000),
+    "PNG, some empty chunks": lambda: commented(1_000),
     "PNG": lambda: saved(small(), "PNG"),
     "PNG, alpha": lambda: saved(small("RGBA"), "PNG"),
     "PNG, palette": lambda: saved(small("P"), "PNG", transparency=3),
@@ -147,6 +149,19 @@ def scans(count: int) -> bytes:
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
+def padded(octets: int) -> bytes:
+    """A JPEG with filling before its first segment, which is read octet by octet."""
+    data = saved(small(), "JPEG")
+    return data[:2] + b"\xff" * octets + data[2:]
+
+
+def commented(chunks: int) -> bytes:
+    """A PNG with private chunks that hold nothing."""
+    data = saved(small(), "PNG")
+    empty = struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
+    return data[:33] + empty * chunks + data[33:]
+
+
 def zipped() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -157,6 +172,7 @@ def zipped() -> bytes:
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [small().rotate(180)]}
 PIXELS = "more than the 50000000 pixels that are accepted"
 FRAMES = "has 2 frames, and at most 1 are accepted"
+PIECES = "is in more than 200000 pieces"
 FORMATS = "no image of an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "PNG of 60000×60000": lambda: png(60_000, 60_000),
@@ -180,7 +196,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "PNG, truncated": (lambda: saved(small(), "PNG")[:-900], "cannot be decoded"),
     "JPEG, truncated": (lambda: saved(small(), "JPEG")[:-400], "cannot be decoded"),
     "WebP, truncated": (lambda: saved(small(), "WEBP")[:-300], "whole file"),
-    "JPEG, scanned for ever": (lambda: scans(101), "more than the 100 scans"),
+    "JPEG, scanned for ever": (lambda: scans(26), "more than the 25 scans"),
+    "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
+    "PNG, of empty chunks": (lambda: commented(200_000), PIECES),
+    "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, and a side may have at most"),
     "too many bytes": (lambda: b"\xff" * (32 * 1024**2 + 1), "larger than the 33554432 bytes"),
     "too many bytes in base64": (
         lambda: base64.b64encode(b"\xff" * (32 * 1024**2 + 1)),
@@ -313,8 +332,6 @@ def test_code_shared_with_the_client_needs_no_client(
 
 
 def test_masks_are_written_for_every_image_that_is_read(repository: Path) -> None:
-    limits = {
-        read_config(repository, model).parameters["max_pixels"].string_value
-        for model in (READER, WRITER)
-    }
-    assert len(limits) == 1
+    reader, writer = (read_config(repository, model).parameters for model in (READER, WRITER))
+    for limit in ("max_pixels", "max_side"):
+        assert reader[limit].string_value == writer[limit].string_value

@@ -40,7 +40,7 @@ def test_the_candidate_with_the_best_score_is_written(
     np.testing.assert_array_equal(answer["boxes"], [[[0, 0, 30, 20]]])
 
 
-@pytest.mark.parametrize("wrong", [(0, 5), (5, -1), (40_000, 40_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("wrong", [(0, 5), (5, -1), (40_000, 40_000), (1, 65_536), (2**31 - 1, 1)])
 def test_a_size_no_image_has_is_refused(
     wrong: tuple[int, int], ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:

@@ -16,12 +16,16 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from sam3_shared.errors import ImageError
-from sam3_shared.geometry import load_image
+from sam3_shared.geometry import load_image, upright
 
-MAX_SCANS = 100
+MAX_SCANS = 25
 """Scans of a progressive JPEG, usually ten: each costs a pass over all pixels, and few bytes."""
+
+MAX_READS = 200_000
+"""How often a decoder may read. Large files take some ten thousand; one of empty chunks, or of a
+JPEG's filling, would take millions, a second for each."""
 
 DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
 """What a browser puts before base64."""
@@ -38,7 +42,25 @@ class Limits:
     formats: tuple[str, ...]
     max_bytes: int
     max_pixels: int
+    max_side: int
     max_frames: int
+
+
+class _Reads(BytesIO):
+    """A file in memory that counts how often it is read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise InvalidFile(
+                f"encoded_image is in more than {MAX_READS} pieces: save it again, without what is "
+                "no picture in it"
+            )
+        return super().read(size)
 
 
 class FileReader:
@@ -56,10 +78,9 @@ class FileReader:
         Raises InvalidFile with a sentence that says what is wrong and what is accepted.
         """
         file = self._file(data)
-        with self._decoding(), Image.open(BytesIO(file), formats=self._limits.formats) as image:
+        with self._decoding(), Image.open(_Reads(file), formats=self._limits.formats) as image:
             self._check_header(image, file)
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(load_image(image), np.uint8)
+            return np.asarray(load_image(upright(image)), np.uint8)
 
     def _file(self, data: bytes) -> bytes:
         # A file has bytes beyond ASCII from its first few on; base64 text has none.
@@ -86,6 +107,11 @@ class FileReader:
             raise InvalidFile(f"encoded_image is neither a file nor base64: {self._ask}") from error
 
     def _check_header(self, image: Image.Image, file: bytes) -> None:
+        if max(image.size) > self._limits.max_side:
+            raise InvalidFile(
+                f"encoded_image is {image.width}×{image.height}, and a side may have at most "
+                f"{self._limits.max_side} pixels: cut it, or scale it down"
+            )
         # The pictures behind a phone's JPEG (MPO) are previews and depths, no frames.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames > self._limits.max_frames:

@@ -11,6 +11,7 @@ that a file gives the same pixels on either side.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from files import FileReader, InvalidFile, Limits
 from numpy.typing import NDArray
 from pixels import InvalidPoint, to_coords
 from sam3_shared.geometry import resize
+
+FAILED = "the image reader failed on this request; the server's log says why"
 
 
 class TritonPythonModel:
@@ -35,6 +38,7 @@ class TritonPythonModel:
                 formats=tuple(name.strip() for name in parameters["formats"].split(",")),
                 max_bytes=int(parameters["max_bytes"]),
                 max_pixels=int(parameters["max_pixels"]),
+                max_side=int(parameters["max_side"]),
                 max_frames=int(parameters["max_frames"]),
             )
         )
@@ -55,8 +59,10 @@ class TritonPythonModel:
                 )
             ]
         except (InvalidFile, InvalidPoint) as error:
-            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse(error=refusal)
+            return _refuse(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception:
+            pb_utils.Logger.log_error(traceback.format_exc())
+            return _refuse(FAILED, pb_utils.TritonError.INTERNAL)
         names = ("image", "point_coords", "image_size")
         columns = zip(names, zip(*rows, strict=True), strict=True)
         return pb_utils.InferenceResponse(
@@ -76,3 +82,7 @@ class TritonPythonModel:
 def _array(request: Any, name: str) -> NDArray[Any]:
     array: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
     return array
+
+
+def _refuse(sentence: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))

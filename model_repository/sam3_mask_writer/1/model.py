@@ -10,6 +10,7 @@ copied, so that logits give the same mask on either side.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 from sam3_shared.formats import mask_to_rle
 from sam3_shared.masks import finish_masks, mask_boxes
+
+FAILED = "the mask writer failed on this request; the server's log says why"
 
 
 class InvalidSize(ValueError):
@@ -40,35 +43,43 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        self._max_pixels = int(config["parameters"]["max_pixels"]["string_value"])
+        parameters = {k: int(v["string_value"]) for k, v in config["parameters"].items()}
+        self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request by itself: a bad one gets an error, the others their masks."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
+        try:
+            columns = self._write(request)
+        except InvalidSize as error:
+            return _refuse(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception:
+            pb_utils.Logger.log_error(traceback.format_exc())
+            return _refuse(FAILED, pb_utils.TritonError.INTERNAL)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.stack(column)) for name, column in columns.items()]
+        )
+
+    def _write(self, request: Any) -> dict[str, tuple[NDArray[Any], ...]]:
+        """The outputs by name, of each image of the batch. Raises InvalidSize."""
         logits, ious, sizes = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy()
             for name in ("low_res_masks", "iou_predictions", "image_size")
         )
-        try:
-            _check_candidates(logits, ious)
-            for width, height in sizes.tolist():
-                self._check_size(width, height)
-        except InvalidSize as error:
-            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse(error=refusal)
+        _check_candidates(logits, ious)
+        for width, height in sizes.tolist():
+            self._check_size(width, height)
         images = [_finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
-        columns = zip(Finished._fields, zip(*images, strict=True), strict=True)
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, np.stack(column)) for name, column in columns]
-        )
+        return dict(zip(Finished._fields, zip(*images, strict=True), strict=True))
 
     def _check_size(self, width: int, height: int) -> None:
-        if not (width > 0 and height > 0 and width * height <= self._max_pixels):
+        sides = 0 < width <= self._max_side and 0 < height <= self._max_side
+        if not (sides and width * height <= self._max_pixels):
             raise InvalidSize(
                 f"image_size is {width}×{height}; expected width and height of the image in "
-                f"pixels, of at most {self._max_pixels} together"
+                f"pixels, each of at most {self._max_side} and at most {self._max_pixels} together"
             )
 
 
@@ -94,3 +105,7 @@ def _finish(logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[i
         finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
         finished.boxes[n] = mask_boxes(mask)[0]
     return finished
+
+
+def _refuse(sentence: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
