@@ -81,8 +81,19 @@ def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, mode
     assert own.call("/v2/health/ready")[0] == 200  # what a probe without a canary would believe
 
 
-def test_a_hung_decoder_is_noticed_and_does_not_stay(own: Container) -> None:
-    """Once it goes on, the server answers again or ends: its return may crash Triton 2.51."""
+def test_a_hung_decoder_is_noticed_and_does_not_stay(repository: Path, tmp_path: Path) -> None:
+    """Once it goes on, the server answers again or ends.
+
+    Its return may crash Triton 2.51; where Triton has given it up by then, the watch ends it all.
+    """
+    watch = ("--watch-seconds=2", "--watch-timeout=10")
+    with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", *watch) as own:
+        own.wait_until_serving()
+        _hang_for_a_while(own)
+        _wait_until_alive_or_ended(own, 120)
+
+
+def _hang_for_a_while(own: Container) -> None:
     (stub,) = own.stubs("sam3_prompt_decoder")
     stub.signal(signal.SIGSTOP)
     try:
@@ -90,7 +101,10 @@ def test_a_hung_decoder_is_noticed_and_does_not_stay(own: Container) -> None:
             live(own.target, 4.0)
     finally:
         stub.signal(signal.SIGCONT)
-    deadline = time.monotonic() + 60
+
+
+def _wait_until_alive_or_ended(own: Container, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while own.process.poll() is None:
         try:
             assert live(own.target, 10.0)
