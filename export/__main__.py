@@ -72,8 +72,7 @@ def main(
 ) -> None:
     """Export SAM 3's interactive head as a Triton model repository, and check it."""
     if threading.current_thread() is threading.main_thread():
-        # As Ctrl-C does: it unwinds, and so what is half-made is removed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _unwind_when_ended()
     try:
         with _StepProgress() as progress:
             checks = export_repository(
@@ -99,6 +98,13 @@ def main(
         kept += ", softmax"  # inside ONNX Runtime's operator; TensorRT's own does as it likes
     console.print(f"{output}: {precision.value}, in FP32: {kept}")
     console.print(f"next: python -m server {output}")
+
+
+def _unwind_when_ended() -> None:
+    """As Ctrl-C does, so that what is half-made is removed; nohup's ignored hang-up stays ignored."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 class _StepProgress:

@@ -81,6 +81,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is a file; give a folder that does not exist yet")
+    if output.is_mount():
+        raise OutputError(
+            f"{output} is a mount point, which cannot be replaced as a whole; give a folder in it, "
+            f"such as {output / 'models'}"
+        )
     others = sorted(entry.name for entry in output.iterdir() if entry.name not in MODELS)
     if others:
         raise OutputError(

@@ -197,6 +197,7 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
     "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects beside"),
     "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects beside"),
     "a list": (lambda p, _: torch.save([1, 2], p), "holds no weights by name"),
+    "numbers for names": (lambda p, w: torch.save(dict(enumerate(w.values())), p), "does not look"),
     "no tensors": (lambda p, _: torch.save({"model": {"a": 1}}, p), "holds no weights by name"),
     "a folder": (lambda p, _: p.mkdir(), "is a folder"),
     "nothing": (lambda *_: None, "no such file"),
@@ -208,6 +209,19 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, weights: Weights, kind
     make, reason = NO_CHECKPOINTS[kind]
     make(tmp_path / "sam3.pt", weights)
     assert reason in refusal(tmp_path / "sam3.pt")
+
+
+def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None:
+    """Bits that changed on the way, which torch would load."""
+    path = saved(weights, tmp_path)
+    octets = bytearray(path.read_bytes())
+    largest = max(weights.values(), key=lambda weight: weight.nbytes)
+    place = octets.index(largest.numpy().tobytes())
+    octets[place + 100] ^= 1
+    path.write_bytes(octets)
+    sentence = refusal(path)
+    assert sentence.startswith("damaged: ")
+    assert sentence.endswith("is not what was written; copy or download it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + b"\0" * 7 + b"garbage garbage!"])

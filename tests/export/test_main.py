@@ -145,6 +145,8 @@ def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path
     assert "is in the way: it holds file" in _refused(nothing, tmp_path, "--overwrite")
     (tmp_path / "models" / ENCODER).mkdir(parents=True)
     assert "already holds a model repository" in _refused(nothing, tmp_path / "models")
+    mounted = "/dev/shm is a mount point, which cannot be replaced as a whole; give a folder in it"
+    assert mounted in _refused(nothing, Path("/dev/shm"), "--overwrite")
 
 
 def test_an_output_that_cannot_be_written_is_status_2(
@@ -192,9 +194,19 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
     assert "Traceback" not in errors
 
 
-def test_sigterm_ends_an_export_as_ctrl_c_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_an_export_does_so_as_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     _refused(tmp_path / "sam3.pt", tmp_path / "models")
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+def test_a_hang_up_that_nohup_ignores_ends_nothing(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _refused(tmp_path / "sam3.pt", tmp_path / "models")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
