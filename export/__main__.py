@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import warnings
 from enum import Enum
@@ -24,12 +25,20 @@ logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 
-from export.accelerator import Accelerator  # noqa: E402
-from export.architecture import SizeError  # noqa: E402
-from export.check import Check, SignatureError  # noqa: E402
-from export.checkpoint import CheckpointError  # noqa: E402
-from export.pipeline import DEFAULT_MIN_IOU, ToleranceError, export_repository  # noqa: E402
-from export.repository import OutputError  # noqa: E402
+try:
+    from export.accelerator import Accelerator
+    from export.architecture import SizeError
+    from export.check import Check, SignatureError
+    from export.checkpoint import CheckpointError
+    from export.pipeline import DEFAULT_MIN_IOU, ToleranceError, export_repository
+    from export.repository import OutputError
+except ModuleNotFoundError as missing:
+    print(
+        f"error: the module {missing.name} is missing: pip install 'triton-sam3[export]', on Linux "
+        "(sam3 needs triton, which torch brings there alone)",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 class Precision(str, Enum):
@@ -101,7 +110,7 @@ def main(
 
 
 def _unwind_when_ended() -> None:
-    """As Ctrl-C does, so that what is half-made is removed; nohup's ignored hang-up stays ignored."""
+    """As Ctrl-C does, so that what is half-made is removed; nohup's hang-up stays ignored."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)

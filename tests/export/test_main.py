@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -176,6 +177,17 @@ def test_the_command_itself_ends_with_status_and_sentence(tmp_path: Path) -> Non
     assert not ended.stdout
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {tmp_path}/sam3.pt: no such file")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_machine_without_triton_is_told_so(tmp_path: Path) -> None:
+    """As one whose torch comes without it: sam3 imports it."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')")
+    command = _command(tmp_path / "sam3.pt", tmp_path / "models")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: the module triton is missing: pip install")
     assert "Traceback" not in ended.stderr
 
 
