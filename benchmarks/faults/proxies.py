@@ -151,17 +151,27 @@ class Nginx(Proxy):
 
 
 class Envoy(Proxy):
+    """ports: where it listens in place of each port of the shipped configuration."""
+
+    def __init__(self, program: Path, folder: Path, certificate: Path) -> None:
+        super().__init__(program, folder, certificate)
+        self.ports = dict(zip((8443, 9901, 9902), (self.port, *free_ports(2)), strict=True))
+
     def configure(self, servers: Sequence[Container]) -> None:
         text = ENVOY.read_text()
         text = text.replace("/etc/envoy", str(self.folder))
         text = text.replace("REPLACE-BY-A-LONG-RANDOM-TOKEN", TOKEN)
         # Through JSON: what YAML's aliases share would be changed twice.
         config = json.loads(json.dumps(yaml.safe_load(text)))
-        del config["admin"]  # its port is fixed
-        (listener,) = config["static_resources"]["listeners"]
-        listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": self.port}
-        for cluster in config["static_resources"]["clusters"]:
-            cluster["circuit_breakers"]["thresholds"][0]["max_requests"] *= len(servers)
+        for used in (config["admin"], *config["static_resources"]["listeners"]):
+            fixed = used["address"]["socket_address"]
+            fixed |= {"address": "127.0.0.1", "port_value": self.ports[fixed["port_value"]]}
+        admin, *clusters = config["static_resources"]["clusters"]
+        (endpoints,) = admin["load_assignment"]["endpoints"]
+        endpoints["lb_endpoints"] = [{"endpoint": {"address": config["admin"]["address"]}}]
+        for cluster in clusters:
+            for threshold in cluster["circuit_breakers"]["thresholds"]:
+                threshold["max_requests"] *= len(servers)
             protocol = cluster["name"].removeprefix("sam3_")
             ports = [getattr(server, f"{protocol}_port") for server in servers]
             addresses = [{"address": "127.0.0.1", "port_value": port} for port in ports]

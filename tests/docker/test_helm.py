@@ -15,7 +15,6 @@ from tests.docker.harness import CHART, DOCKER, run
 helm = pytest.importorskip("helm_python", reason="no helm-python-sdk: pip install '.[ops]'")
 TOKEN = "t" * 32
 EVERYTHING = {
-    "ingress": {"enabled": True},
     "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     "autoscaling": {"enabled": True},
     "otlp": {"url": "http://collector.tracing:4318/v1/traces"},
@@ -24,9 +23,20 @@ EVERYTHING = {
     "nodeSelector": {"gpu": "h200"},
     "imagePullSecrets": [{"name": "registry"}],
     "tritonArgs": ["--log-info=false"],
-    "proxy": {"tokens": [TOKEN], "service": {"type": "LoadBalancer", "annotations": {"a": "b"}}},
+    "networkPolicy": {
+        "dns": [{"namespaceSelector": {"matchLabels": {"a": "dns"}}}],
+        "collector": [{"namespaceSelector": {"matchLabels": {"a": "tracing"}}}],
+    },
+    "strategy": {"maxSurge": 0, "maxUnavailable": 1},
+    "proxy": {
+        "tokens": [TOKEN],
+        "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+        "nodeSelector": {"edge": "yes"},
+        "tolerations": [{"key": "edge", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+    },
 }
-CUSTOM = {"ServiceMonitor", "PrometheusRule"}
+CUSTOM = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
 """Kinds whose schema is not Kubernetes' own."""
 
 
@@ -164,8 +174,24 @@ def test_only_the_proxy_and_the_monitoring_reach_a_server() -> None:
     assert calls["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "proxy"
     assert [port["port"] for port in metrics["ports"]] == ["metrics"]
     assert policy["egress"] == []
-    traced = render(EVERYTHING)["NetworkPolicy", "r-triton-sam3"]["spec"]
-    assert 4318 in [port["port"] for port in traced["egress"][0]["ports"]]
+    calls, metrics = render()["NetworkPolicy", "r-triton-sam3-proxy"]["spec"]["ingress"]
+    assert [port["port"] for port in calls["ports"]] == ["https"]
+    assert [port["port"] for port in metrics["ports"]] == ["metrics"]
+
+
+def test_pods_reach_dns_and_traces_and_nothing_else() -> None:
+    (servers, dns) = render()["NetworkPolicy", "r-triton-sam3-proxy"]["spec"]["egress"]
+    assert "to" in servers
+    assert "to" not in dns
+    assert {port["port"] for port in dns["ports"]} == {53, 5353}  # OpenShift's pods listen on 5353
+    for name in ("r-triton-sam3", "r-triton-sam3-proxy"):
+        for rule in render(EVERYTHING)["NetworkPolicy", name]["spec"]["egress"]:
+            assert rule["to"]
+    dns, traces = render(EVERYTHING)["NetworkPolicy", "r-triton-sam3"]["spec"]["egress"]
+    peers = EVERYTHING["networkPolicy"]
+    assert isinstance(peers, dict)
+    assert (dns["to"], traces["to"]) == (peers["dns"], peers["collector"])
+    assert [port["port"] for port in traces["ports"]] == [4318]
 
 
 def test_rules_are_those_that_are_tested() -> None:
@@ -189,11 +215,92 @@ def test_envoy_accepts_the_rendered_configuration(
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(("servers", "proxies", "expected"), [(2, 2, 2), (6, 2, 6), (1, 4, 1)])
-def test_every_proxy_has_its_share_of_new_images(servers: int, proxies: int, expected: int) -> None:
-    values = {"replicas": servers, "proxy": {"tokens": [TOKEN], "replicas": proxies}}
+def envoy(values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The proxy's configuration."""
     text = render(values)["Secret", "r-triton-sam3-proxy"]["stringData"]["envoy.yaml"]
-    for cluster in json.loads(text)["static_resources"]["clusters"]:
-        images, clicks = cluster["circuit_breakers"]["thresholds"]
-        assert (images["priority"], images["max_requests"]) == ("DEFAULT", expected)
-        assert (clicks["priority"], clicks["max_requests"]) == ("HIGH", 256)
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "proxies", "images", "clicks"),
+    [
+        ({"replicas": 2}, 2, 2, 128),
+        ({"replicas": 6}, 2, 6, 384),
+        ({"replicas": 1}, 4, 1, 32),
+        # Fewer would keep the autoscaler from ever seeing that more is asked for.
+        ({"replicas": 2, "autoscaling": {"enabled": True, "maxReplicas": 6}}, 2, 6, 384),
+    ],
+)
+def test_every_proxy_has_its_share_of_what_may_be_under_way(
+    values: dict[str, Any], proxies: int, images: int, clicks: int
+) -> None:
+    config = envoy({**values, "proxy": {"tokens": [TOKEN], "replicas": proxies}})
+    admin, *clusters = config["static_resources"]["clusters"]
+    assert "circuit_breakers" not in admin
+    for cluster in clusters:
+        thresholds = cluster["circuit_breakers"]["thresholds"]
+        found = [(one["priority"], one["max_requests"]) for one in thresholds]
+        assert found == [("DEFAULT", images), ("HIGH", clicks)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [("4Gi", 2**32), ("900M", 900 * 10**6), ("1073741824", 2**30)]
+)
+def test_envoys_heap_is_within_the_pods_memory(limit: str, size: int) -> None:
+    proxy = {"tokens": [TOKEN], "resources": {"limits": {"memory": limit}}}
+    heap, _ = envoy({"proxy": proxy})["overload_manager"]["resource_monitors"]
+    assert heap["typed_config"]["max_heap_size_bytes"] == size * 80 // 100
+
+
+def test_the_file_is_that_of_one_server_and_one_proxy() -> None:
+    written = json.dumps(yaml.safe_load((CHART / "files" / "envoy.yaml").read_text()))
+    rendered = json.dumps(envoy({"replicas": 1, "proxy": {"tokens": [TOKEN], "replicas": 1}}))
+    rendered = rendered.replace("r-triton-sam3-servers", "triton")
+    rendered = rendered.replace(TOKEN, "REPLACE-BY-A-LONG-RANDOM-TOKEN")
+    assert json.loads(rendered) == json.loads(written)
+
+
+def test_a_new_server_is_found_before_the_old_one_ends() -> None:
+    """Endpoints within 2 s, and two caches between them and Envoy, each for the record's 5 s."""
+    (container,) = server(render())["containers"]
+    for cluster in envoy()["static_resources"]["clusters"][1:]:
+        (check,) = cluster["health_checks"]
+        looks = (cluster["dns_refresh_rate"], check["interval"], check["timeout"])
+        seconds = sum(int(look.removesuffix("s")) for look in looks)
+        assert parse(container["args"]).drain_seconds > 2 + 2 * 5 + seconds
+
+
+def test_a_rollout_without_a_spare_gpu_is_a_value() -> None:
+    for values, expected in (
+        (None, {"maxSurge": 1, "maxUnavailable": 0}),
+        (EVERYTHING, {"maxSurge": 0, "maxUnavailable": 1}),
+    ):
+        strategy = render(values)["Deployment", "r-triton-sam3"]["spec"]["strategy"]
+        assert strategy == {"type": "RollingUpdate", "rollingUpdate": expected}
+
+
+def test_proxies_are_scheduled_and_watched_as_servers_are() -> None:
+    objects = render(EVERYTHING)
+    deployment = objects["Deployment", "r-triton-sam3-proxy"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    pod = deployment["template"]["spec"]
+    given = EVERYTHING["proxy"]
+    assert isinstance(given, dict)
+    for name in ("nodeSelector", "tolerations", "affinity"):
+        assert pod[name] == given[name]
+    assert pod["imagePullSecrets"] == EVERYTHING["imagePullSecrets"]
+    (spread,) = pod["topologySpreadConstraints"]
+    budget = objects["PodDisruptionBudget", "r-triton-sam3-proxy"]["spec"]
+    monitor = objects["PodMonitor", "r-triton-sam3-proxy"]["spec"]
+    for selector in (spread["labelSelector"], budget["selector"], monitor["selector"]):
+        assert selector["matchLabels"].items() <= labels.items()
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    listening = {
+        listener["name"]: listener["address"]["socket_address"]["port_value"]
+        for listener in envoy(EVERYTHING)["static_resources"]["listeners"]
+    }
+    assert ports == {"https": listening["sam3"], "metrics": listening["metrics"]}
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] == "metrics"

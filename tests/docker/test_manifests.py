@@ -95,10 +95,6 @@ def test_proxies_know_which_models_are_for_clients() -> None:
     for found in (nginx[1], "|".join(envoy)):
         served = {name for name in models if re.fullmatch(found, f"/v2/models/{name}/infer")}
         assert served == models - internal
-    ingress = render({"proxy": {"enabled": False}, "ingress": {"enabled": True}})
-    (rule,) = ingress["Ingress", "r-triton-sam3-http"]["spec"]["rules"]
-    paths = {path["path"].rpartition("/")[2] for path in rule["http"]["paths"]}
-    assert paths - {"health"} == models - internal
 
 
 def test_the_image_understands_its_own_command() -> None:

@@ -76,3 +76,22 @@ exec:
 periodSeconds: {{ .probes.periodSeconds }}
 timeoutSeconds: {{ add .probes.timeoutSeconds 5 }}
 {{- end -}}
+
+{{/* A quantity of memory, such as 4Gi, in bytes. */}}
+{{- define "triton-sam3.bytes" -}}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 -}}
+{{- $number := regexFind "^[0-9]+" . -}}
+{{- mul ($number | int64) (index $units (trimPrefix $number .)) -}}
+{{- end -}}
+
+{{/* A policy sees the pod's port, not the service's: OpenShift's DNS listens on 5353. */}}
+{{- define "triton-sam3.egressToDns" -}}
+- {{- with .Values.networkPolicy.dns }}
+  to: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  ports:
+    - {protocol: UDP, port: 53}
+    - {protocol: TCP, port: 53}
+    - {protocol: UDP, port: 5353}
+    - {protocol: TCP, port: 5353}
+{{- end -}}

