@@ -16,5 +16,5 @@ def mark(path: Path) -> None:
 
 
 def remaining(path: Path, seconds: float) -> float:
-    """Seconds still to wait until the mark is `seconds` old."""
-    return max(0.0, path.stat().st_mtime + seconds - time.time())
+    """Seconds still to wait until the mark is `seconds` old, whatever the clock does meanwhile."""
+    return min(seconds, max(0.0, path.stat().st_mtime + seconds - time.time()))

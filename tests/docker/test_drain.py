@@ -1,5 +1,6 @@
 """The mark of a server that is taken out of service."""
 
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def test_the_second_who_waits_waits_only_for_the_rest(tmp_path: Path) -> None:
     assert mark.stat().st_mtime_ns == first
     assert 0 < drain.remaining(mark, 60) <= 60
     assert drain.remaining(mark, 0) == 0
+
+
+def test_a_clock_that_steps_back_prolongs_nothing(tmp_path: Path) -> None:
+    mark = tmp_path / "draining"
+    drain.mark(mark)
+    made_later = time.time() + 3600
+    os.utime(mark, (made_later, made_later))
+    assert drain.remaining(mark, 5) == 5
 
 
 def test_the_hook_returns_when_proxies_had_their_time(tmp_path: Path) -> None:
