@@ -3,6 +3,8 @@
     request ─► arrays copied into a region ─► server told where they are ─► region back in the pool
                   made once: create ─► register ─► unlink; from then on the mapping alone holds it
 
+A region is free, busy with a request, or lost: without an answer, the server may still read it.
+
 Nothing outlives its users. A region's file exists only from creation to registration, so a crash
 leaves none behind but in that instant; what the server still has mapped for a dead process, and a
 file of that instant, is swept by the next client, which knows its owner from the name.
@@ -48,9 +50,10 @@ class SharedMemory:
         check_available(kind)
         self._kind = kind
         self._free: list[Region] = []
+        self._busy: list[Region] = []
         self._lost: list[Region] = []
         self._guard = threading.Lock()
-        self._alive = 0
+        self._closed = False
         self._swept = False
 
     def send(self, request: Infer, retries: Retries) -> Flow[Any]:
@@ -80,102 +83,125 @@ class SharedMemory:
             raise
         finally:
             # Without an answer the server may still be reading: the region is not used again.
-            with self._guard:
-                (self._free if answered else self._lost).append(region)
+            self._put_back(region, self._free if answered else self._lost)
 
     def _take(self, size: int, retries: Retries) -> Flow[Region | None]:
         """A region of at least `size` bytes; None where there is no more memory to share."""
+        region = self._reuse(size)
+        if region is None:
+            yield from self._clean_up(retries)
+            region = self._make(_grains(size))
+            if region is not None:
+                yield from self._register(region, retries)
+        return region
+
+    def _reuse(self, size: int) -> Region | None:
         with self._guard:
             for index, region in enumerate(self._free):
-                if region.size >= size:
+                if region.size >= size and not self._closed:
+                    self._busy.append(region)
                     return self._free.pop(index)
-        yield from self._clean_up(retries)
+        return None
+
+    def _make(self, size: int) -> Region | None:
         with self._guard:
-            if self._alive >= _MOST_REGIONS:
+            alive = len(self._free) + len(self._busy) + len(self._lost)
+            if self._closed or alive >= _MOST_REGIONS:
                 return None
-            self._alive += 1
-        made: Region | None = None
+            try:
+                region = make_region(self._kind, size)
+            except OSError as error:
+                _log.warning("no shared memory (%s): sending the image in the request", error)
+                return None
+            self._busy.append(region)
+            return region
+
+    def _register(self, region: Region, retries: Retries) -> Flow[None]:
         try:
-            made = yield from self._make(_grains(size), retries)
-        finally:
-            if made is None:
-                self._count_down()
-        return made
+            yield from retries.send(region.register())
+            region.registered()
+        except BaseException as error:
+            # The server may have it all the same, unless it has said that it does not.
+            self._put_back(region, self._lost)
+            if isinstance(error, SAM3Error) and not isinstance(error, TransportError):
+                raise _not_shared(self._kind, error) from error
+            raise
+
+    def _put_back(self, region: Region, place: list[Region]) -> None:
+        with self._guard:
+            if region in self._busy:
+                self._busy.remove(region)
+                place.append(region)
+                return
+        region.close()  # closing has given it up
 
     def _forsake_all(self) -> None:
         """A server that lost one region has lost them all."""
         with self._guard:
             self._lost += self._free
-            self._free = []
-
-    def _count_down(self) -> None:
-        with self._guard:
-            self._alive -= 1
-
-    def _make(self, size: int, retries: Retries) -> Flow[Region | None]:
-        try:
-            region = make_region(self._kind, size)
-        except OSError as error:
-            _log.warning("no shared memory (%s): sending the image in the request", error)
-            return None
-        try:
-            yield from retries.send(region.register())
-            region.registered()
-        except BaseException as error:
-            region.close()
-            if isinstance(error, SAM3Error) and not isinstance(error, TransportError):
-                raise _not_shared(self._kind, error) from error
-            raise
-        return region
+            self._free.clear()
 
     def _clean_up(self, retries: Retries) -> Flow[None]:
         """Let go of regions that went without an answer, and once of those of dead processes."""
-        for _ in range(len(self._lost)):
-            with self._guard:  # one at a time: a caller who gives up midway forgets none
-                region = self._lost.pop(0) if self._lost else None
-            if region and not (yield from self._forget(region, retries)):
-                with self._guard:
-                    self._lost.append(region)
+        yield from self._forget_lost(retries)
         with self._guard:
             sweep, self._swept = not self._swept, True
         if sweep:
             yield from _sweep(self._kind, retries)
 
     def close(self, retries: Retries) -> Flow[None]:
-        """Take every region back from the server and free it."""
-        with self._guard:
-            regions = self._free + self._lost
-            self._free, self._lost = [], []
-        end = retries.clock() + _FAREWELL
-        for region in regions:
-            while not (yield from self._forget(region, retries)):
-                if retries.clock() >= end:
-                    _log.debug("region %s is left to be swept: still in use", region.name)
-                    self._release(region)
-                    break
-                yield Sleep(_STILL_READING)
+        """Take every region back from the server and free it.
 
-    def _forget(self, region: Region, retries: Retries) -> Flow[bool]:
-        """Unregister and free, unless the server still uses the region: then False.
-
-        A server that is gone has forgotten the region by itself.
+        Requests under way are waited for, but not for ever; what they use is then left to them.
         """
+        self._closed = True
+        end = retries.clock() + _FAREWELL
+        while True:
+            self._forsake_all()
+            yield from self._forget_lost(retries)
+            if not (self._lost or self._busy):
+                return
+            if retries.clock() >= end:
+                break
+            yield Sleep(_STILL_READING)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Free what the server still uses; a busy region is freed by its request."""
+        with self._guard:
+            lost, self._lost = self._lost, []
+            self._busy.clear()
+        for region in lost:
+            _log.debug("region %s is left to be swept: still in use", region.name)
+            region.close()
+
+    def _forget_lost(self, retries: Retries) -> Flow[None]:
+        """Unregister and free the lost regions, but for those that the server still uses."""
+        for _ in range(len(self._lost)):
+            with self._guard:  # one at a time: a caller who gives up midway forgets none
+                region = self._lost.pop(0) if self._lost else None
+            if region is None:
+                return
+            gone = False
+            try:
+                gone = yield from self._unregister(region, retries)
+            finally:
+                if gone:
+                    region.close()
+                else:
+                    with self._guard:
+                        self._lost.append(region)
+
+    def _unregister(self, region: Region, retries: Retries) -> Flow[bool]:
+        """Whether the server let go of the region; one that is gone has, by itself."""
         brief = replace(retries, attempts=0, timeout=min(retries.timeout, _FAREWELL))
-        in_use = False
         try:
             yield from brief.send(region.unregister())
         except RegionInUse:
-            in_use = True
+            return False
         except SAM3Error as error:
             _log.debug("region %s is left to be swept: %s", region.name, error)
-        finally:
-            if not in_use:
-                self._release(region)
-        return not in_use
-
-    def _release(self, region: Region) -> None:
-        region.close()
-        self._count_down()
+        return True
 
 
 def _not_shared(kind: str, error: SAM3Error) -> TransportError:

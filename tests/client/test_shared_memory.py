@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import resource
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -23,7 +25,7 @@ from triton_sam3 import (
     SAM3Error,
     TransportError,
 )
-from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query
+from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
 from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
@@ -127,6 +129,24 @@ def test_a_region_in_use_is_waited_for(url: str, coins: Pixels, server: TritonSe
     assert regions(server) == []
 
 
+def test_closing_takes_back_what_requests_under_way_use(
+    url: str, coins: Pixels, server: TritonServer
+) -> None:
+    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
+    client = Client(url, shared_memory="system")
+    with ThreadPoolExecutor(2) as pool:
+        images = (coins, coins[::-1].copy())
+        asked = [pool.submit(client.segment, image, boxes=boxes) for image in images]
+        until = time.monotonic() + 30
+        while not regions(server) and time.monotonic() < until:
+            time.sleep(0.002)
+        client.close()
+        assert regions(server) == []
+    for answer in asked:
+        error = answer.exception()
+        assert error is None or "is closed" in str(error)
+
+
 def test_a_restarted_server_gets_new_regions(own_server: TritonServer, fresh: Fresh) -> None:
     with Client(own_server.grpc_url, shared_memory="system") as client:
         image = fresh()
@@ -187,7 +207,7 @@ def an_image(memory: SharedMemory) -> Flow[Any]:
     return memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0, 9.0))
 
 
-def answering(error: SAM3Error | None, to: str = "infer") -> Callable[[Infer | Query], Any]:
+def answering(error: BaseException | None, to: str = "infer") -> Callable[[Infer | Query], Any]:
     """Inferences, or else the calls whose names begin with `to`, fail with `error`."""
 
     def answer(request: Infer | Query) -> Any:
@@ -241,6 +261,44 @@ def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
         memory.close(retries), answering(RegionInUse("still in use"), to="unregister")
     )
     assert 1 < closing.count(unregistering(region)) < 10
+
+
+@pytest.mark.parametrize("error", [DeadlineExceeded("late"), KeyboardInterrupt()])
+def test_a_region_whose_registration_is_given_up_is_taken_back(error: BaseException) -> None:
+    memory = SharedMemory("system")
+    with suppress(KeyboardInterrupt):
+        by_hand(an_image(memory), answering(error, to="register"))
+    (name,) = files()
+    assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(name)]
+
+
+def test_a_region_whose_taking_back_is_given_up_is_taken_back_later() -> None:
+    memory = SharedMemory("system")
+    region = region_of(by_hand(an_image(memory), answering(None)))
+    with suppress(KeyboardInterrupt):
+        by_hand(memory.close(Retries(0, 9.0)), answering(KeyboardInterrupt(), to="unregister"))
+    assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(region)]
+
+
+def test_closing_waits_for_a_request_under_way_and_hands_nothing_out() -> None:
+    memory = SharedMemory("system")
+    busy = an_image(memory)
+    step = next(busy)
+    while not (isinstance(step, Call) and isinstance(step.request, Infer)):
+        step = busy.send({})
+    region = region_of([step.request])
+    closing = memory.close(Retries(0, 9.0))
+    assert isinstance(next(closing), Sleep)
+    later = by_hand(an_image(memory), answering(None))
+    assert [type(request) for request in later] == [Infer]
+    assert isinstance(later[0].inputs["image"], np.ndarray)  # type: ignore[union-attr]
+    with pytest.raises(StopIteration):
+        busy.send({})
+    taking_back = closing.send(None)
+    assert isinstance(taking_back, Call)
+    assert taking_back.request == unregistering(region)
+    with pytest.raises(StopIteration):
+        closing.send({})
 
 
 def test_one_region_in_use_does_not_end_the_sweep() -> None:
