@@ -1,6 +1,7 @@
 """The asyncio client: awaits the same flows that `Client` performs."""
 
 import asyncio
+import os
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -25,7 +26,7 @@ from .results import Segmentation
 from .retry import Retries
 from .status import ServerStatus, status
 from .steps import perform_async
-from .transports import AsyncTransport, closed, open_async_transport
+from .transports import AsyncTransport, closed, forked, open_async_transport
 from .view import Session
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class AsyncClient:
             Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
         )
         self._transport: AsyncTransport | None = None
+        self._process = os.getpid()
         self._closed = False
 
     async def segment(
@@ -113,7 +115,7 @@ class AsyncClient:
     async def close(self) -> None:
         """See `Client.close`."""
         already, self._closed = self._closed, True
-        if self._transport is None or already:
+        if self._transport is None or already or os.getpid() != self._process:
             return
         try:
             await perform_async(self._engine.close(), self._transport)
@@ -134,6 +136,8 @@ class AsyncClient:
     async def _run(self, flow: Flow[T]) -> T:
         if self._closed:
             raise closed(self.url)
+        if os.getpid() != self._process:
+            raise forked(self.url)
         if self._transport is None:  # made here, inside the event loop it belongs to
             self._transport = open_async_transport(self._endpoint, self._headers)
         return await perform_async(flow, self._transport)

@@ -1,5 +1,6 @@
 """The blocking client: performs the engine's flows step by step."""
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from .results import Segmentation
 from .retry import Retries
 from .status import ServerStatus, status
 from .steps import perform
-from .transports import Transport, closed, open_transport
+from .transports import Transport, closed, forked, open_transport
 from .view import Session, View
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 class Client:
     """A connection to a Triton server that serves `sam3_interactive`. Safe to use from threads.
+
+    Belongs to the process that made it: after a fork, make one in the child.
 
     url: ``grpc://host:8001``, ``http://host:8000[/path]``, or ``grpcs://`` and ``https://`` for
         TLS. Nothing is sent before the first call.
@@ -62,8 +65,11 @@ class Client:
             Retries(retries, timeout), remember_images, shared_memory, threading.Lock
         )
         self._transport = open_transport(endpoint, headers or {})
+        self._process = os.getpid()
         # Also when a client is dropped unclosed, and at the latest when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._engine, self._transport)
+        self._finalizer = weakref.finalize(
+            self, _close, self._engine, self._transport, self._process
+        )
 
     def segment(
         self,
@@ -153,11 +159,15 @@ class Client:
     def _run(self, flow: Flow[T]) -> T:
         if not self._finalizer.alive:
             raise closed(self.url)
+        if os.getpid() != self._process:
+            raise forked(self.url)
         return perform(flow, self._transport)
 
 
-def _close(engine: Engine, transport: Transport) -> None:
+def _close(engine: Engine, transport: Transport, process: int) -> None:
     """Knows nothing of the client, so that it may be gone already."""
+    if os.getpid() != process:  # in a forked child all of it is the parent's
+        return
     try:
         perform(engine.close(), transport)
     finally:

@@ -63,10 +63,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Call:
-    """Send `request`, giving up `timeout` seconds later."""
+    """Send `request`, giving up `timeout` seconds later; earlier tries took `spent` seconds."""
 
     request: Infer | Query
     timeout: float
+    spent: float = 0.0
 
 
 @dataclass(frozen=True)

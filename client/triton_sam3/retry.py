@@ -1,6 +1,8 @@
 """When a request is sent again. Every request may be: none changes what another one answers."""
 
+import numbers
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ class Retries:
     The pause before try n is drawn evenly from the upper half of `base` * 2^n seconds, at most
     `cap`: many clients that lost the same server do not come back at the same moment, and no draw
     spends all tries on the first moment of an outage: four by default last 1.9 s at least.
+
+    Raises ValueError for a `timeout` that is no finite number of seconds above 0.
     """
 
     attempts: int
@@ -30,12 +34,21 @@ class Retries:
     clock: Callable[[], float] = time.monotonic
     uniform: Callable[[float, float], float] = random.uniform
 
+    def __post_init__(self) -> None:
+        real = isinstance(self.timeout, numbers.Real)
+        if not real or not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"timeout must be a finite number of seconds above 0, got {self.timeout!r}"
+            )
+
     def send(self, request: Infer | Query) -> Flow[Any]:
         """Send `request`, again where that is safe, until `timeout` seconds from now."""
-        deadline = self.clock() + self.timeout
+        started = self.clock()
+        deadline = started + self.timeout
         for attempt in count():
+            now = self.clock()
             try:
-                return (yield Call(request, max(deadline - self.clock(), 0.0)))
+                return (yield Call(request, max(deadline - now, 0.0), now - started))
             except RETRYABLE:
                 longest = min(self.cap, self.base * 2**attempt)
                 pause = self.uniform(longest / 2, longest)

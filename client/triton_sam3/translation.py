@@ -18,14 +18,6 @@ from .errors import (
     ServerUnreachable,
 )
 
-TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (
-    InferenceServerException,
-    OSError,
-    aiohttp.ClientError,
-    asyncio.TimeoutError,
-    TimeoutError,
-)
-
 _GRPC = "StatusCode."
 _KINDS: dict[str, type[SAM3Error]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -35,6 +27,7 @@ _KINDS: dict[str, type[SAM3Error]] = {
     "422": InvalidRequest,
     "RESOURCE_EXHAUSTED": Overloaded,
     "429": Overloaded,
+    "CANCELLED": ServerUnreachable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "504": DeadlineExceeded,
     "UNAVAILABLE": ServerUnreachable,
@@ -61,6 +54,9 @@ _REMEDIES: dict[str | type[SAM3Error], str] = {
     Overloaded: "; the server is busy: try again later, or send less at a time",
     ModelUnavailable: "; check `triton-sam3 status` and the server's log",
 }
+_OWN_DEADLINE = "Deadline Exceeded"
+"""How gRPC speaks of the deadline it was given here; another one's limit comes in other words."""
+
 _NOT_JSON = "an exception occurred in the client while decoding the response"
 """How tritonclient speaks of the page of a proxy."""
 
@@ -80,16 +76,21 @@ class RegionInUse(ServerError):
     """
 
 
-def translate(error: BaseException, url: str, timeout: float) -> SAM3Error:
-    """The error a caller sees for `error`, raised by a call to `url` limited to `timeout` s."""
+def translate(error: Exception, url: str, waited: float) -> SAM3Error:
+    """The error a caller sees for `error`, raised by a request to `url` after `waited` seconds."""
     if isinstance(error, InferenceServerException):
-        return _from_server(error, url, timeout)
+        return _from_server(error, url, waited)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
-        return _deadline(url, timeout)
-    return _unreachable(url, str(error) or type(error).__name__)
+        return _deadline(url, waited)
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, (OSError, aiohttp.ClientError)):
+        return _unreachable(url, str(error) or reason)
+    return ServerError(
+        f"{url} does not answer as Triton does ({reason}); does the port speak {_scheme(url)}?"
+    )
 
 
-def _from_server(error: InferenceServerException, url: str, timeout: float) -> SAM3Error:
+def _from_server(error: InferenceServerException, url: str, waited: float) -> SAM3Error:
     status = str(error.status() or "").removeprefix(_GRPC)
     text = _WRAPPING.sub("", str(error.message() or "no reason given"))
     if text.startswith(_NOT_JSON):
@@ -98,7 +99,7 @@ def _from_server(error: InferenceServerException, url: str, timeout: float) -> S
     if _NO_SHARED_MEMORY.search(text):  # Triton names the region, which is nobody's business
         text = "the server's /dev/shm is full; whoever runs it can give it more (--shm-size)"
     if kind is DeadlineExceeded:
-        return _deadline(url, timeout)
+        return _deadline(url, waited, "" if text == _OWN_DEADLINE else text)
     if kind is ServerUnreachable:
         return _unreachable(url, text)
     if kind is ServerError and status in _REFUSED:
@@ -124,12 +125,21 @@ def _kind(status: str, text: str) -> type[SAM3Error]:
 def _unreachable(url: str, reason: str) -> ServerUnreachable:
     return ServerUnreachable(
         f"no answer from {url}: {reason}; is the server running there, and does the port speak "
-        f"{url.split(':', 1)[0]}?"
+        f"{_scheme(url)}?"
     )
 
 
-def _deadline(url: str, timeout: float) -> DeadlineExceeded:
+def _deadline(url: str, waited: float, said: str = "") -> DeadlineExceeded:
+    if said:
+        return DeadlineExceeded(
+            f"{url} gave up after {waited:.3g} s: {said}; the limit is the server's or a proxy's, "
+            "not this client's timeout"
+        )
     return DeadlineExceeded(
-        f"{url} did not answer within {timeout:.3g} s; the server is slow or overloaded, or give "
+        f"{url} did not answer within {waited:.3g} s; the server is slow or overloaded, or give "
         "the client a longer timeout"
     )
+
+
+def _scheme(url: str) -> str:
+    return url.split(":", 1)[0]

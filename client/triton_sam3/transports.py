@@ -2,11 +2,18 @@
 
 Each wraps one of tritonclient's clients and keeps its connections open between calls. A call is
 an `Infer` or a `Query` value with its deadline; the answer is arrays by name or plain JSON.
+Closing a transport ends the calls under way in other threads and tasks: each says that the client
+is closed.
 """
 
 import asyncio
+import ctypes
+import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -18,9 +25,9 @@ import tritonclient.http.aio as triton_http_aio
 from .contract import TENSORS
 from .deadline import timeout
 from .endpoint import Endpoint
-from .errors import TransportError
+from .errors import SAM3Error, TransportError
 from .flow import Array, Call, Infer, InSharedMemory, Query
-from .translation import TRANSPORT_ERRORS, translate
+from .translation import translate
 
 _LARGEST_MESSAGE = 2**31 - 1
 _GRPC_OPTIONS = [
@@ -30,6 +37,8 @@ _GRPC_OPTIONS = [
     # (Not the *min* backoff: it bounds how long a connection may take to come about.)
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # As over HTTP: the environment's http_proxy would be asked for a server on this very host too.
+    ("grpc.enable_http_proxy", 0),
 ]
 _HTTP_CONNECTIONS = 100
 
@@ -65,51 +74,142 @@ def closed(url: str) -> TransportError:
     return TransportError(f"this client of {url} is closed; make a new one")
 
 
-class GrpcTransport:
+def forked(url: str) -> TransportError:
+    """What a client says in a process that inherited it."""
+    return TransportError(f"this client of {url} was made before a fork; make one in each process")
+
+
+_living: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def _keep_inherited() -> None:
+    """In a forked child: the parent's transports are never destroyed.
+
+    aiohttp's destructors would take the parent's sockets off the epoll that both processes share,
+    and gRPC's would wait for threads that are not here. A module's own reference would not do: the
+    interpreter drops it as it exits.
+    """
+    for transport in _living:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(transport))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
+class _Endable:
+    """What the transports share: the URL to name in errors, and whether they are closed."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._url = endpoint.url
+        self._closed = False
+        _living.add(self)
+
+    def _failure(self, error: Exception, call: Call, started: float) -> SAM3Error:
+        """The error a caller sees for `error`, raised by a call begun at `started`."""
+        if self._closed:
+            return closed(self._url)
+        return translate(error, self._url, call.spent + time.monotonic() - started)
+
+
+class GrpcTransport(_Endable):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
-        self._url, self._headers = endpoint.url, _lower(headers)
+        super().__init__(endpoint)
+        self._headers = _lower(headers)
         self._client = _grpc_client(triton_grpc, endpoint)
 
     def call(self, call: Call) -> Any:
-        request = call.request
+        started = time.monotonic()
         try:
-            if isinstance(request, Infer):
-                arguments = _infer_arguments(triton_grpc, request, self._headers)
-                result = self._client.infer(**arguments, client_timeout=call.timeout)
-                return _arrays(result, request)
-            method, arguments = _grpc_query(self._client, request, self._headers)
-            return method(*request.args, **arguments, client_timeout=call.timeout)
-        except TRANSPORT_ERRORS as error:
-            raise translate(error, self._url, call.timeout) from error
+            return self._send(call)
+        except Exception as error:
+            raise self._failure(error, call, started) from error
+
+    def _send(self, call: Call) -> Any:
+        request = call.request
+        if isinstance(request, Infer):
+            arguments = _infer_arguments(triton_grpc, request, self._headers)
+            return _arrays(self._client.infer(**arguments, client_timeout=call.timeout), request)
+        method, arguments = _grpc_query(self._client, request, self._headers)
+        return method(*request.args, **arguments, client_timeout=call.timeout)
 
     def close(self) -> None:
+        self._closed = True
         self._client.close()
 
 
-class AsyncGrpcTransport:
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
-        self._url, self._headers = endpoint.url, _lower(headers)
-        self._client = _grpc_client(triton_grpc_aio, endpoint)
+class _AsyncEndable(_Endable):
+    """The awaitable transports: each call is a task of its own, which closing ends.
+
+    gRPC cancels whoever awaits a call on a channel that is closed; the caller's own task would
+    look as if somebody had cancelled it.
+    """
+
+    _client: Any
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     async def call(self, call: Call) -> Any:
-        request = call.request
+        if self._closed:
+            raise closed(self._url)
+        started = time.monotonic()
         try:
-            if isinstance(request, Infer):
-                arguments = _infer_arguments(triton_grpc, request, self._headers)
-                result = await self._client.infer(**arguments, client_timeout=call.timeout)
-                return _arrays(result, request)
-            method, arguments = _grpc_query(self._client, request, self._headers)
-            return await method(*request.args, **arguments, client_timeout=call.timeout)
-        except TRANSPORT_ERRORS as error:
-            raise translate(error, self._url, call.timeout) from error
+            return await self._apart(self._send(call))
+        except Exception as error:
+            raise self._failure(error, call, started) from error
+
+    async def _apart(self, work: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.ensure_future(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._done)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()  # does nothing to one that is done
+        if task.cancelled():
+            raise ConnectionError("the call was cancelled on its way")
+        return task.result()
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at here: a cancelled caller will not
+
+    async def _send(self, call: Call) -> Any:
+        raise NotImplementedError
 
     async def close(self) -> None:
+        self._closed = True
+        if self._under_way:
+            for task in self._under_way:
+                task.cancel()
+            await asyncio.wait(self._under_way)
         await self._client.close()
 
 
-class AsyncHttpTransport:
+class AsyncGrpcTransport(_AsyncEndable):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
-        self._url, self._headers = endpoint.url, dict(headers)
+        super().__init__(endpoint)
+        self._headers = _lower(headers)
+        self._client = _grpc_client(triton_grpc_aio, endpoint)
+
+    async def _send(self, call: Call) -> Any:
+        request = call.request
+        if isinstance(request, Infer):
+            arguments = _infer_arguments(triton_grpc, request, self._headers)
+            return _arrays(
+                await self._client.infer(**arguments, client_timeout=call.timeout), request
+            )
+        method, arguments = _grpc_query(self._client, request, self._headers)
+        return await method(*request.args, **arguments, client_timeout=call.timeout)
+
+
+class AsyncHttpTransport(_AsyncEndable):
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+        super().__init__(endpoint)
+        self._headers = dict(headers)
         self._client = triton_http_aio.InferenceServerClient(
             endpoint.address,
             conn_limit=_HTTP_CONNECTIONS,
@@ -118,22 +218,14 @@ class AsyncHttpTransport:
             ssl_context=endpoint.tls.context() if endpoint.tls else None,
         )
 
-    async def call(self, call: Call) -> Any:
-        try:
-            async with timeout(call.timeout):
-                return await self._send(call.request)
-        except TRANSPORT_ERRORS as error:
-            raise translate(error, self._url, call.timeout) from error
-
-    async def _send(self, request: Infer | Query) -> Any:
-        if isinstance(request, Infer):
-            arguments = _infer_arguments(triton_http, request, self._headers)
-            return _arrays(await self._client.infer(**arguments), request)
-        method = getattr(self._client, request.method)
-        return await method(*request.args, headers=dict(self._headers))
-
-    async def close(self) -> None:
-        await self._client.close()
+    async def _send(self, call: Call) -> Any:
+        request = call.request
+        async with timeout(call.timeout):
+            if isinstance(request, Infer):
+                arguments = _infer_arguments(triton_http, request, self._headers)
+                return _arrays(await self._client.infer(**arguments), request)
+            method = getattr(self._client, request.method)
+            return _json(await method(*request.args, headers=dict(self._headers)), request)
 
 
 class HttpTransport:
@@ -144,38 +236,54 @@ class HttpTransport:
     """
 
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+        self._url = endpoint.url
+        self._closed = False
+        self._guard = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="triton-sam3-http", daemon=True
         )
         self._thread.start()
         try:
-            self._transport = self._run(_made(lambda: AsyncHttpTransport(endpoint, headers)))
+            made = self._submit(_made(lambda: AsyncHttpTransport(endpoint, headers)))
+            self._transport = _result(made)
         except BaseException:
             self._stop()
             raise
 
     def call(self, call: Call) -> Any:
-        return self._run(self._transport.call(call))
-
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C: nobody waits for the answer any more
-            raise
+        with self._guard:  # what the loop is given before it is told to end is answered
+            if self._closed:
+                raise closed(self._url)
+            future = self._submit(self._transport.call(call))
+        return _result(future)
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        self._run(self._transport.close())
-        self._stop()
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+            future = self._submit(self._transport.close())
+        try:
+            _result(future)
+        finally:
+            self._stop()
+
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _result(future: "Future[Any]") -> Any:
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # Ctrl-C: nobody waits for the answer any more
+        raise
 
 
 async def _made(make: Callable[[], AsyncHttpTransport]) -> AsyncHttpTransport:
@@ -229,6 +337,14 @@ def _input(module: ModuleType, name: str, value: Array | InSharedMemory) -> Any:
     else:
         tensor.set_data_from_numpy(value)
     return tensor
+
+
+def _json(answer: Any, query: Query) -> Any:
+    """The answer, if it is of the kind that the query's reader takes apart."""
+    kind = list if query.method.endswith("_shared_memory_status") else dict
+    if query.method.startswith("get_") and not isinstance(answer, kind):
+        raise TypeError(f"a {type(answer).__name__}, not a {kind.__name__}")
+    return answer
 
 
 def _arrays(result: Any, request: Infer) -> dict[str, Array]:

@@ -1,7 +1,9 @@
 """The asyncio client against the real server, over gRPC and HTTP."""
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import Callable
 
 import grpc  # type: ignore[import-untyped]
@@ -195,6 +197,52 @@ async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
     await client.close()
     with pytest.raises(TransportError, match="is closed"):
         await client.segment(coins, POINTS)
+
+
+async def test_closing_ends_what_other_tasks_have_under_way(url: str, coins: Pixels) -> None:
+    async def segment_on(client: AsyncClient) -> None:
+        while True:
+            await client.segment(coins, POINTS)
+
+    ended: list[BaseException | None] = []
+    for pause in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        client = AsyncClient(url, remember_images=0)
+        tasks = [asyncio.ensure_future(segment_on(client)) for _ in range(4)]
+        await asyncio.sleep(pause)
+        await client.close()
+        done, _ = await asyncio.wait(tasks, timeout=30)
+        assert not any(task.cancelled() for task in done)
+        ended += [task.exception() for task in done]
+    assert len(ended) == 24
+    assert {type(error) for error in ended} == {TransportError}
+    assert all("is closed" in str(error) for error in ended)
+
+
+async def test_a_task_cancelled_as_the_client_closes_is_cancelled(url: str, coins: Pixels) -> None:
+    client = AsyncClient(url)
+    task = asyncio.ensure_future(client.segment(coins, POINTS))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pixels) -> None:
+    async with AsyncClient(url) as client:
+        await client.segment(coins, POINTS)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            try:
+                await client.segment(coins, POINTS)
+            except TransportError as error:
+                await client.close()
+                os._exit(7 if "made before a fork" in str(error) else 1)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        await client.segment(coins[:100], POINTS)
 
 
 async def test_a_restarted_server_goes_unnoticed(own_server: TritonServer, coins: Pixels) -> None:

@@ -1,9 +1,13 @@
 """The blocking client against the real server, over gRPC and HTTP."""
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -223,3 +227,70 @@ def test_closing_ends_the_clients_threads(server: TritonServer, coins: Pixels) -
             client.segment(coins, POINTS)
         Client(server.http_url).segment(coins, POINTS)  # dropped, not closed
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("shared_memory", [None, "system"])
+def test_closing_ends_what_other_threads_have_under_way(
+    url: str, coins: Pixels, shared_memory: Literal["system"] | None
+) -> None:
+    ended: list[BaseException] = []
+
+    def segment_on(client: Client) -> None:
+        try:
+            while True:
+                client.segment(coins, POINTS)
+        except BaseException as error:
+            ended.append(error)
+
+    for pause in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        client = Client(url, shared_memory=shared_memory, remember_images=0)
+        threads = [
+            threading.Thread(target=segment_on, args=(client,), daemon=True) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(pause)
+        client.close()
+        for thread in threads:
+            thread.join(30)
+    assert len(ended) == 24
+    assert {type(error) for error in ended} == {TransportError}
+    assert all("is closed" in str(error) for error in ended)
+
+
+FORKING = """
+import os, signal, sys
+import numpy as np
+from triton_sam3 import Client, TransportError
+signal.alarm(60)
+image = np.zeros((50, 60, 3), np.uint8)
+client = Client({url!r}, shared_memory={shared_memory!r})
+client.segment(image, points=[(5, 5)])
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    try:
+        client.segment(image, points=[(5, 5)])
+    except TransportError as error:
+        print(error, flush=True)
+    {leave}
+    with Client({url!r}, shared_memory={shared_memory!r}) as own:
+        own.segment(image, points=[(5, 5)])
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+client.segment(image + 1, points=[(5, 5)])
+client.close()
+"""
+
+
+@pytest.mark.parametrize("leave", ["client.close()", "del client", "pass"])
+@pytest.mark.parametrize("shared_memory", [None, "system"])
+def test_a_forked_child_is_sent_to_a_client_of_its_own_and_harms_no_other(
+    url: str, shared_memory: str | None, leave: str
+) -> None:
+    script = FORKING.format(url=url, shared_memory=shared_memory, leave=leave)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=90
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"this client of {url} was made before a fork; make one in each")

@@ -144,6 +144,7 @@ def test_tries_share_one_deadline() -> None:
     retries = Retries(4, 10.0, base=1.0, cap=8.0, clock=clock, uniform=longest)
     _, calls, _ = drive(retries, clock, failing(ServerUnreachable, 3))
     assert [call.timeout for call in calls] == [10.0, 9.0, 7.0, 3.0]
+    assert [call.spent for call in calls] == [0.0, 1.0, 3.0, 7.0]
 
 
 def test_no_pause_goes_beyond_the_deadline() -> None:
@@ -152,3 +153,9 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
     with pytest.raises(ServerUnreachable):
         drive(retries, clock, failing(ServerUnreachable, 9))
     assert clock.now - 100.0 <= 2.5
+
+
+@pytest.mark.parametrize("timeout", [None, "9", 0, -1.0, float("inf"), float("nan"), 1e12])
+def test_a_timeout_is_a_finite_number_of_seconds(timeout: Any) -> None:
+    with pytest.raises(ValueError, match="finite number of seconds above 0, got"):
+        Retries(4, timeout)
