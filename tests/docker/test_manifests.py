@@ -103,9 +103,24 @@ def test_the_image_understands_its_own_command() -> None:
     args = parse(command)
     assert args.watch_seconds > 0  # Docker restarts what ends, not what is unhealthy
     (check,) = instruction("HEALTHCHECK")
-    asked = json.loads(check.partition("CMD ")[2])
+    options, _, asked_by = check.partition("CMD ")
+    asked = json.loads(asked_by)
+    patience = re.search(r"--start-period=(\d+)m ", options)
+    assert patience is not None
+    assert int(patience[1]) * 60 >= values()["probes"]["startupSeconds"]
     assert asked[:3] == entrypoint
     assert parse(asked[3:]).question == "live"
+
+
+def test_what_is_compiled_for_a_gpu_is_kept() -> None:
+    """NVIDIA's images set CUDA_CACHE_DISABLE."""
+    environment = dict(pair.split("=", 1) for pair in instruction("ENV")[0].split())
+    assert environment["CUDA_CACHE_DISABLE"] == "0"
+    triton = compose()["services"]["triton"]
+    volumes = [volume for volume in triton["volumes"] if isinstance(volume, str)]
+    assert any(
+        environment["CUDA_CACHE_PATH"].startswith(volume.split(":")[1] + "/") for volume in volumes
+    )
 
 
 def test_only_what_is_copied_reaches_the_build() -> None:
@@ -142,6 +157,12 @@ def test_compose_is_valid(tool: Callable[[str, str], Path]) -> None:
     check = tool("check-jsonschema", OPS)
     result = run([check, "--builtin-schema", "vendor.compose-spec", COMPOSE])
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def values() -> dict[str, Any]:
+    """The chart's defaults."""
+    loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return loaded
 
 
 def compose() -> dict[str, Any]:
