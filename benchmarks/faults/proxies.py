@@ -113,7 +113,8 @@ class Nginx(Proxy):
     def configure(self, servers: Sequence[Container]) -> None:
         text = (NGINX / "nginx.conf").read_text()
         text = text.replace("listen 8443 ", f"listen 127.0.0.1:{self.port} ")
-        text = text.replace("/tmp/", f"{self.folder}/")
+        for folder in ("/tmp/", "/etc/sam3/tls/", "/etc/sam3/tokens/"):
+            text = text.replace(folder, f"{self.folder}/")
         limit = re.search(r"limit_conn encodings (\d+);", text)
         assert limit is not None
         encodings = f"limit_conn encodings {int(limit[1]) * len(servers)};"
@@ -133,6 +134,10 @@ class Nginx(Proxy):
             path = self.folder / f"{protocol}_servers.conf"
             address = f"127.0.0.1:{getattr(server, f'{protocol}_port')} "
             path.write_text(path.read_text().replace(address, f"{address}down "))
+        self.reload()
+
+    def reload(self) -> None:
+        """Take what was changed in its files."""
         assert self._process is not None
         self._process.send_signal(signal.SIGHUP)
         time.sleep(1)  # old workers answer what they have taken

@@ -191,6 +191,29 @@ def test_compose_mounts_files_that_exist() -> None:
                 assert (DOCKER / source).exists(), source
 
 
+def test_nginx_sees_what_is_replaced() -> None:
+    """Of a single file a bind mount shows the one that lay there when the container was made."""
+    targets = []
+    for volume in compose()["services"]["proxy"]["volumes"]:
+        if isinstance(volume, dict):
+            assert "a folder with" in volume["source"]
+            targets.append(volume["target"])
+        else:
+            source, target, _ = volume.split(":")
+            assert (DOCKER / source).is_dir()
+            targets.append(target)
+    text = (DOCKER / "proxy" / "nginx.conf").read_text()
+    named = re.findall(r"^ +(?:include|ssl_certificate\w*) (\S+);", text, re.M)
+    folders = {str(Path("/etc/nginx", name).parent) for name in named}
+    assert folders == set(targets)
+
+
+def test_nginx_starts_anew_with_the_server() -> None:
+    """It looks an address up only once."""
+    needed = compose()["services"]["proxy"]["depends_on"]["triton"]
+    assert needed == {"condition": "service_healthy", "restart": True}
+
+
 def test_compose_gives_time_to_drain_and_room_for_shared_memory() -> None:
     triton = compose()["services"]["triton"]
     args = parse(json.loads(instruction("CMD")[-1]))

@@ -23,7 +23,7 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.faults.load import Caller, Kind, Load, questions
-from benchmarks.faults.proxies import TOKEN, Envoy, Nginx, Proxy
+from benchmarks.faults.proxies import TOKEN, Envoy, Nginx, Proxy, certify
 from tests.docker.harness import Container
 from triton_sam3 import Client, Overloaded, SAM3Error
 from triton_sam3.protocol import digest
@@ -158,6 +158,31 @@ def test_nobody_enters_without_a_token(proxy: Proxy) -> None:
         pytest.raises(SAM3Error),
     ):
         client.segment(pictures(1)[0], points=[(5, 5)])
+
+
+def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
+    servers: tuple[Container, Container],
+    certificate: Path,
+    tmp_path: Path,
+    tool: Callable[[str, str], Path],
+) -> None:
+    nginx = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
+    nginx.configure(servers)
+    new = {"authorization": "Bearer a-token-of-another-tenant"}
+    with nginx:
+        assert call(nginx, "/v2/health/ready", None, HEADERS) == 200
+        assert call(nginx, "/v2/health/ready", None, new) == 401
+        tokens = tmp_path / "tokens.conf"
+        replacement = tmp_path / "replacement"
+        replacement.write_text(f'"{new["authorization"]}" 1;\n')
+        replacement.replace(tokens)
+        (tmp_path / "later").mkdir()
+        certify(tool("openssl", "apt-get install openssl"), tmp_path / "later")
+        for name in ("tls.crt", "tls.key"):
+            (tmp_path / "later" / name).replace(tmp_path / name)
+        nginx.reload()
+        assert call(nginx, "/v2/health/ready", None, new) == 200  # the new certificate is trusted
+        assert call(nginx, "/v2/health/ready", None, HEADERS) == 401
 
 
 def test_nothing_but_segmentation_is_served(proxy: Proxy) -> None:
