@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from .endpoint import DEFAULT_URL, TLS, Endpoint
+from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
@@ -56,7 +56,7 @@ class AsyncClient:
         tls = TLS(root_certificates, private_key, certificate_chain)
         self._endpoint = Endpoint.parse(url, tls)
         self.url = self._endpoint.url
-        self._headers = dict(headers or {})
+        self._headers = checked_headers(headers)
         self._engine = Engine(
             Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from .endpoint import DEFAULT_URL, TLS, Endpoint
+from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
@@ -31,7 +31,8 @@ class Client:
     Belongs to the process that made it: after a fork, make one in the child.
 
     url: ``grpc://host:8001``, ``http://host:8000[/path]``, or ``grpcs://`` and ``https://`` for
-        TLS. Nothing is sent before the first call.
+        TLS. Nothing is sent before the first call. Proxies named in the environment, such as
+        http_proxy, are not used.
     headers: sent with every request, for example ``{"authorization": "Bearer …"}``.
     timeout: seconds a request may take, its retries included.
     retries: how often a request is sent again when the server cannot be reached or is busy.
@@ -39,10 +40,11 @@ class Client:
         instead of the connection, "cuda" through memory of the GPU they share.
     remember_images: how many images the client knows by content, so that asking about one again
         sends no pixels; 0 turns it off.
-    root_certificates, private_key, certificate_chain: PEM files for TLS.
+    root_certificates, private_key, certificate_chain: PEM files for TLS, the last two together.
+        Without the first the system's authorities are trusted, or those of SSL_CERT_FILE.
 
-    Raises ValueError for a URL it cannot read, and TransportError where this machine has no such
-    shared memory. Every method raises `SAM3Error`s only.
+    Raises ValueError for a URL, header, timeout or PEM file it cannot use, and TransportError where
+    this machine has no such shared memory. Every method raises `SAM3Error`s only.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Client:
         self._engine = Engine(
             Retries(retries, timeout), remember_images, shared_memory, threading.Lock
         )
-        self._transport = open_transport(endpoint, headers or {})
+        self._transport = open_transport(endpoint, checked_headers(headers))
         self._process = os.getpid()
         # Also when a client is dropped unclosed, and at the latest when the interpreter exits.
         self._finalizer = weakref.finalize(

@@ -1,6 +1,12 @@
-"""Where the server is: the URL's scheme picks the protocol and TLS."""
+"""Where the server is, and what goes with every request there.
 
+The URL's scheme picks the protocol and TLS; PEM files and headers are checked before anything is
+sent, because the protocol libraries abort the process over some of them.
+"""
+
+import re
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,12 +16,16 @@ _DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
 """Triton's own ports, and the usual one where a proxy ends TLS."""
 _PLAIN = ("grpc", "http")
 
+_HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", re.IGNORECASE)
+_HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
+"""What both protocols carry: gRPC keeps names that begin with grpc- or end in -bin for itself."""
+
 
 @dataclass(frozen=True)
 class TLS:
     """PEM files: the authorities to trust (default: the system's), and this client's identity.
 
-    ValueError names a file that is not there.
+    ValueError names a file that is not there, and says what is wrong with one that is.
     """
 
     root_certificates: str | Path | None = None
@@ -23,15 +33,39 @@ class TLS:
     certificate_chain: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for path in (self.root_certificates, self.private_key, self.certificate_chain):
-            if path is not None and not Path(path).is_file():
+        files = (self.root_certificates, self.private_key, self.certificate_chain)
+        given = [path for path in files if path is not None]
+        for path in given:
+            if not Path(path).is_file():
                 raise ValueError(f"there is no PEM file {str(path)!r}")
+        if (self.private_key is None) is not (self.certificate_chain is None):
+            raise ValueError(
+                "private_key and certificate_chain are this client's identity together: give "
+                "both or neither"
+            )
+        if given:
+            self._check(", ".join(repr(str(path)) for path in given))
+
+    def _check(self, names: str) -> None:
+        try:
+            self.context()
+        except OSError as error:  # an SSLError is one
+            raise ValueError(
+                f"these PEM files cannot be used ({names}): {error}; a private key must be "
+                "unencrypted and of its certificate"
+            ) from error
+
+    @property
+    def authorities(self) -> str | Path | None:
+        """The file of the authorities to trust; None where the system has none in one file."""
+        return self.root_certificates or ssl.get_default_verify_paths().cafile
 
     def context(self) -> ssl.SSLContext:
         """The same as an SSL context, for HTTP."""
         context = ssl.create_default_context(cafile=self.root_certificates)
         if self.certificate_chain is not None:
-            context.load_cert_chain(self.certificate_chain, self.private_key)
+            # A password would be asked for on the terminal.
+            context.load_cert_chain(self.certificate_chain, self.private_key, password="")
         return context
 
 
@@ -54,11 +88,17 @@ class Endpoint:
     @classmethod
     def parse(cls, url: str, tls: TLS | None = None) -> "Endpoint":
         """Read a URL; ValueError says what is accepted."""
-        parts = urlsplit(url)
+        if "@" in url:
+            raise ValueError(
+                "a server's URL takes no user name and no password (it has an '@'): pass "
+                "headers={'authorization': …}"
+            )
         try:
+            parts = urlsplit(url)
             default = _DEFAULT_PORTS[parts.scheme]
             port = default if parts.port is None else parts.port
-        except (KeyError, ValueError):
+            (parts.hostname or "").encode("idna")
+        except (KeyError, ValueError):  # a UnicodeError is one
             raise _not_a_url(url) from None
         host, path = parts.hostname, parts.path.rstrip("/")
         if not host or not port or (path and parts.scheme.startswith("grpc")) or parts.query:
@@ -77,3 +117,22 @@ def _not_a_url(url: str) -> ValueError:
         f"{url!r} is not a server's URL; give grpc://host:8001, http://host:8000[/path], or "
         "grpcs:// and https:// for TLS"
     )
+
+
+def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers, if both protocols can carry them; ValueError names the first that they cannot.
+
+    It never quotes a value, which is likely a secret.
+    """
+    for name, value in (headers or {}).items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no header's name: letters, digits, '-', '_' and '.' are, unless it "
+                "begins with grpc- or ends in -bin"
+            )
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise ValueError(
+                f"the value of header {name!r} must be a str of printable ASCII in one line; "
+                "strip() what was read from a file"
+            )
+    return dict(headers or {})

@@ -298,7 +298,7 @@ def _lower(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _grpc_client(module: ModuleType, endpoint: Endpoint) -> Any:
     tls = endpoint.tls
-    files = (tls.root_certificates, tls.private_key, tls.certificate_chain) if tls else (None,) * 3
+    files = (tls.authorities, tls.private_key, tls.certificate_chain) if tls else (None,) * 3
     root_certificates, private_key, certificate_chain = files
     return module.InferenceServerClient(
         endpoint.address,

@@ -1,10 +1,13 @@
-"""URLs: the scheme picks protocol and TLS."""
+"""URLs: the scheme picks protocol and TLS. PEM files and headers: what would fail later is said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
-from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint
+from triton_sam3 import AsyncClient, Client
+from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,9 @@ def test_url(url: str, address: str, is_grpc: bool, secure: bool) -> None:
         "grpc://host:1/path",
         "http://host?query",
         "http://host:0",
+        "http://[::1",
+        "grpc://a..b",
+        f"http://{'a' * 64}.example",
     ],
 )
 def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
@@ -54,8 +60,77 @@ def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
     assert repr(url) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["grpc://me:secret@host:1", "http://me:sec/ret@host", "ftp://secret@host", "https://[secret@"],
+)
+def test_a_password_in_a_url_is_refused_and_not_quoted(url: str) -> None:
+    with pytest.raises(ValueError, match="takes no user name and no password") as caught:
+        Endpoint.parse(url)
+    assert "sec" not in str(caught.value)
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> dict[str, Path]:
+    """A client's key and certificate, another's key, and a file that is no PEM."""
+    authority = trustme.CA()
+    mine, other = authority.issue_cert("client"), authority.issue_cert("other")
+    files = {name: tmp_path / f"{name}.pem" for name in ("key", "chain", "other", "none")}
+    mine.private_key_pem.write_to_path(files["key"])
+    mine.cert_chain_pems[0].write_to_path(files["chain"])
+    other.private_key_pem.write_to_path(files["other"])
+    files["none"].write_text("no PEM")
+    return files
+
+
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_pem_files_without_tls_are_a_mistake(scheme: str) -> None:
-    tls = TLS(root_certificates=Path(__file__))
+def test_pem_files_without_tls_are_a_mistake(scheme: str, pem: dict[str, Path]) -> None:
+    tls = TLS(root_certificates=pem["chain"])
     with pytest.raises(ValueError, match=f"write {scheme}s://"):
         Endpoint.parse(f"{scheme}://host", tls)
+
+
+def test_half_an_identity_is_a_mistake(pem: dict[str, Path]) -> None:
+    TLS(private_key=pem["key"], certificate_chain=pem["chain"])
+    for half in ({"private_key": pem["key"]}, {"certificate_chain": pem["chain"]}):
+        with pytest.raises(ValueError, match="give both or neither"):
+            TLS(**half)
+
+
+def test_pem_files_that_cannot_be_used_are_named(pem: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be used \('.*none\.pem'\)"):
+        TLS(root_certificates=pem["none"])
+    for key in (pem["none"], pem["other"]):
+        with pytest.raises(ValueError, match=rf"cannot be used .*{key.name}"):
+            TLS(private_key=key, certificate_chain=pem["chain"])
+
+
+def test_the_systems_authorities_are_a_file_of_the_environment(
+    pem: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem["chain"]))
+    assert TLS().authorities == str(pem["chain"])
+    assert TLS(root_certificates=pem["chain"]).authorities == pem["chain"]
+    monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
+    assert TLS().authorities is None
+
+
+def test_headers_that_both_protocols_carry() -> None:
+    headers = {"Authorization": "Bearer a b~", "x-sam3.tenant_1": ""}
+    assert checked_headers(headers) == headers
+    assert checked_headers(None) == {}
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize("value", ["secret\n", "secrét", "secret\r\nx: y", b"secret", 5, None])
+def test_a_value_that_no_header_can_have_is_named_and_not_quoted(make: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match="value of header 'x-token' must be") as caught:
+        make("grpc://host", headers={"fine": "yes", "x-token": value})
+    assert "secr" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "x y", "x:y", "grpc-timeout", "x-Bin", "ü", "x\n", 5])
+def test_a_name_that_no_header_can_have_is_quoted(name: Any) -> None:
+    with pytest.raises(ValueError, match="is no header's name") as caught:
+        checked_headers({name: "value"})
+    assert repr(name) in str(caught.value)

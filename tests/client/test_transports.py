@@ -162,6 +162,24 @@ def test_tls_with_a_private_authority_on_both_sides(
     np.testing.assert_array_equal(asyncio.run(awaited()).logits, expected.logits)
 
 
+def test_the_systems_authorities_are_trusted(
+    secured: Secured, coins: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(secured.authority))
+    key, chain = secured.client_key, secured.client_chain
+    with Client(secured.url, private_key=key, certificate_chain=chain) as client:
+        assert len(client.segment(coins, points=[(110, 80)], threshold=-1)) == 1
+
+
+def test_a_proxy_of_the_environment_is_not_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{misbehaving.unused_port()}")
+    with Client(url, retries=0) as client:
+        assert client.status().ready
+
+
 def test_an_unknown_authority_is_not_trusted(secured: Secured, coins: Pixels) -> None:
     unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate|handshake|ssl")
     with Client(secured.url, retries=0) as client, unsure:
