@@ -25,6 +25,8 @@ class Wire:
     def _serve(self) -> None:
         with suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._main())
+        if left := asyncio.all_tasks(self._loop):
+            self._loop.run_until_complete(asyncio.wait(left))
         self._loop.close()
 
     async def _main(self) -> None:
@@ -38,11 +40,12 @@ class Wire:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        up_reader, up_writer = await asyncio.open_connection(*self._target)
-        await asyncio.gather(
-            self._copy(reader, up_writer, counted=True),
-            self._copy(up_reader, writer, counted=False),
-        )
+        with suppress(asyncio.CancelledError):  # asyncio's streams print one that is let through
+            up_reader, up_writer = await asyncio.open_connection(*self._target)
+            await asyncio.gather(
+                self._copy(reader, up_writer, counted=True),
+                self._copy(up_reader, writer, counted=False),
+            )
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool
