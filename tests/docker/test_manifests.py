@@ -241,3 +241,7 @@ def test_kserves_commands_are_the_images() -> None:
     assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
     image = compose()["services"]["triton"]["image"]
     assert container["image"] == image
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": args.http_port, "grpc": args.grpc_port}
+    assert container["ports"][0]["name"] == "http"  # KServe's service shows it at port 80
+    assert service["spec"]["predictor"]["maxReplicas"] == 1  # nothing here sends by image
