@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from server import installation, keeper
-from server.command import EXIT_TIMEOUT_SECONDS, Address, command_line
+from server.command import EXIT_TIMEOUT_SECONDS, MEMORY, Address, command_line
 from server.errors import SetupError, StartError
 
 GRACE_SECONDS = EXIT_TIMEOUT_SECONDS + 5.0
@@ -92,7 +92,7 @@ class Family:
             backend_directory=found.backend_directory,
             extra_args=extra_args,
         )
-        self._start_keeper(command, {**environment, **found.environment})
+        self._start_keeper(command, {**MEMORY, **environment, **found.environment})
 
     def _safe_repository(self) -> Path:
         """Triton 2.51 puts the path of a model into a shell command, unquoted."""

@@ -24,7 +24,7 @@ from types import FrameType
 from docker.entrypoint import drain, logs
 from docker.entrypoint.probes import ProbeFailed, Target, live, loaded
 from server import installation, keeper
-from server.command import Address, command_line
+from server.command import MEMORY, Address, command_line
 from server.errors import ServerError
 from server.triton import check_repository
 
@@ -203,7 +203,7 @@ class _Server:
                     stderr=subprocess.STDOUT,
                     text=True,
                     errors="replace",
-                    env={**os.environ, **environment},
+                    env={**MEMORY, **os.environ, **environment},
                     pass_fds=(write_end,),
                     start_new_session=True,
                 )

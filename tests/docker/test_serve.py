@@ -8,12 +8,13 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from docker.entrypoint.serve import SICK, Options, arguments
-from server.command import Address
+from server.command import MEMORY, Address
 from tests.docker.harness import Container, free_ports
 from triton_sam3 import Client
 
@@ -31,6 +32,13 @@ def test_serves_both_protocols(container: Container) -> None:
             masks.append(client.segment(IMAGE, points=[(50, 40)]).masks)
     assert masks[0].shape == (1, 80, 100)
     np.testing.assert_array_equal(masks[0], masks[1])
+
+
+def test_what_requests_took_goes_back_to_the_system(container: Container) -> None:
+    """As under `python -m server`, where a test counts the bytes."""
+    family = psutil.Process(container.process.pid).children(recursive=True)
+    (tritonserver,) = (process for process in family if process.name() == "tritonserver")
+    assert tritonserver.environ().items() >= MEMORY.items()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """The life of a server: nothing of it may outlive it, whatever ends it."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -21,7 +27,7 @@ from server import (
     TritonServer,
     ports,
 )
-from server.command import Address
+from server.command import MEMORY, Address
 from tests.server import tiny
 from tests.server.conftest import Start
 from tests.server.tiny import Traces
@@ -73,6 +79,33 @@ def add_plus_two(repository: Path) -> None:
 def test_awkward_paths_do_not_matter(shared: TritonServer) -> None:
     assert "touch oops" in str(shared.repository.resolve())
     assert plus_one(shared) == [2, 3, 4]
+
+
+def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> None:
+    """Bodies of many sizes at once, which glibc left alone would keep room for in every heap."""
+    process = psutil.Process(shared.pid)
+    before = process.memory_full_info().uss
+    with ThreadPoolExecutor(8) as callers:
+        sizes = random.Random(0).choices(range(2**20, 16 * 2**20), k=160)
+        assert set(callers.map(partial(refused, shared), sizes)) == {500}
+    assert process.memory_full_info().uss - before < 48 * 2**20
+
+
+def test_a_callers_own_word_on_memory_counts(tmp_path: Path) -> None:
+    tiny.add_plus_one(tmp_path)
+    name, other = next(iter(MEMORY)), "65536"
+    with TritonServer(tmp_path, env={name: other}) as server:
+        environment = psutil.Process(server.pid).environ()
+    assert environment.items() >= {**MEMORY, name: other}.items()
+
+
+def refused(server: TritonServer, size: int) -> int:
+    """The status of a body that is no request."""
+    url = f"{server.http_url}/v2/models/plus_one/infer"
+    kind = {"Content-Type": "application/octet-stream"}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, bytes(size), kind))
+    return int(caught.value.code)
 
 
 def test_an_ensemble_of_two(shared: TritonServer) -> None:
