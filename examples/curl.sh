@@ -4,13 +4,15 @@
 #
 #   sh examples/curl.sh photo.jpg 320 240
 set -eu
+# Without it curl would say that this is a form, and Triton 2.51 does not survive a large one.
+json='Content-Type: application/json'
 models=${TRITON_SAM3_HTTP_URL:-http://127.0.0.1:8000}/v2/models
 photo=$1 x=$2 y=$3
 
 # What an output's "data" holds in the answer on stdin.
 output() { sed "s/.*\"name\":\"$1\"[^]]*\][^[]*\[\([^]]*\)\].*/\1/"; }
 
-first=$(curl --silent --show-error --fail-with-body "$models/sam3_interactive_file/infer" --data @- <<JSON
+first=$(curl --silent --show-error --fail-with-body "$models/sam3_interactive_file/infer" --header "$json" --data @- <<JSON
 {"inputs": [
   {"name": "encoded_image", "datatype": "BYTES", "shape": [1, 1], "data": ["$(base64 < "$photo" | tr -d '\n')"]},
   {"name": "points", "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [$x, $y]},
@@ -22,7 +24,7 @@ id=$(printf %s "$first" | output image_id) size=$(printf %s "$first" | output im
 echo "the object at $x, $y of $size pixels: box $(printf %s "$first" | output boxes)"
 
 # The same point, and background in the image's top left corner; points are fractions here.
-curl --silent --show-error --fail-with-body "$models/sam3_click_rle/infer" --data @- <<JSON
+curl --silent --show-error --fail-with-body "$models/sam3_click_rle/infer" --header "$json" --data @- <<JSON
 {"inputs": [
   {"name": "image_id", "datatype": "BYTES", "shape": [1, 1], "data": [$id]},
   {"name": "image_size", "datatype": "INT32", "shape": [1, 2], "data": [$size]},

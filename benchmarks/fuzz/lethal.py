@@ -34,6 +34,8 @@ from server import TritonServer
 
 Attempt = tuple[str, Callable[[Fuzzer], Answer]]
 MEGABYTES = 600
+FORM_BYTES = 10 * 2**20
+"""What curl sends as a form unless told otherwise; the stack of the thread that reads it has 8."""
 
 console = Console(highlight=False)
 
@@ -72,6 +74,7 @@ def attempts() -> Iterator[Attempt]:
     yield from _both("classification of strings", _ranked)
     yield "JSON nested 100,000 deep, HTTP", lambda f: f.http.send(_deep(_click(f), 100_000))
     yield "a million chunks, HTTP", lambda f: f.http.send(_chunks(_click(f), 1_000_000))
+    yield f"a form of {FORM_BYTES // 2**20} MiB, HTTP", lambda f: f.http.send(_form(_click(f)))
     yield f"gzip of {MEGABYTES} MB, HTTP", lambda f: f.http.send(_swelling(_click(f)))
 
 
@@ -112,6 +115,12 @@ def _chunks(click: Request, count: int) -> bytes:
     pieces = (b"1\r\n" + bytes([octet]) + b"\r\n" for octet in header + data)
     headers: dict[str, str | int] = {INFERENCE_HEADER: len(header), "Transfer-Encoding": "chunked"}
     return http_message(http_path(click), b"".join(pieces) + b"0\r\n\r\n", headers)
+
+
+def _form(click: Request) -> bytes:
+    kind = "application/x-www-form-urlencoded"
+    headers: dict[str, str | int] = {"Content-Length": FORM_BYTES, "Content-Type": kind}
+    return http_message(http_path(click), b"a" * FORM_BYTES, headers)
 
 
 def _swelling(click: Request) -> bytes:

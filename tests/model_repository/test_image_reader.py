@@ -206,7 +206,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "larger than the 33554432 bytes",
     ),
     "too much text": (lambda: b" " * (50 * 1024**2), "larger than the 33554432 bytes"),
-    **{name: (make, PIXELS) for name, make in BOMBS.items()},
+    **{name: (make, PIXELS) for name, make in BOMBS.items() if not name.startswith("WebP")},
+    # Whether the canvas is looked at first, or the frame in it, depends on Pillow's version.
+    **{name: (make, "encoded_image ") for name, make in BOMBS.items() if name.startswith("WebP")},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -178,7 +179,8 @@ def test_bad_requests_beside_good_ones(ask: Ask, client: Client, photo: Path) ->
 
 def curl(url: str, body: str) -> tuple[int, dict[str, Any]]:
     """POST by curl itself: status and answer."""
-    command = ["curl", "--silent", "--write-out", "\n%{http_code}", "--data", "@-", url]
+    command = ["curl", "--silent", "--write-out", "\n%{http_code}"]
+    command += ["--header", "Content-Type: application/json", "--data", "@-", url]
     done = subprocess.run(command, input=body, capture_output=True, text=True, check=True)
     answer, _, status = done.stdout.rpartition("\n")
     return int(status), json.loads(answer)
@@ -207,6 +209,17 @@ def test_curl(server: TritonServer, client: Client, photo: Path) -> None:
     np.testing.assert_array_equal(outputs["boxes"][0], expected.boxes)
     assert outputs["scores"][0].astype(np.float32) == expected.scores
     assert outputs["image_size"].tolist() == [[*SIZE]]
+
+
+def test_curl_with_a_photo_of_megabytes(server: TritonServer) -> None:
+    """Beyond the 8 MB that Triton 2.51 would bear if curl called it a form."""
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG", compress_level=0)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    assert len(encoded) > 10 * 2**20
+    url = f"{server.http_url}/v2/models/{FILE}/infer"
+    assert curl(url, request_body(encoded, 1000, 750))[0] == 200
 
 
 def test_curl_is_told_what_is_wrong(server: TritonServer, photo: Path) -> None:
