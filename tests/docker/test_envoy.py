@@ -16,16 +16,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import pytest
 import yaml
 
 from benchmarks.faults.proxies import TOKEN, Envoy
-from tests.docker.harness import CHART, free_ports, run
+from tests.docker.harness import CHART, run
 from tests.docker.test_helm import render
 
 pytestmark = pytest.mark.proxy
 IMAGE = "/v2/models/sam3_interactive/infer"
 CLICK = "/v2/models/sam3_click_rle/infer"
+HEALTH, INFERENCE = "grpc.health.v1.Health", "inference.GRPCInferenceService"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
 
 
@@ -33,14 +35,28 @@ class Slow:
     """Stands in for a server: an answer takes the seconds that the request's header says."""
 
     def __init__(self) -> None:
-        (self.grpc_port,) = free_ports(1)  # nobody is there
+        self._grpc = grpc.server(ThreadPoolExecutor(8))
+        for service, method in ((HEALTH, "Check"), (INFERENCE, "ServerLive")):
+            answer = {method: grpc.unary_unary_rpc_method_handler(_serving)}
+            handler = grpc.method_handlers_generic_handler(service, answer)
+            self._grpc.add_generic_rpc_handlers((handler,))
+        self.grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
+        self._grpc.start()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.http_port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self._grpc.stop(None)
         self._server.shutdown()
         self._server.server_close()
+
+
+def _serving(_request: bytes, context: Any) -> bytes:
+    """SERVING of a health check, and true of the question whether it is live."""
+    headers = dict(context.invocation_metadata())
+    time.sleep(float(headers.get("x-seconds", 0)))
+    return b"\x08\x01"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,11 +163,17 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
     assert longest is not None
     assert int(pause[1]) + int(longest[1]) < proxy["terminationGracePeriodSeconds"]
     script = script.replace("9901", str(envoy.ports[9901])).replace(pause[0], "sleep 1")
+    trusted = grpc.ssl_channel_credentials((envoy.folder / "tls.crt").read_bytes())
+    channel = grpc.secure_channel(f"127.0.0.1:{envoy.port}", trusted)
+    live = channel.unary_unary(f"/{INFERENCE}/ServerLive")
+    metadata = tuple(HEADERS.items())
+    assert live(b"", metadata=metadata, wait_for_ready=True, timeout=20)
     kept = connect(envoy)
     kept.request("POST", CLICK, b"{}", HEADERS)
     assert kept.getresponse().read() == b""
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(ask, envoy, CLICK, 4)
+        slow_too = live.future(b"", metadata=(*metadata, ("x-seconds", "4")))
         time.sleep(0.5)
         assert observe(envoy, "/ready")[0] == http.client.OK
         hook = pool.submit(run, [program, option, script])
@@ -161,8 +183,10 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
         answer = kept.getresponse()
         assert (answer.status, answer.getheader("connection")) == (http.client.OK, "close")
         assert ask(envoy, CLICK) == http.client.OK  # of who still finds it
+        assert live(b"", metadata=metadata)
         assert not hook.done()
         assert slow.result() == http.client.OK
+        assert slow_too.result()
         assert hook.result().returncode == 0, hook.result().stderr
     envoy.stop()
 
