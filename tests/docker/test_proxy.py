@@ -251,6 +251,18 @@ def test_a_body_in_a_million_chunks_ends_no_server(
         server.wait_until_serving()
 
 
+def test_a_body_that_calls_itself_a_form_ends_no_server(
+    proxy: Proxy, servers: tuple[Container, Container]
+) -> None:
+    """As curl does unless told otherwise; Triton 2.51 would read it as one."""
+    form = {**HEADERS, "content-type": "application/x-www-form-urlencoded"}
+    status = call(proxy, "/v2/models/sam3_interactive/infer", b"x" * 9 * 2**20, form)
+    assert status in (400, 500)
+    for server in servers:
+        assert server.process.poll() is None
+        server.wait_until_serving()
+
+
 def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
     with connect(proxy, "https") as client:
         client.segment(pictures(1)[0], points=[(5, 5)])
