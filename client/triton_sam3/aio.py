@@ -20,13 +20,14 @@ from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
+from .lifetime import closed, forked
 from .many import Outcome, attempt_async, jobs, run_async, with_progress_async
 from .prompts import Prompt
 from .results import Segmentation
 from .retry import Retries
 from .status import ServerStatus, status
 from .steps import perform_async
-from .transports import AsyncTransport, closed, forked, open_async_transport
+from .transports import AsyncTransport, open_async_transport
 from .view import Session
 
 T = TypeVar("T")

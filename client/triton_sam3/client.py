@@ -13,13 +13,14 @@ from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
+from .lifetime import closed, forked
 from .many import Outcome, attempt, jobs, run, with_progress
 from .prompts import Prompt
 from .results import Segmentation
 from .retry import Retries
 from .status import ServerStatus, status
 from .steps import perform
-from .transports import Transport, closed, forked, open_transport
+from .transports import Transport, open_transport
 from .view import Session, View
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ class Client:
     ) -> Segmentation:
         """Segment objects in an image; boxes come first, then the object the points mark.
 
-        image: a path, a PIL image, or RGB uint8 [H, W, 3].
+        image: a path, a PIL image, or RGB uint8 [H, W, 3]. A file's EXIF orientation is applied; a
+            PIL image and an array are taken as they stand.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``.
         boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, Roboflow
