@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import cv2
@@ -29,6 +28,11 @@ and bool masks [H, W])."""
 ACCEPTED = (
     "accepted are a path, a PIL image, or a uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
 )
+
+FROM_BYTES = "open encoded bytes with PIL.Image.open(io.BytesIO(data))"
+
+LONGEST_QUOTED = 255
+"""Characters of a path that a message quotes in full; image data given as text is a longer one."""
 
 TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +51,8 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
 
     A file's EXIF orientation is applied; a PIL image and an array are taken as they stand, because
     the caller's coordinates are in their frame. Grey becomes three equal channels, alpha is
-    dropped, a 16-bit file keeps its upper 8 bits, and of several frames the first counts.
+    dropped, a 16-bit file keeps its upper 8 bits, and of several frames the first counts. A PIL
+    image of 32-bit integers is read as 16-bit, and refused if it may as well be 8-bit.
     An array that already fits is returned itself, not a copy.
 
     Raises ImageError for anything else, naming what is accepted.
@@ -59,11 +64,8 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
             return _from_pil(image, "the PIL image")
     if isinstance(image, (str, os.PathLike)):
         return _from_file(os.fsdecode(image))
-    hint = "; open encoded bytes with PIL.Image.open(io.BytesIO(data))"
-    raise ImageError(
-        f"an image cannot be a {type(image).__name__}: {ACCEPTED}"
-        + (hint if isinstance(image, (bytes, bytearray, memoryview)) else "")
-    )
+    hint = f"; {FROM_BYTES}" if isinstance(image, (bytes, bytearray, memoryview)) else ""
+    raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{hint}")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -121,12 +123,18 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _from_file(path: str) -> NDArray[np.uint8]:
+    name = _quoted(path)
     if "://" in path:
-        raise ImageError(f"{path!r} is a URL: download it first; {ACCEPTED}")
-    if not Path(path).is_file():
-        raise ImageError(f"there is no file {path!r}")
-    with _decoding(repr(path)), Image.open(path) as image:
-        return _from_pil(upright(image), repr(path))
+        raise ImageError(f"{name} is a URL: download it first; {ACCEPTED}")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises over a name that is too long
+        hint = f"; if it is an image's data, decode it and {FROM_BYTES}"
+        raise ImageError(f"there is no file {name}{hint if len(path) > LONGEST_QUOTED else ''}")
+    with _decoding(name), Image.open(path) as image:
+        return _from_pil(upright(image), name)
+
+
+def _quoted(path: str) -> str:
+    return repr(path if len(path) <= LONGEST_QUOTED else f"{path[:40]}…{path[-40:]}")
 
 
 def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -135,10 +143,22 @@ def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
     if image.mode == "F":
         raise ImageError(f"{name} holds floating-point values; scale it to 0..255 first")
     if image.mode.startswith("I"):
-        return _from_array(_high_byte(np.asarray(image), name))
+        values = np.asarray(image)
+        if image.mode == "I":
+            _check_depth(int(values.max()), name)
+        return _from_array(_high_byte(values, name))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about going to RGB directly
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _check_depth(largest: int, name: str) -> None:
+    """Refuse 32-bit integers that may be 8-bit grey: their upper byte would be black."""
+    if 0 < largest <= np.iinfo(np.uint8).max:
+        raise ImageError(
+            f"{name} holds 32-bit integers of at most {largest}, which may be 8-bit grey or dark "
+            "16-bit grey: say which with .convert('L') or .convert('I;16')"
+        )
 
 
 def _high_byte(values: NDArray[Any], name: str) -> NDArray[np.uint8]:

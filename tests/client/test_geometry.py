@@ -131,6 +131,30 @@ def test_values_beyond_sixteen_bits_are_refused(mode: str) -> None:
         load_image(image)
 
 
+@pytest.mark.parametrize(("largest", "becomes"), [(0, 0), (256, 1), (65535, 255)])
+def test_32_bit_integers_are_read_as_16_bit(largest: int, becomes: int) -> None:
+    image = Image.new("I", (3, 2), largest)
+    assert_image(load_image(image), np.full((2, 3, 3), becomes, np.uint8))
+
+
+@pytest.mark.parametrize("largest", [1, 255])
+def test_32_bit_integers_that_may_be_8_bit_are_refused(largest: int) -> None:
+    image = Image.new("I", (3, 2), largest)
+    with pytest.raises(ImageError, match=rf"at most {largest}, which may be .*convert\('L'\)"):
+        load_image(image)
+    assert_image(load_image(image.convert("L")), np.full((2, 3, 3), largest, np.uint8))
+    assert_image(load_image(image.convert("I;16")), np.zeros((2, 3, 3), np.uint8))
+
+
+@pytest.mark.parametrize("data", ["iVBORw0KGgo" * 400, "\0" * 300])
+def test_an_images_data_as_text_is_told_from_a_path(data: str) -> None:
+    with pytest.raises(
+        ImageError, match=r"there is no file .*; if it is an image's data"
+    ) as caught:
+        load_image(data)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_of_files(
     tmp_path: Path, photo: NDArray[np.uint8], orientation: int
