@@ -90,9 +90,13 @@ class Picture:
             self._source = None
         return self._pixels
 
-    def pack(self, prompts: Prompts, served: ServedModel) -> PackedPrompts:
-        """The prompts as they travel; PromptError for what does not fit this picture."""
-        return pack(prompts, self.width, self.height, served.mask_side)
+    def pack(self, prompts: Prompts, served: ServedModel, first: int = 0) -> PackedPrompts:
+        """The prompts as they travel; PromptError for what does not fit picture or server.
+
+        first: the place of the first of them among all that are asked about.
+        """
+        side, most = served.mask_side, served.max_tokens
+        return pack(prompts, self.width, self.height, side, max_tokens=most, first=first)
 
 
 class Engine:
@@ -152,8 +156,8 @@ class Engine:
             slot = ImageSlot(self.make_lock())
         flags = Flags(multimask_output=options.multimask_output)
         # All packed before any is sent: a bad prompt at the end costs no request at the start.
-        chunks = [prompts[start : start + limit] for start in range(0, len(prompts), limit)]
-        packed = [picture.pack(chunk, served) for chunk in chunks]
+        starts = range(0, len(prompts), limit)
+        packed = [picture.pack(prompts[start : start + limit], served, start) for start in starts]
         answers: list[Answer] = []
         for each in packed:
             answers.append((yield from self.ask(picture, slot, each, flags)))

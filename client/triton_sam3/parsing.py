@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import PromptError
+
+T = TypeVar("T")
 
 POINT_FORMS = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
 BOX_FORMS = (
@@ -66,7 +68,7 @@ def parse_points(points: Any) -> tuple[Point, ...]:
     """
     if points is None:
         return ()
-    return tuple(_parse_point(point) for point in listed(points, "points", POINT_FORMS))
+    return tuple(each(listed(points, "points", POINT_FORMS), "points", _parse_point))
 
 
 def _parse_point(point: Any) -> Point:
@@ -119,7 +121,7 @@ def _corners_of_mapping(box: Mapping[str, Any], name: str) -> list[float]:
 
 def parse_mask(mask: Any) -> NDArray[np.float16]:
     """Read the logits of an earlier answer, [M, M] or [1, M, M]; return float16, read-only."""
-    logits = np.asarray(mask)
+    logits = _as_array(mask)
     if logits.ndim == 3 and logits.shape[0] == 1:
         logits = logits[0]
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1] or logits.dtype.kind != "f":
@@ -133,6 +135,16 @@ def parse_mask(mask: Any) -> NDArray[np.float16]:
     kept = logits.astype(np.float16)
     kept.flags.writeable = False
     return kept
+
+
+def _as_array(mask: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(mask)
+    except Exception as error:  # ragged lists, and tensors that NumPy has no type or way for
+        raise PromptError(
+            "a mask must be the logits [M, M] of an earlier answer, and this "
+            f"{type(mask).__name__} is no array: {error}"
+        ) from error
 
 
 def parse_class_id(class_id: Any) -> int:
@@ -154,6 +166,22 @@ def listed(values: Any, what: str, forms: str) -> list[Any]:
             f"{what} must be a list, even of one, got {quote(values)}: {forms}",
         )
     return items
+
+
+def each(items: Sequence[Any], what: str, read: Callable[[Any], T], first: int = 0) -> list[T]:
+    """Read each item; of several, the error names the one that is wrong by its place.
+
+    first: the place of the first item, where these are not all.
+    """
+    values = []
+    for place, item in enumerate(items, first):
+        try:
+            values.append(read(item))
+        except PromptError as error:
+            if not first and len(items) == 1:
+                raise
+            raise PromptError(f"{what}[{place}]: {error}") from error
+    return values
 
 
 def quote(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .parsing import (
     BOX_FORMS,
     Box,
     Point,
+    each,
     listed,
     parse_box,
     parse_class_id,
@@ -131,19 +133,29 @@ def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
         boxes = boxes["predictions"]
     if hasattr(boxes, "xyxy"):
         return _from_detections(boxes)
-    return tuple(_parse_box_prompt(box) for box in listed(boxes, "boxes", BOX_FORMS))
+    return tuple(each(listed(boxes, "boxes", BOX_FORMS), "boxes", _parse_box_prompt))
 
 
 def pack(
-    prompts: Sequence[Prompt], width: int, height: int, mask_side: int | None = None
+    prompts: Sequence[Prompt],
+    width: int,
+    height: int,
+    mask_side: int | None = None,
+    *,
+    max_tokens: int | None = None,
+    first: int = 0,
 ) -> PackedPrompts:
     """Pack prompts for an image of width × height pixels.
 
     A box's two tokens come before the points; a box that overshoots the image is clipped to it.
     mask_side: M, the side of the server's mask logits; needed when a prompt carries a mask.
-    Raises PromptError for a point or a whole box outside the image and a mask of another size.
+    max_tokens: most tokens of an object that the server takes; first: the place of the first of
+    these prompts among all, for errors.
+    Raises PromptError for a point or a whole box outside the image, a mask of another size and
+    too many tokens.
     """
-    tokens = [_tokens(prompt, width, height) for prompt in prompts]
+    read = partial(_tokens, width=width, height=height, most=max_tokens)
+    tokens = each(prompts, "objects", read, first)
     # One column of padding rather than none: a prompt of only a mask then has the same rank and no
     # zero-length dimension, which not every path of the server takes.
     longest = max((len(labels) for _, labels in tokens), default=0) or 1
@@ -170,7 +182,8 @@ def _from_detections(detections: Any) -> tuple[Prompt, ...]:
     class_id = getattr(detections, "class_id", None)
     columns = (data.get("class_name"), class_id, data.get("detection_id"))
     rows = [[None] * len(boxes) if column is None else column for column in columns]
-    return tuple(_box_prompt(*row) for row in zip(boxes, *rows, strict=True))
+    described = list(zip(boxes, *rows, strict=True))
+    return tuple(each(described, "boxes", lambda row: _box_prompt(*row)))
 
 
 def _box_prompt(box: Any, class_name: Any, class_id: Any, detection_id: Any) -> Prompt:
@@ -182,7 +195,9 @@ def _box_prompt(box: Any, class_name: Any, class_id: Any, detection_id: Any) -> 
     )
 
 
-def _tokens(prompt: Prompt, width: int, height: int) -> tuple[list[tuple[float, float]], list[int]]:
+def _tokens(
+    prompt: Prompt, width: int, height: int, most: int | None
+) -> tuple[list[tuple[float, float]], list[int]]:
     xy: list[tuple[float, float]] = []
     labels: list[int] = []
     if prompt.box is not None:
@@ -193,6 +208,11 @@ def _tokens(prompt: Prompt, width: int, height: int) -> tuple[list[tuple[float, 
         _check_inside(point, width, height)
         xy.append((point.x, point.y))
         labels.append(LABEL_POSITIVE if point.positive else LABEL_NEGATIVE)
+    if most is not None and len(labels) > most:
+        raise PromptError(
+            f"an object has {len(labels)} tokens (1 a point, 2 a box), and this server takes at "
+            f"most {most}: leave points out"
+        )
     return xy, labels
 
 

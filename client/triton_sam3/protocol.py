@@ -149,13 +149,13 @@ def _prompt_inputs(prompts: PackedPrompts, flags: Flags) -> dict[str, Array]:
     }
     if prompts.mask_input is not None:
         inputs[contract.MASK_INPUT.name] = prompts.mask_input[None]
-    if flags.multimask_output != contract.MULTIMASK_DEFAULT:
+    if bool(flags.multimask_output) != contract.MULTIMASK_DEFAULT:
         inputs[contract.MULTIMASK_OUTPUT.name] = _flag(flags.multimask_output)
     return inputs
 
 
 def _flag(value: bool) -> npt.NDArray[np.bool_]:
-    return np.array([[value]])
+    return np.array([[value]], np.bool_)
 
 
 def _headers(image_digest: str, work: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The blocking client against the real server, over gRPC and HTTP."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server import TritonServer
+from tests.client import misbehaving
 from tests.client.statistics import decodings, encodings
 from triton_sam3 import (
     Client,
@@ -23,6 +25,7 @@ from triton_sam3 import (
     Prompt,
     PromptError,
     Segmentation,
+    ServerError,
     TransportError,
 )
 
@@ -205,10 +208,35 @@ def test_what_the_server_refuses_is_said_in_its_words(url: str, coins: Pixels) -
     with Client(url) as client:
         served = client.status().served
         assert served is not None
-        tokens = (served.max_tokens or 0) + 1
+        assert served.max_tokens is not None
+        too_many = [(5, 5)] * (served.max_tokens + 1)
+        with pytest.raises(PromptError, match=f"at most {served.max_tokens}"):
+            client.segment(coins, points=too_many)
+        client._engine._served = dataclasses.replace(served, max_tokens=None)
         with pytest.raises(InvalidRequest, match=str(served.max_tokens)):
-            client.segment(coins, points=[(5, 5)] * tokens)
+            client.segment(coins, points=too_many)
         assert len(client.segment(coins, points=POINTS, threshold=-1)) == 1
+
+
+@pytest.mark.parametrize("answer", [b"# HELP", b"[]", b"null", b"{}", b'{"config": {}}'])
+def test_a_server_that_is_not_triton_is_a_sam3_error(coins: Pixels, answer: bytes) -> None:
+    with misbehaving.http((200, answer)) as (url, _), Client(url) as client:
+        with pytest.raises(ServerError):
+            client.segment(coins, POINTS)
+        with pytest.raises(ServerError):
+            client.status()
+
+
+def test_multimask_output_is_true_or_false_in_any_type(url: str, coins: Pixels) -> None:
+    values: list[Any] = [False, 0, np.False_, True, 1, np.True_]
+    with Client(url) as client:
+        single, *others = (
+            client.segment(coins, POINTS, multimask_output=value, threshold=-1) for value in values
+        )
+    for result in others[:2]:
+        np.testing.assert_allclose(result.logits, single.logits, atol=2e-2)
+    for result in others[3:]:
+        np.testing.assert_allclose(result.logits, others[2].logits, atol=2e-2)
 
 
 def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:

@@ -33,7 +33,8 @@ class Hand:
 
     def config(self) -> dict[str, Any]:
         sides = [{"name": "image", "dims": [S, S, 3]}, {"name": "mask_input", "dims": [-1, M, M]}]
-        parameters = {"max_objects": {"string_value": str(LIMIT)}}
+        limits = {"max_objects": LIMIT, "max_tokens": LIMIT}
+        parameters = {name: {"string_value": str(most)} for name, most in limits.items()}
         return {"name": "either", "input": sides, "parameters": parameters}
 
     def infer(self, request: Infer) -> dict[str, Array]:
@@ -124,9 +125,10 @@ def test_many_prompts_are_several_requests_over_one_encoding(
 
 
 def test_a_bad_prompt_at_the_end_costs_no_request_at_the_start(hand: Hand) -> None:
-    outside = Prompt(points=[(1000, 1000)])
-    with pytest.raises(PromptError):
-        segment(hand, engine(), *[POINT] * 2 * LIMIT, outside)
+    outside, longest = Prompt(points=[(1000, 1000)]), Prompt(points=[(1, 1)] * (LIMIT + 1))
+    for bad, says in ((outside, "outside the image"), (longest, f"at most {LIMIT}")):
+        with pytest.raises(PromptError, match=rf"^objects\[{2 * LIMIT}\]: .*{says}"):
+            segment(hand, engine(), *[POINT] * 2 * LIMIT, bad)
     assert not hand.requests
 
 

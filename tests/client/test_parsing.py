@@ -225,3 +225,23 @@ def test_class_ids(value: Any) -> None:
 def test_wrong_class_ids(value: Any) -> None:
     with pytest.raises(PromptError, match="class_id must be a whole number, got "):
         parse_class_id(value)
+
+
+def test_of_several_the_wrong_one_is_named_by_its_place() -> None:
+    with pytest.raises(PromptError, match=r"^points\[2\]: "):
+        parse_points([(1, 2), (3, 4), (5, "x"), (6,)])
+    with pytest.raises(PromptError, match=r"^\(6,\) is not a point"):
+        parse_points([(6,)])
+
+
+class Foreign:
+    """A tensor of a type that NumPy does not know, as torch's bfloat16."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+@pytest.mark.parametrize("mask", [[[1.0, 2.0], [3.0]], Foreign()])
+def test_masks_that_are_no_array(mask: Any) -> None:
+    with pytest.raises(PromptError, match=r"logits \[M, M\].* is no array: "):
+        parse_mask(mask)

@@ -252,3 +252,28 @@ def test_a_prompts_tokens_do_not_depend_on_its_neighbours(prompts: list[Prompt],
     np.testing.assert_array_equal(together.point_labels[row, :tokens], alone.point_labels[0])
     np.testing.assert_array_equal(together.point_coords[row, :tokens], alone.point_coords[0])
     assert (together.point_labels[row, tokens:] == -1).all()
+
+
+@pytest.mark.parametrize("wrong", [(5, 5, 1, 1), (5, 5), (float("nan"), 0, 1, 1)])
+def test_of_several_boxes_the_wrong_one_is_named_by_its_place(wrong: tuple[float, ...]) -> None:
+    with pytest.raises(PromptError, match=r"^boxes\[1\]: "):
+        parse_boxes([(0, 0, 5, 5), wrong, (0, 0, 5, 5)])
+    fine = np.array([(0, 0, 5, 5)] * 3)
+    fine[2] = 0
+    with pytest.raises(PromptError, match=r"^boxes\[2\]: .* has no area"):
+        parse_boxes(sv.Detections(xyxy=fine))
+
+
+def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:
+    prompts = [Prompt(points=[(1, 1)]), Prompt(box=(700, 0, 800, 9))]
+    with pytest.raises(PromptError, match=r"^objects\[1\]: box .* is outside the image"):
+        pack(prompts, WIDTH, HEIGHT)
+    with pytest.raises(PromptError, match=r"^objects\[257\]: box .* is outside the image"):
+        pack(prompts[1:], WIDTH, HEIGHT, first=257)
+
+
+def test_more_tokens_than_the_server_takes() -> None:
+    prompt = Prompt(points=[(1, 1)] * 3, box=(0, 0, 5, 5))
+    assert pack([prompt], WIDTH, HEIGHT, max_tokens=5).point_labels.shape == (1, 5)
+    with pytest.raises(PromptError, match=r"has 5 tokens \(1 a point, 2 a box\), .* at most 4"):
+        pack([prompt], WIDTH, HEIGHT, max_tokens=4)
