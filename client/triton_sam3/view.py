@@ -1,23 +1,22 @@
 """An image the server keeps, and the object being clicked on it.
 
-click ─► all clicks so far + the logits of the last answer ─► one more `Step` on the pile
+click ─► all clicks so far + the logits of the last answer ─► one more `Clicked` on the pile
 undo  ─► the pile without its top; the state before, exactly
 """
 
+import uuid
+import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from .engine import Engine, Options, Picture, finish, gather_prompts
 from .errors import PromptError
 from .flow import Acquire, Compute, Flow
 from .kept import ImageSlot
 from .prompts import Point, Prompt
-from .protocol import Flags
+from .protocol import Answer, Flags
 from .results import Segmentation
 
 T = TypeVar("T")
@@ -28,11 +27,15 @@ _WHATEVER_SCORE = float("-inf")
 
 @dataclass(frozen=True)
 class Clicked:
-    """The object after a click: all its points, the logits [M, M] to refine, the answer."""
+    """The object after a click: all its points, and the answer.
 
-    points: tuple[Point, ...]
-    logits: npt.NDArray[np.float16]
-    result: Segmentation
+    The masks at the image's size are a megabyte a megapixel, so they stay only as long as somebody
+    else holds them; `undo` makes the same from the answer again.
+    """
+
+    prompt: Prompt
+    answer: Answer
+    shown: weakref.ref[Segmentation]
 
 
 class Session:
@@ -72,23 +75,31 @@ class Session:
         """The first click may mean a whole or a part, so the model proposes three masks; later
         ones refine the mask it already chose, as SAM is meant to be used."""
         last = self._clicked[-1] if self._clicked else None
-        points = (*last.points, point) if last else (point,)
-        prompt = Prompt(points=points, mask=last.logits if last else None)
+        points = (*last.prompt.points, point) if last else (point,)
+        prompt = Prompt(points=points, detection_id=str(uuid.uuid4()))
+        refining = replace(prompt, mask=last.answer.logits[0]) if last else prompt
         flags = Flags(multimask_output=last is None)
         picture = self._picture
         served = yield from self._engine.served()
-        packed = picture.pack([prompt], served)
+        packed = picture.pack([refining], served)
         answer = yield from self._engine.ask(picture, self._slot, packed, flags)
-        result: Segmentation = yield Compute(
-            lambda: finish([answer], [prompt], picture, _WHATEVER_SCORE)
-        )
-        self._clicked += (Clicked(points, answer.logits[0], result),)
+        result = yield from self._finish(prompt, answer)
+        self._clicked += (Clicked(prompt, answer, weakref.ref(result)),)
         return result
 
     def _drop(self, count: int | None) -> Flow[Segmentation]:
         self._clicked = self._clicked[:-count] if count else ()
-        return self._clicked[-1].result if self._clicked else finish([], [], self._picture, 0.0)
-        yield  # makes this a flow: it takes its turn like a click, though it sends nothing
+        if not self._clicked:
+            return finish([], [], self._picture, 0.0)
+        last = self._clicked[-1]
+        result = last.shown()
+        return (yield from self._finish(last.prompt, last.answer)) if result is None else result
+
+    def _finish(self, prompt: Prompt, answer: Answer) -> Flow[Segmentation]:
+        result: Segmentation = yield Compute(
+            lambda: finish([answer], [prompt], self._picture, _WHATEVER_SCORE)
+        )
+        return result
 
     def _in_turn(self, flow: Flow[T]) -> Flow[T]:
         """Clicks build on each other, so they are answered one at a time, in the order made."""

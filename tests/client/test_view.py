@@ -1,6 +1,8 @@
 """Clicking on an image the server keeps."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,6 +46,21 @@ def test_undo_restores_the_earlier_state_exactly(url: str, coins: Pixels) -> Non
         assert len(view.undo()) == 0
         assert len(view.undo()) == 0  # nothing left to undo
         np.testing.assert_array_equal(view.click(110, 80).logits, first.logits)
+
+
+def test_an_answer_that_nobody_holds_is_made_again_by_undo(url: str, coins: Pixels) -> None:
+    with Client(url) as client, client.open(coins) as view:
+        first = view.click(110, 80)
+        masks, scores, detections = first.masks.copy(), first.scores, first.detection_ids
+        held = weakref.ref(first)
+        del first
+        view.click(60, 200, positive=False)
+        gc.collect()
+        assert held() is None
+        undone = view.undo()
+    np.testing.assert_array_equal(undone.masks, masks)
+    np.testing.assert_array_equal(undone.scores, scores)
+    assert undone.detection_ids == detections
 
 
 @pytest.mark.semantic("session", "reset starts another object", "the contract")
