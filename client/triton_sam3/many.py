@@ -7,17 +7,20 @@ iterable only as the window reaches them, and outcomes wait only within the wind
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .engine import Prompts, gather_prompts
-from .errors import PromptError
+from .errors import ImageError, PromptError
 from .geometry import ImageLike
 from .prompts import Prompt
 from .results import Segmentation
@@ -63,16 +66,25 @@ class Job:
 def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterator[Job]:
     """Pair images with prompts; a single mapping goes with every image.
 
-    Raises at once what can be known at once: PromptError for a number of prompts that does not
-    match the images, ValueError for a concurrency below 1.
+    Raises at once what can be known at once: ImageError for a single image, PromptError for a
+    number of prompts that does not match the images, ValueError for a concurrency below 1.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    if _is_one_image(images):
+        raise ImageError("images must be a list of images, even of one; this is a single image")
     if isinstance(prompts, Mapping | Prompt):
         return _pair(images, repeat(prompts))
     if isinstance(images, Sized) and isinstance(prompts, Sized) and len(images) != len(prompts):
         raise _uneven(len(prompts), len(images))
     return _pair(images, iter(prompts))
+
+
+def _is_one_image(images: Any) -> bool:
+    """Whether iterating would give letters or rows of pixels."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, (str, bytes, os.PathLike, Image.Image))
 
 
 def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:
@@ -112,7 +124,10 @@ async def attempt_async(
 def run(
     work: Iterator[Job], attempt_one: Callable[[Job], Outcome], concurrency: int, in_order: bool
 ) -> Iterator[Outcome]:
-    """Outcomes of all jobs, `concurrency` of them at a time in threads."""
+    """Outcomes of all jobs, `concurrency` of them at a time in threads.
+
+    Whoever stops early, as with Ctrl-C, does not wait for the jobs at work.
+    """
     executor = ThreadPoolExecutor(concurrency, thread_name_prefix="triton-sam3")
     window: dict[Future[Outcome], None] = {}  # a dict keeps the order of submission
     try:
@@ -123,7 +138,7 @@ def run(
         while window:
             yield from _finished(window, in_order)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _finished(window: dict[Future[Outcome], None], in_order: bool) -> Iterator[Outcome]:

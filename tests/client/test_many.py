@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from server import TritonServer
 from tests.client.statistics import encodings
@@ -31,7 +32,7 @@ def test_one_mapping_goes_with_every_image() -> None:
 
 def test_each_image_may_have_its_own_prompts() -> None:
     prompts: list[Any] = [POINT, [Prompt(box=(0, 0, 5, 5)), Prompt(points=[(1, 1)])], {"boxes": []}]
-    assert [len(job.prompts()) for job in jobs("abc", prompts, 1)] == [1, 2, 0]
+    assert [len(job.prompts()) for job in jobs(list("abc"), prompts, 1)] == [1, 2, 0]
 
 
 def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
@@ -39,6 +40,19 @@ def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
         jobs(["a", "b", "c"], [POINT, POINT], 1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         jobs(["a"], POINT, 0)
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a.jpg", Path("a.jpg"), b"data", np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))],
+)
+def test_a_single_image_is_no_list_of_images(image: Any) -> None:
+    with pytest.raises(ImageError, match="must be a list of images, even of one"):
+        jobs(image, POINT, 1)
+
+
+def test_an_array_of_images_is_a_list_of_them() -> None:
+    assert len(list(jobs(np.zeros((6, 4, 5, 3), np.uint8), POINT, 1))) == 6
 
 
 def test_prompts_that_run_out_are_noticed() -> None:
@@ -109,7 +123,6 @@ async def test_stopping_early_takes_no_further_images() -> None:
     outcomes = run(jobs(shop.images(), POINT, 4), shop.attempt, 4, True)
     assert next(outcomes).index == 0
     outcomes.close()  # type: ignore[attr-defined]
-    assert shop.at_work == 0
     assert shop.taken <= 5
 
     shop = Workshop(100)
@@ -117,6 +130,25 @@ async def test_stopping_early_takes_no_further_images() -> None:
     assert (await anext(waiting)).index == 0
     await waiting.aclose()  # type: ignore[attr-defined]
     assert shop.taken <= 5
+
+
+def test_stopping_early_does_not_wait_for_what_is_at_work() -> None:
+    released = threading.Event()
+
+    def attempt(job: Job) -> Outcome:
+        if job.index:
+            assert released.wait(30)
+        return Outcome(job.index, job.image)
+
+    outcomes = run(jobs(list("abc"), POINT, 2), attempt, 2, True)
+    assert next(outcomes).index == 0
+    timer = threading.Timer(20, released.set)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert not released.is_set()
+    released.set()
+    timer.cancel()
 
 
 @pytest.mark.semantic("ways to call", "one failed image of many loses no other", "the contract")
