@@ -1,5 +1,6 @@
 """What a server says about itself, for people and probes."""
 
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -55,8 +56,8 @@ def status(engine: Engine, url: str) -> Flow[ServerStatus]:
         served = yield from engine.served()
     return ServerStatus(
         url=url,
-        server=server["name"],
-        version=server["version"],
+        server=str(server.get("name", "")),
+        version=str(server.get("version", "")),
         models=tuple(models),
         served=served,
     )
@@ -74,13 +75,14 @@ def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
 def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
     """The decoder's own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
 
-    metrics_url: http://host:8002/metrics. Several decoders' numbers are added up. Raises
-    ServerUnreachable when nothing answers there.
+    metrics_url: http://host:8002/metrics. Several decoders' numbers are added up; proxies named in
+    the environment are not used. Raises ServerUnreachable when nothing answers there.
     """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(metrics_url, timeout=timeout) as answer:
+        with direct.open(metrics_url, timeout=timeout) as answer:
             text = answer.read().decode()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerUnreachable(
             f"no metrics from {metrics_url}: {error}; Triton serves them at "
             "http://host:8002/metrics unless started with --allow-metrics=false"

@@ -51,6 +51,20 @@ def test_metrics_are_numbers_by_name() -> None:
         assert store_metrics(url, 10.0) == {"sam3_kept_images": 4.0, "sam3_kept_bytes": 1.5e7}
 
 
+def test_the_metrics_url_of_another_port_is_said(server: TritonServer) -> None:
+    url = f"{server.grpc_url.replace('grpc', 'http')}/metrics"
+    with pytest.raises(ServerUnreachable, match=f"no metrics from {url}"):
+        store_metrics(url, 5.0)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_metrics(
+    server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{misbehaving.unused_port()}")
+    assert store_metrics(server.metrics_url, 10.0)
+
+
 def test_missing_metrics_are_said() -> None:
     url = f"http://127.0.0.1:{misbehaving.unused_port()}/metrics"
     with pytest.raises(ServerUnreachable, match=f"no metrics from {url}"):
