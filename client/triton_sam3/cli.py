@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -17,12 +18,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from . import folders
 from .client import Client
 from .endpoint import DEFAULT_URL
-from .errors import ImageError, InvalidRequest, PromptError, SAM3Error
-from .many import Outcome
+from .errors import ImageError, InvalidRequest, ModelUnavailable, PromptError, SAM3Error
 from .prompts import to_prompts
-from .results import Segmentation
+from .results import Segmentation, file_kind
 from .status import ServerStatus, store_metrics
 
 FAILED, BAD_INPUT, SOME_FAILED = 1, 2, 3
@@ -47,8 +48,10 @@ class SharedMemoryKind(str, Enum):
     cuda = "cuda"
 
 
+URLS = "grpc://, http://, or with TLS grpcs://, https://"
+
 # Optional[…] rather than … | None: typer evaluates these at run time, and Python 3.10 is supported.
-Url = Annotated[str, typer.Option(envvar="TRITON_SAM3_URL", help="grpc[s]:// or http[s]://")]
+Url = Annotated[str, typer.Option(envvar="TRITON_SAM3_URL", help=URLS)]
 Headers = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--header", metavar="NAME:VALUE", help="Sent with every request; repeatable."),
@@ -77,6 +80,24 @@ Multimask = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"triton-sam3 {version('triton-sam3')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What is asked of the command itself."""
+
+
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="The image's file.")],
@@ -86,7 +107,7 @@ def segment(
     multimask: Multimask = True,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help=".png or .jpg overlay, .json, or .npz", dir_okay=False),
+        typer.Option("--output", "-o", help=".png or .jpg overlay, .json, or .npz", dir_okay=False),
     ] = None,
     index_mask: Annotated[
         bool, typer.Option("--index-mask", help="Write a .png of mask numbers, no overlay.")
@@ -101,6 +122,8 @@ def segment(
     """Segment one image: all points are one object, every box is another."""
     with _reported():
         asked = _asked(point, box)
+        if output is not None:
+            _check_file(output, with_image=not index_mask)
         with _connect(url, header, timeout, root_certificates, shared_memory) as client:
             result = client.segment(image, **asked, threshold=threshold, multimask_output=multimask)
         if output is not None:
@@ -114,7 +137,9 @@ def segment(
 @app.command()
 def segment_dir(
     folder: Annotated[Path, typer.Argument(help="Its images, not those of folders in it.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to, one file an image.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write to, one file an image.")
+    ],
     point: Points = None,
     box: Boxes = None,
     prompts: Annotated[
@@ -139,8 +164,10 @@ def segment_dir(
     """Segment every image of a folder; one that fails does not stop the others."""
     with _reported():
         images, asked = _folder_work(folder, prompts, point, box)
-        output.mkdir(parents=True, exist_ok=True)
+        folders.check_output(folder, output)
         with _connect(url, header, timeout, root_certificates, shared_memory) as client:
+            _check_ready(client.status())
+            output.mkdir(parents=True, exist_ok=True)
             outcomes = client.segment_many(
                 images,
                 asked,
@@ -149,7 +176,7 @@ def segment_dir(
                 concurrency=concurrency,
                 progress=not as_json,
             )
-            lines = [_written(outcome, output, format) for outcome in outcomes]
+            lines = [folders.write(outcome, folder, output, format.value) for outcome in outcomes]
     failed = [line for line in lines if "error" in line]
     if as_json:
         typer.echo(json.dumps(lines))
@@ -248,6 +275,13 @@ def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tupl
     return values
 
 
+def _check_file(output: Path, *, with_image: bool) -> None:
+    """What can be known of the file before the server has worked for it."""
+    file_kind(output, with_image=with_image)
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")
+
+
 def _save(result: Segmentation, output: Path, image: Path | None, asked: dict[str, Any]) -> None:
     if image is not None and output.suffix.lower() in (".png", ".jpg", ".jpeg"):
         Image.fromarray(result.draw(image, prompts=to_prompts(**asked))).save(output)
@@ -259,47 +293,21 @@ def _folder_work(
     folder: Path, prompts: Path | None, point: list[str] | None, box: list[str] | None
 ) -> tuple[list[Path], Any]:
     """The images of a folder and what is asked about them, as `Client.segment_many` takes it."""
-    if not folder.is_dir():
-        raise ImageError(f"there is no folder {str(folder)!r}")
     if prompts is None:
-        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
-        asked: Any = _asked(point, box)
+        images, asked = folders.images_in(folder), _asked(point, box)
         to_prompts(**asked)  # wrong for every image: better said once
-    else:
-        if point or box:
-            raise PromptError("give either --prompts, or --point and --box")
-        by_name = _read_prompts(prompts)
-        images, asked = [folder / name for name in by_name], list(by_name.values())
-    if not images:
-        raise ImageError(f"there are no images in {str(folder)!r}")
-    return images, asked
+        return images, asked
+    if point or box:
+        raise PromptError("give either --prompts, or --point and --box")
+    by_image = folders.read_prompts(folder, prompts)
+    return list(by_image), list(by_image.values())
 
 
-def _read_prompts(path: Path) -> dict[str, Any]:
-    try:
-        by_name = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PromptError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(by_name, dict) or not all(isinstance(v, dict) for v in by_name.values()):
-        raise PromptError(f'{str(path)!r} must hold {{"image.jpg": {{"points": […]}}, …}}')
-    return by_name
-
-
-def _suffixes() -> set[str]:
-    Image.init()
-    return {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
-
-
-def _written(outcome: Outcome, folder: Path, format: Format) -> dict[str, Any]:
-    """Write one outcome; a line about it for scripts."""
-    image = Path(str(outcome.image))
-    try:
-        result = outcome.unwrap()
-        target = folder / f"{image.name}.{format.value}"
-        result.save(target, image if format is Format.png else None)
-    except Exception as error:
-        return {"image": str(image), "error": str(error)}
-    return {"image": str(image), "output": str(target), "masks": len(result)}
+def _check_ready(found: ServerStatus) -> None:
+    """One sentence before the first image, instead of one about each."""
+    missing = [model.name for model in found.models if not model.ready]
+    if missing:
+        raise ModelUnavailable(f"{found.url} does not serve {', '.join(missing)}, or not yet")
 
 
 def _mask_table(result: Segmentation) -> Table:

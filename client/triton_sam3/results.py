@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,17 @@ from .prompts import Prompt
 PREDICTION_TYPE = "instance-segmentation"
 REPR_MASKS = 4
 """Masks a `repr` names; an answer may hold hundreds."""
+
+
+def file_kind(path: Path, *, with_image: bool) -> str:
+    """The suffix of a file that `Segmentation.save` can write, in lower case; else ValueError."""
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".npz", ".png", *((".jpg", ".jpeg") if with_image else ())):
+        raise ValueError(
+            f"cannot save to {path.name!r}: the suffix must be .json, .npz, .png, "
+            "or .jpg together with the image"
+        )
+    return suffix
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,6 +176,8 @@ class Segmentation:
         self, key: int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
     ) -> Mask | Segmentation:
         """One `Mask` for a number; a `Segmentation` for a slice, indices or a bool per mask."""
+        if isinstance(key, tuple):
+            key = list(key)  # NumPy would read one index per axis
         if isinstance(key, (int, np.integer)):
             return Mask(
                 self.masks[key],
@@ -287,24 +300,20 @@ class Segmentation:
         .jpg   the overlay; needs `image`
         """
         target = Path(path)
-        suffix = target.suffix.lower()
+        suffix = file_kind(target, with_image=image is not None)
         if suffix == ".json":
             target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
         elif suffix == ".npz":
-            self._save_arrays(target)
-        elif suffix == ".png" and image is None:
+            with target.open("wb") as file:  # given a name, NumPy appends .npz to one in capitals
+                self._save_arrays(file)
+        elif image is None:
             Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
-        elif suffix in (".png", ".jpg", ".jpeg") and image is not None:
-            Image.fromarray(self.draw(image)).save(target)
         else:
-            raise ValueError(
-                f"cannot save to {target.name!r}: the suffix must be .json, .npz, .png, "
-                "or .jpg together with the image"
-            )
+            Image.fromarray(self.draw(image)).save(target)
 
-    def _save_arrays(self, target: Path) -> None:
+    def _save_arrays(self, file: IO[bytes]) -> None:
         np.savez_compressed(
-            target,
+            file,
             masks=self.masks,
             scores=self.scores,
             boxes=self.boxes,

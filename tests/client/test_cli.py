@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def test_shared_memory_is_one_option(url: str, photo: Path) -> None:
         (["segment", "PHOTO", "--point", "900,5"], "is outside the image"),
         (["segment", "nowhere.png", *POINT], "there is no file 'nowhere.png'"),
         (["segment", "PHOTO", *POINT, "--output", "out.gif"], "cannot save to 'out.gif'"),
+        (["segment", "PHOTO", *POINT, "-o", "x.jpg", "--index-mask"], "cannot save to 'x.jpg'"),
+        (
+            ["segment", "PHOTO", *POINT, "-o", "no/x.png"],
+            "there is no folder 'no' to write 'x.png'",
+        ),
+        (["segment", "PHOTO", *POINT, "--timeout", "inf"], "timeout must be a finite number"),
+        (["segment-dir", "FOLDER", "-o", "FOLDER", *POINT], "cannot go among the images"),
         (["segment", "PHOTO", *POINT, "--header", "token"], "header 'token' is not NAME:VALUE"),
         (["segment-dir", "nowhere", "--output", "OUT", *POINT], "there is no folder 'nowhere'"),
         (["segment-dir", "FOLDER", "--output", "OUT"], "there is nothing to segment"),
@@ -143,6 +151,39 @@ def test_a_folder_is_segmented_and_a_broken_file_loses_no_other(
     assert json.loads((output / "a.png.json").read_text())["image"]["width"] == 384
 
 
+def test_images_of_one_name_in_two_folders_keep_their_folders(
+    url: str, photo: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "photos", tmp_path / "out"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.png").write_bytes(photo.read_bytes())
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({f"{name}/x.png": {"points": [[110, 80]]} for name in "ab"}))
+    arguments = ["segment-dir", folder, "-o", output, "--prompts", prompts]
+    assert invoke(*arguments, url=url).exit_code == 0
+    written = sorted(str(path.relative_to(output)) for path in output.glob("*/*"))
+    assert written == ["a/x.png.json", "b/x.png.json"]
+
+
+def test_a_folder_without_its_server_is_one_sentence_and_exit_1(
+    photo: Path, tmp_path: Path
+) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    url = f"grpc://127.0.0.1:{misbehaving.unused_port()}"
+    arguments = ["segment-dir", tmp_path, "-o", tmp_path / "out", *POINT, "--timeout", "0.5"]
+    result = invoke(*arguments, url=url)
+    assert result.exit_code == FAILED
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    missing = b'{"error": "Request for unknown model: \'x\' is not found"}'
+    with misbehaving.http((200, misbehaving.METADATA), (404, missing)) as (empty, _):
+        result = invoke(*arguments, url=empty)
+    assert result.exit_code == FAILED
+    assert "does not serve sam3_interactive, " in result.stderr
+
+
 def test_a_folder_with_prompts_of_its_own(url: str, photo: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({photo.name: {"boxes": [[95, 60, 140, 110]]}}))
@@ -179,3 +220,10 @@ def test_the_installed_command(server: TritonServer) -> None:
     assert json.loads(done.stdout)["url"] == server.http_url
     helped = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
     assert "Exit codes" in helped.stdout
+    shown = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"triton-sam3 {version('triton-sam3')}\n"
+
+
+def test_help_names_every_scheme() -> None:
+    helped = invoke("segment", "--help").output
+    assert all(scheme in helped for scheme in ("grpc://", "grpcs://", "http://", "https://"))

@@ -316,3 +316,14 @@ def test_an_empty_mask_has_no_outline(picture: NDArray[np.uint8]) -> None:
     assert answer.to_coco()[0]["bbox"] == [0, 0, 0, 0]
     assert len(answer.to_supervision()) == 2
     answer.draw(picture)
+
+
+def test_a_tuple_of_indices_is_a_selection(segmentation: Segmentation) -> None:
+    assert segmentation[(1, 0)].class_names == segmentation[[1, 0]].class_names
+    assert len(segmentation[()]) == 0
+
+
+def test_arrays_go_to_the_very_name(segmentation: Segmentation, tmp_path: Path) -> None:
+    segmentation.save(tmp_path / "x.NPZ")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.NPZ"]
+    assert len(Segmentation.load(tmp_path / "x.NPZ")) == len(segmentation)

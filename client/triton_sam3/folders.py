@@ -1,0 +1,69 @@
+"""A folder of images in, a folder of results out: what `triton-sam3 segment-dir` reads and writes.
+
+folder/x.jpg    ─► output/x.jpg.json
+folder/a/x.jpg  ─► output/a/x.jpg.json      (only prompts name images in folders of the folder)
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .errors import ImageError, PromptError
+from .many import Outcome
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder by their suffixes, without hidden files; ImageError for none."""
+    if not folder.is_dir():
+        raise ImageError(f"there is no folder {str(folder)!r}")
+    readable = _suffixes()
+    images = [path for path in folder.iterdir() if path.suffix.lower() in readable]
+    shown = sorted(path for path in images if not path.name.startswith("."))
+    if not shown:
+        raise ImageError(f"there are no images in {str(folder)!r}")
+    return shown
+
+
+def _suffixes() -> set[str]:
+    Image.init()
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
+
+
+def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
+    """The images that a JSON file names, and what it asks about each; PromptError says what is
+    wrong with the file."""
+    if not folder.is_dir():
+        raise ImageError(f"there is no folder {str(folder)!r}")
+    try:
+        by_name = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(by_name, dict) or not all(isinstance(v, dict) for v in by_name.values()):
+        raise PromptError(f'{str(path)!r} must hold {{"image.jpg": {{"points": […]}}, …}}')
+    for name in by_name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise PromptError(f"{str(path)!r} names {name!r}, which is not in {str(folder)!r}")
+    if not by_name:
+        raise ImageError(f"{str(path)!r} names no image")
+    return {folder / name: asked for name, asked in by_name.items()}
+
+
+def check_output(folder: Path, output: Path) -> None:
+    """Refuse to write where the next run would take the results for images."""
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"the results cannot go among the images in {str(folder)!r}")
+
+
+def write(outcome: Outcome, folder: Path, output: Path, suffix: str) -> dict[str, Any]:
+    """Write one outcome where its image is in `folder`, under `output`; a line about it."""
+    image = Path(str(outcome.image))
+    try:
+        result = outcome.unwrap()
+        target = output / image.relative_to(folder).parent / f"{image.name}.{suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        result.save(target, image if suffix == "png" else None)
+    except Exception as error:
+        return {"image": str(image), "error": str(error)}
+    return {"image": str(image), "output": str(target), "masks": len(result)}

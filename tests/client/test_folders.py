@@ -1,0 +1,39 @@
+"""The images of a folder, what is asked about them, and where the results may go."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from triton_sam3.errors import ImageError, PromptError
+from triton_sam3.folders import check_output, images_in, read_prompts
+
+
+def test_hidden_files_and_other_kinds_are_left_out(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "._a.jpg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "c").mkdir()
+    assert [path.name for path in images_in(tmp_path)] == ["a.jpg", "b.PNG"]
+
+
+def test_a_folder_with_nothing_to_do_says_so(tmp_path: Path) -> None:
+    (tmp_path / "._a.jpg").touch()
+    with pytest.raises(ImageError, match="there are no images in"):
+        images_in(tmp_path)
+    with pytest.raises(ImageError, match="there is no folder"):
+        images_in(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg"])
+def test_prompts_name_images_in_the_folder_alone(tmp_path: Path, name: str) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"a/x.jpg": {}, name: {}}))
+    with pytest.raises(PromptError, match=rf"names '{name}', which is not in"):
+        read_prompts(tmp_path, prompts)
+
+
+def test_results_do_not_go_among_the_images(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    check_output(tmp_path / "in", tmp_path / "in" / "masks")
+    with pytest.raises(ValueError, match="cannot go among the images"):
+        check_output(tmp_path / "in", tmp_path / "in" / ".." / "in")
