@@ -30,6 +30,8 @@ def detect(image: NDArray[np.uint8]) -> sv.Detections:
 
 def main(path: str) -> None:
     image = cv2.imread(path)
+    if image is None:
+        sys.exit(f"there is no image {path!r} that OpenCV can read")
     boxes = detect(image)
     with Client(URL) as client:  # all boxes go in one request
         result = client.segment(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), boxes=boxes)

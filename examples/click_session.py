@@ -12,10 +12,12 @@ URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
 
 
 def main(photo: str, *clicks: str) -> None:
+    if not clicks:
+        sys.exit("give at least one click: x,y or x,y,0")
     with Client(URL) as client, client.open(photo) as view:
         for click in clicks:
-            x, y, *background = map(float, click.split(","))
-            answer = view.click(x, y, positive=not background)
+            x, y, *label = map(float, click.split(","))
+            answer = view.click(x, y, positive=label != [0])
             print(f"{click}: {answer[0].area} pixels, score {answer[0].score:.2f}")
         answer.save("clicks.png", image=photo)
         print(f"one click undone: {view.undo()}")

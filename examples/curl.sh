@@ -19,7 +19,7 @@ first=$(curl --silent --show-error --fail-with-body "$models/sam3_interactive_fi
   {"name": "point_labels", "datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
   {"name": "keep_image", "datatype": "BOOL", "shape": [1, 1], "data": [true]}]}
 JSON
-)
+) || { printf "%s\n" "$first" >&2; exit 1; }  # what the server says of it
 id=$(printf %s "$first" | output image_id) size=$(printf %s "$first" | output image_size)
 echo "the object at $x, $y of $size pixels: box $(printf %s "$first" | output boxes)"
 

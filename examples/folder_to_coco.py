@@ -27,16 +27,20 @@ def main(folder: str, boxes: str, masks: str) -> None:
 
     images = [Path(folder, image["file_name"]) for image in dataset["images"]]
     prompts = [{"boxes": [corners(a["bbox"]) for a in of]} for of in of_image.values()]
+    failed = 0
     with Client(URL) as client:
         # A threshold that drops nothing: each box gets its mask, however unsure the model is.
         outcomes = client.segment_many(images, prompts, threshold=-1, progress=True)
         for outcome, annotations in zip(outcomes, of_image.values(), strict=True):
             if outcome.result is None:
                 print(f"{outcome.image}: {outcome.error}", file=sys.stderr)
+                failed += 1
                 continue
             for annotation, mask in zip(annotations, outcome.result.to_coco(), strict=True):
                 annotation.update({key: mask[key] for key in ("segmentation", "area")})
     Path(masks).write_text(json.dumps(dataset))
+    if failed:
+        sys.exit(f"{failed} of {len(images)} images have no masks")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+from PIL import Image
+
 from triton_sam3 import Client
 from triton_sam3.block import run_block
 
@@ -23,12 +25,13 @@ STEP = {
 
 
 def main(photo: str) -> None:
+    image = Image.open(photo)
+    width, height = image.size
+    box = {"x": 0.3 * width, "y": 0.4 * height, "width": width / 3, "height": height / 2}
     values = {
-        "image": photo,
-        "points": [{"x": 320, "y": 240, "positive": True}],
-        "$steps.detector.predictions": {
-            "predictions": [{"x": 180, "y": 150, "width": 200, "height": 180, "class": "cup"}]
-        },
+        "image": image,
+        "points": [{"x": width / 2, "y": height / 2, "positive": True}],
+        "$steps.detector.predictions": {"predictions": [{**box, "class": "cup"}]},
     }
     with Client(URL) as client:
         (output,) = run_block(client, STEP, inputs=values, serialize_results=True)

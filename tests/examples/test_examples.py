@@ -26,10 +26,10 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(server: TritonServer, tmp_path: Path) -> Run:
-    """Run an example in an empty folder; what it printed."""
+    """Run an example in an empty folder; what it printed, or if it is to fail what it said."""
     urls = {"TRITON_SAM3_URL": server.grpc_url, "TRITON_SAM3_HTTP_URL": server.http_url}
 
-    def run_one(name: str, *args: object) -> str:
+    def run_one(name: str, *args: object, fails: bool = False) -> str:
         interpreter = sys.executable if name.endswith(".py") else "sh"
         command = [interpreter, str(EXAMPLES / name), *map(str, args)]
         done = subprocess.run(
@@ -40,8 +40,8 @@ def run(server: TritonServer, tmp_path: Path) -> Run:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert bool(done.returncode) is fails, done.stderr
+        return done.stderr if fails else done.stdout
 
     return run_one
 
@@ -64,6 +64,39 @@ def test_click_session(run: Run, photos: Path, tmp_path: Path) -> None:
     drawn = np.asarray(Image.open(tmp_path / "clicks.png"))
     assert drawn.shape == skimage.data.coffee().shape
     assert (drawn != np.asarray(Image.open(photos / "coffee.jpg"))).any()
+
+
+def test_click_session_takes_a_label_and_needs_a_click(run: Run, photos: Path) -> None:
+    photo = photos / "coffee.jpg"
+    labelled, plain = (run("click_session.py", photo, click) for click in ("9,9,1", "9,9"))
+    assert labelled.split(":")[1].split("\n")[0] == plain.split(":")[1].split("\n")[0]
+    assert run("click_session.py", photo, fails=True) == "give at least one click: x,y or x,y,0\n"
+
+
+def test_boxes_to_masks_of_no_file(run: Run) -> None:
+    said = run("boxes_to_masks.py", "no.png", fails=True)  # after a warning of OpenCV's own
+    assert said.splitlines()[-1] == "there is no image 'no.png' that OpenCV can read"
+
+
+def test_folder_to_coco_with_a_lost_image(run: Run, photos: Path, tmp_path: Path) -> None:
+    images = [{"id": 0, "file_name": "coffee.jpg"}, {"id": 1, "file_name": "lost.jpg"}]
+    boxes = [{"id": number, "image_id": number, "bbox": [20, 20, 90, 80]} for number in (0, 1)]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes}))
+    said = run("folder_to_coco.py", photos, "boxes.json", "masks.json", fails=True)
+    assert said.endswith("1 of 2 images have no masks\n")
+    written = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    assert ["segmentation" in annotation for annotation in written] == [True, False]
+
+
+def test_roboflow_block_on_a_small_photo(run: Run, tmp_path: Path) -> None:
+    Image.fromarray(skimage.data.coffee()[:90, :120]).save(tmp_path / "small.png")
+    run("roboflow_block.py", tmp_path / "small.png")
+
+
+def test_curl_tells_what_the_server_says(run: Run, photos: Path) -> None:
+    said = run("curl.sh", photos / "coffee.jpg", 32000, 240, fails=True)
+    assert '"error"' in said
+    assert "32000" in said
 
 
 def test_boxes_to_masks(run: Run, photos: Path, tmp_path: Path) -> None:
