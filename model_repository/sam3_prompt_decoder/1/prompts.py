@@ -149,6 +149,9 @@ def _check_masks(masks: Tensor | None, objects: int) -> NDArray[np.bool_]:
     if masks is None:
         return np.zeros(objects, dtype=np.bool_)
     planes = masks.flatten(1)
+    # A tenth of the time that looking at each logit takes: FP16's largest sum finitely in FP32.
+    if planes.sum(dim=1, dtype=torch.float32).isfinite().all():
+        return np.ones(objects, dtype=np.bool_)
     absent = planes.isnan().all(dim=1)
     finite = planes.isfinite().all(dim=1)
     absent_or_finite = torch.stack((absent, finite)).cpu().numpy()

@@ -8,6 +8,7 @@ kernels' own time counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from store import Features
@@ -28,8 +29,12 @@ class ClickReplay:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._recordings: dict[tuple[torch.Size, ...], Program] = {}
         self._image: dict[str, Tensor] = {}
+        # One for all: an answer is copied before the next replay may write over it.
+        self._pool = torch.cuda.graph_pool_handle()
+        self.refusal = ""
+        """Why clicks of some shape run as they are."""
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         objects, tokens = inputs["point_labels"].shape
@@ -37,8 +42,16 @@ class ClickReplay:
             return self._program(**inputs)
         shapes = tuple(tensor.shape for tensor in inputs.values())
         if shapes not in self._recordings:
-            self._recordings[shapes] = _Recording(self._program, self._own(inputs))
-        return self._recordings[shapes].replay(inputs)
+            self._recordings[shapes] = self._record(inputs)
+        return self._recordings[shapes](**inputs)
+
+    def _record(self, inputs: dict[str, Tensor]) -> Program:
+        """A recording, or the program itself for what cannot be recorded."""
+        try:
+            return _Recording(self._program, self._own(inputs), self._pool)
+        except RuntimeError as error:
+            self.refusal = str(error).partition("\n")[0]
+            return self._program
 
     def _own(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies to record from; all recordings share the image's, by far the largest."""
@@ -51,7 +64,7 @@ class ClickReplay:
 class _Recording:
     """The program's kernels on inputs and outputs that stay where they are."""
 
-    def __init__(self, program: Program, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, program: Program, inputs: dict[str, Tensor], pool: Any) -> None:
         self._inputs = inputs
         device = inputs["image_embed"].device
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -61,10 +74,10 @@ class _Recording:
                 program(**inputs)
         torch.cuda.current_stream(device).wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._outputs = program(**inputs)
 
-    def replay(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         for name, own in self._inputs.items():
             own.copy_(inputs[name])
         self._graph.replay()

@@ -75,4 +75,9 @@ def _device(kind: str, number: str) -> torch.device:
             f"config.pbtxt asks for a GPU (KIND_GPU), but torch {torch.__version__} finds none; "
             "install a torch built for CUDA, or use KIND_CPU"
         )
-    return torch.device(f"cuda:{number}")
+    if number != "0":
+        raise SettingError(
+            f"an instance for GPU {number}: an image is kept by one instance, so that a server has "
+            "one GPU; start a server for each, with CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda:0")

@@ -33,7 +33,10 @@ class Features(NamedTuple):
         A pixel's channels come to lie side by side, which is how the decoder reads them: a sixth of
         a full-size click.
         """
-        return Features(*(_channels_last(tensor) for tensor in self))
+        copied = Features(*(_channels_last(tensor) for tensor in self))
+        if copied.image_embed.is_cuda:  # which copies behind our back
+            torch.cuda.current_stream(copied.image_embed.device).synchronize()
+        return copied
 
     @property
     def nbytes(self) -> int:
