@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from server.errors import TritonNotFoundError
@@ -48,6 +49,7 @@ def find(work_dir: Path, environment: Mapping[str, str]) -> Installation:
     if on_path:
         return Installation(Path(on_path))
     package = _pytriton()
+    _check_numpy(version("numpy"))
     backends = _assemble_backends(package / "tritonserver", work_dir / "backends")
     paths = {
         "PATH": [_python_directory(work_dir / "bin")],
@@ -71,6 +73,15 @@ def _pytriton() -> Path:
             "Install it with: pip install 'triton-sam3[server]'"
         )
     return Path(spec.origin).parent
+
+
+def _check_numpy(installed: str) -> None:
+    """NumPy 2 lays its arrays out anew: the stub would hand models the first value for all."""
+    if int(installed.partition(".")[0]) >= 2:
+        raise TritonNotFoundError(
+            f"nvidia-pytriton's Python backend misreads every array with NumPy {installed}. "
+            "Install an older one with: pip install 'numpy<2'"
+        )
 
 
 def _assemble_backends(tritonserver: Path, target: Path) -> Path:

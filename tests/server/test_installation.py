@@ -39,6 +39,14 @@ def test_nvidia_pytritons_server_gets_what_it_lacks(tmp_path: Path) -> None:
     assert path == "/nowhere"
 
 
+def test_numpy_2_is_refused_before_it_misreads_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "version", lambda _: "2.4.6")
+    with pytest.raises(TritonNotFoundError, match=r"NumPy 2\.4\.6.*pip install 'numpy<2'"):
+        installation.find(tmp_path, NOWHERE)
+
+
 def test_a_tritonserver_on_path_is_used_as_it_is(
     working: Path, start: Start, tmp_path: Path
 ) -> None:

@@ -352,8 +352,17 @@ def test_a_gpu_instance_uses_cuda_where_there_is_one(
     both = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: both)
     asked = {"tensorrt": {"trt_engine_cache_enable": "1"}}
-    tensorrt = ("TensorrtExecutionProvider", {"device_id": "1", "trt_engine_cache_enable": "1"})
+    tensorrt = ("TensorrtExecutionProvider", {"device_id": "1", "trt_engine_cache_enable": "True"})
     assert backend.choose_providers("GPU", "1", asked) == [tensorrt, cuda, cpu]
+
+
+def test_a_provider_that_cannot_be_loaded_ends_the_start(backend: ModuleType) -> None:
+    """Rather than that all goes on, on the CPU."""
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    backend.check_providers([cpu], [cpu])
+    backend.check_providers([(cuda, {"device_id": "0"}), cpu], [cuda, cpu])
+    with pytest.raises(ValueError, match=f"could not load {cuda}: CUDA's libraries are missing"):
+        backend.check_providers([(cuda, {"device_id": "0"}), cpu], [cpu])
 
 
 def test_accelerators_are_read_as_triton_writes_them(backend: ModuleType) -> None:

@@ -113,10 +113,26 @@ def load_session(path: Path, config: Config, args: Mapping[str, str]) -> ort.Inf
         args["model_instance_kind"], args["model_instance_device_id"], accelerators(config)
     )
     options = session_options(config)
+    if len(providers) > 1:
+        ort.preload_dlls()  # CUDA's libraries out of NVIDIA's packages, which it does not look into
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        # Its own fall back would open the model on the CPU, with a word to nobody.
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ValueError(f"ONNX Runtime cannot load it: {error}") from error
+    check_providers(providers, session.get_providers())
+    return session
+
+
+def check_providers(wanted: Sequence[Any], loaded: Sequence[str]) -> None:
+    """Raise ValueError where one that this ONNX Runtime was built with could not be loaded."""
+    names = [one if isinstance(one, str) else one[0] for one in wanted]
+    if missing := [name for name in names if name not in loaded]:
+        raise ValueError(
+            f"ONNX Runtime could not load {' and '.join(missing)}: CUDA's libraries are missing or "
+            "of another version (its own log says which); install them, or export with "
+            "--accelerator cpu"
+        )
 
 
 def accelerators(config: Config) -> dict[str, dict[str, str]]:
@@ -143,12 +159,18 @@ def choose_providers(kind: str, device: str, options: Mapping[str, Any]) -> list
         pb_utils.Logger.log_warn(f"this onnxruntime was built without {' and '.join(missing)}")
     return [
         *(
-            (GPU_PROVIDERS[name], {"device_id": device, **options.get(name, {})})
+            (GPU_PROVIDERS[name], {"device_id": device, **spelled(options.get(name, {}))})
             for name in wanted
             if name not in missing
         ),
         cpu,
     ]
+
+
+def spelled(options: Mapping[str, str]) -> dict[str, str]:
+    """Switches as Python's ONNX Runtime reads them, which takes no numbers for them."""
+    words = {"0": "False", "1": "True"}
+    return {k: words.get(v, v) if k.endswith("_enable") else v for k, v in options.items()}
 
 
 def session_options(config: Config) -> ort.SessionOptions:
