@@ -34,23 +34,36 @@ class Device(str, Enum):
 
 
 class Part(str, Enum):
-    """A part of the CPU's benchmark."""
+    """A part of the benchmark."""
 
     FULL_SIZE = "full-size"
     DEMO = "demo"
     ANATOMY = "anatomy"
+    IN_PROCESS = "in-process"
+    SERVED = "served"
+
+
+CPU_PARTS = {Part.FULL_SIZE: cpu.run_full_size, Part.DEMO: cpu.run_demo_size}
+CUDA_PARTS = {Part.IN_PROCESS: cuda.run_in_process, Part.SERVED: cuda.run_served}
 
 
 def main(
     device: Annotated[Device, typer.Option(help="Where models run.")] = Device.CPU,
     only: Annotated[
-        Part | None, typer.Option(help="One part of the CPU's benchmark, shown but not written.")
+        Part | None,
+        typer.Option(
+            help="One part: of the CPU's benchmark full-size, demo or anatomy, shown but not "
+            "written; of the GPU's in-process or served."
+        ),
     ] = None,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's sections.")] = True,
 ) -> None:
     """Measure ours beside its peers in one run, and rewrite benchmarks/RESULTS.md."""
+    if only and (only in CUDA_PARTS) != (device is Device.CUDA):
+        raise typer.BadParameter(f"{only.value} is no part of the benchmark on {device.value}")
     if device is Device.CUDA:
-        _cuda(write)
+        for part in [only] if only else CUDA_PARTS:
+            _cuda(part, write)
     elif only:
         _part(only)
     else:
@@ -89,8 +102,7 @@ def _part(part: Part) -> None:
         for found in _dissect(progress):
             console.print(found.table())
         return
-    measure = {Part.FULL_SIZE: cpu.run_full_size, Part.DEMO: cpu.run_demo_size}[part]
-    outcome = measure(progress)
+    outcome = CPU_PARTS[part](progress)
     console.print(rich_table("measured in this run", outcome.figures))
     console.print(outcome.comparison.markdown(), markup=False)
     for growth in outcome.growth:
@@ -104,17 +116,18 @@ def _dissect(progress: _Progress) -> list[Anatomy]:
         return anatomy.dissect(repository, load_photo(), PLACE, Path(folder))
 
 
-def _cuda(write: bool) -> None:
-    origin = provenance("python -m benchmarks --device cuda")
-    outcome = cuda.run(_Progress())
+def _cuda(part: Part, write: bool) -> None:
+    origin = provenance(f"python -m benchmarks --device cuda --only {part.value}")
+    outcome = CUDA_PARTS[part](_Progress())
     console.print(rich_table("measured in this run", outcome.figures))
     if not write:
         return
-    pages.publish_figures("cuda", outcome.figures, origin)
+    name = f"cuda-{part.value}"
+    pages.publish_figures(name, outcome.figures, origin)
     if outcome.comparison:
-        pages.publish_comparison("cuda", [outcome.comparison], origin)
+        pages.publish_comparison(name, [outcome.comparison], origin)
     if outcome.growth:
-        pages.publish_growth("cuda", outcome.growth, origin)
+        pages.publish_growth(name, outcome.growth, origin)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,12 @@ class OnnxRuntimeEncoder:
         provider = TENSORRT if tensorrt else CUDA if device.type == "cuda" else CPU
         if provider not in ort.get_available_providers():
             raise RuntimeError(f"this onnxruntime was built without {provider}")
+        if device.type == "cuda":
+            ort.preload_dlls()  # CUDA's libraries out of NVIDIA's packages
         self._device = device
-        providers = _providers(path, device, tensorrt=tensorrt)
+        # One of its own: PyTorch's usual stream has the number 0, which says "none" here.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        providers = _providers(path, device, self._stream, tensorrt=tensorrt)
         self._session = ort.InferenceSession(path, providers=providers)
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime could not load its {provider}")
@@ -48,8 +52,18 @@ class OnnxRuntimeEncoder:
         features = tuple(self._empty(name, len(images)) for name in FEATURES)
         for name, feature in zip(FEATURES, features, strict=True):
             self._bind(binding.bind_output, name, feature)
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         return features
+
+    def _run(self, binding: ort.IOBinding) -> None:
+        """Between what PyTorch has queued and what it will, so that its events time the graph."""
+        if self._stream is None:
+            self._session.run_with_iobinding(binding)
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        self._session.run_with_iobinding(binding)
+        current.wait_stream(self._stream)
 
     def _empty(self, name: str, batch: int) -> Tensor:
         output = self._outputs[name]
@@ -67,12 +81,12 @@ class OnnxRuntimeEncoder:
         )
 
 
-def _providers(path: Path, device: torch.device, *, tensorrt: bool) -> list[object]:
-    if device.type != "cuda":
+def _providers(
+    path: Path, device: torch.device, stream: torch.cuda.Stream | None, *, tensorrt: bool
+) -> list[object]:
+    if stream is None:
         return [CPU]
-    # On PyTorch's stream: its events then time the graph, and nothing waits for another stream.
-    stream = str(torch.cuda.current_stream(device).cuda_stream)
-    options = {"device_id": device.index or 0, "user_compute_stream": stream}
+    options = {"device_id": device.index or 0, "user_compute_stream": str(stream.cuda_stream)}
     if not tensorrt:
         return [(CUDA, options), CPU]
     compiled = {**options, **batch_profile(_image_size(path))}

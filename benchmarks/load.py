@@ -13,13 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
+from queue import Empty
 
 import numpy as np
 
 from benchmarks.peers import Click, Peer, Photo
 from benchmarks.timing import Sample
 
-CALLERS_PER_PROCESS = 16
+CALLERS_PER_PROCESS = 8
+"""More would wait for each other's turn in Python rather than for the server."""
+CALLER_SECONDS = 300.0
+"""On top of the time they click: to start, and to open a photo each."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def measure(
     shares = _shares(clients)
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(shares))
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     firsts = np.cumsum([0, *shares[:-1]]).tolist()
     processes = [
         context.Process(
@@ -50,9 +54,14 @@ def measure(
     ]
     for process in processes:
         process.start()
-    reports = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
+    try:
+        reports = [queue.get(timeout=duration + CALLER_SECONDS) for _ in processes]
+    except Empty:
+        raise RuntimeError(f"a caller said nothing for {CALLER_SECONDS:g} s") from None
+    finally:
+        for process in processes:
+            process.join(1)
+            process.kill()
     failures = [report for report in reports if isinstance(report, str)]
     if failures:
         raise RuntimeError(f"a caller failed: {failures[0]}")

@@ -13,18 +13,24 @@ from benchmarks.figures import Figure, figures_markdown
 from benchmarks.growth import Growth
 from benchmarks.results import RESULTS, write_section
 
+FIGURES = {
+    "cpu": "Figures on a CPU",
+    "cuda-in-process": "Figures on a GPU, without a server",
+    "cuda-served": "Figures on a GPU, served",
+}
+"""Titles by the runs that sections are named after."""
 
-def publish_figures(device: str, figures: Sequence[Figure], origin: Provenance) -> None:
+
+def publish_figures(run: str, figures: Sequence[Figure], origin: Provenance) -> None:
     """The one table: measured beside asked."""
-    title = {"cpu": "Figures on a CPU", "cuda": "Figures on a GPU"}[device]
-    _publish(f"{device}-figures", title, origin, figures_markdown(figures))
+    _publish(f"{run}-figures", FIGURES[run], origin, figures_markdown(figures))
 
 
-def publish_comparison(device: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
+def publish_comparison(run: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
     """Every peer's first mask and click, by model."""
     parts = []
     for comparison in comparisons:
-        picture = plots.PLOTS / f"{device}-clicks-{comparison.model.replace(' ', '-')}.png"
+        picture = plots.PLOTS / f"{run}-clicks-{comparison.model.replace(' ', '-')}.png"
         title = f"{comparison.model}: a click on an open image"
         series = {
             heading: {name: sample.scaled(1000) for name, sample in samples.items()}
@@ -32,23 +38,23 @@ def publish_comparison(device: str, comparisons: Sequence[Comparison], origin: P
         }
         plots.bars(picture, title, "ms", series)
         parts += [comparison.markdown(), _image(picture, title)]
-    _publish(f"{device}-peers", "Beside the peers", origin, *parts)
+    _publish(f"{run}-peers", "Beside the peers", origin, *parts)
 
 
-def publish_growth(device: str, growths: Sequence[Growth], origin: Provenance) -> None:
+def publish_growth(run: str, growths: Sequence[Growth], origin: Provenance) -> None:
     """Curves, and the tables behind them."""
-    picture = plots.PLOTS / f"{device}-growth.png"
+    picture = plots.PLOTS / f"{run}-growth.png"
     plots.curves(picture, growths)
     tables = [f"{growth.title} ({growth.unit})\n\n{growth.markdown()}" for growth in growths]
     image = _image(picture, "cost as work grows")
-    _publish(f"{device}-growth", "Cost as work grows", origin, image, *tables)
+    _publish(f"{run}-growth", "Cost as work grows", origin, image, *tables)
 
 
-def publish_anatomy(device: str, anatomies: Sequence[Anatomy], origin: Provenance) -> None:
+def publish_anatomy(run: str, anatomies: Sequence[Anatomy], origin: Provenance) -> None:
     """Where each millisecond goes."""
     parts = []
     for anatomy in anatomies:
-        picture = plots.PLOTS / f"{device}-anatomy-{anatomy.title.replace(' ', '-')}.png"
+        picture = plots.PLOTS / f"{run}-anatomy-{anatomy.title.replace(' ', '-')}.png"
         plots.waterfall(picture, anatomy)
         largest = anatomy.largest
         share = largest.milliseconds / anatomy.milliseconds
@@ -57,7 +63,7 @@ def publish_anatomy(device: str, anatomies: Sequence[Anatomy], origin: Provenanc
             f"{share:.0%} are {largest.where}: {largest.what}."
         )
         parts += [sentence, _image(picture, anatomy.title)]
-    _publish(f"{device}-anatomy", "Where a request's time goes", origin, *parts)
+    _publish(f"{run}-anatomy", "Where a request's time goes", origin, *parts)
 
 
 def _publish(name: str, title: str, origin: Provenance, *parts: str) -> None:

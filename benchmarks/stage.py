@@ -68,10 +68,11 @@ def stage(
     device: str = "cpu",
     work_dir: Path,
     progress: Callable[[str], None] = lambda _: None,
+    agreement: float = AGREEMENT,
 ) -> Iterator[Stage]:
     """Start what `names` need, open the photo with each, and check that their masks agree.
 
-    Raises Disagreement where a mask is not Meta's predictor's.
+    Raises Disagreement where a mask's IoU with Meta's predictor's is below `agreement`.
     """
     with ExitStack() as cleanup:
         progress(f"{artifacts.name}: starting servers")
@@ -94,29 +95,24 @@ def stage(
         for name in names:
             made[name] = makers[name]()
             cleanup.callback(made[name].close)
-        yield _opened(artifacts, photo, server.grpc_url, engine, makers, made, progress)
+        clicks = _opened(artifacts.name, photo, made, progress)
+        _check_agreement(clicks, agreement)
+        yield Stage(artifacts, photo, server.grpc_url, engine, makers, made, clicks)
 
 
 def _opened(
-    artifacts: Artifacts,
-    photo: Photo,
-    url: str,
-    engine: Engine,
-    makers: dict[str, Callable[[], Peer]],
-    made: dict[str, Peer],
-    progress: Callable[[str], None],
-) -> Stage:
+    model: str, photo: Photo, made: dict[str, Peer], progress: Callable[[str], None]
+) -> dict[str, Click]:
     clicks: dict[str, Click] = {}
     for name, peer in made.items():
-        progress(f"{artifacts.name}: opening the photo, {name}")
+        progress(f"{model}: opening the photo, {name}")
         clicks[name] = peer.open(photo)
-    _check_agreement(clicks)
-    return Stage(artifacts, photo, url, engine, makers, made, clicks)
+    return clicks
 
 
-def _check_agreement(clicks: dict[str, Click]) -> None:
+def _check_agreement(clicks: dict[str, Click], least: float) -> None:
     reference = clicks[IN_PROCESS](*PLACE)
     for name, click in clicks.items():
         iou = peers.mask_iou(click(*PLACE), reference)
-        if iou < AGREEMENT:
+        if iou < least:
             raise Disagreement(f"{name}: mask IoU {iou:.3f} with Meta's predictor's")

@@ -10,18 +10,28 @@ from benchmarks.figures import Figure
 from benchmarks.timing import Sample
 
 
+def untold(_: str) -> None:
+    """Progress nobody asked for."""
+
+
 def test_without_a_gpu_every_figure_is_listed_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    outcome = cuda.run(lambda _: None)
-    assert [figure.name for figure in outcome.figures] == [asked.name for asked in cuda.ALL]
-    assert {figure.verdict for figure in outcome.figures} == {"not measured"}
-    assert all("GPU" in figure.note for figure in outcome.figures)
+    figures = cuda.run_in_process(untold).figures + cuda.run_served(untold).figures
+    asked = [cuda._by(encoder, one) for encoder in cuda.ENCODERS for one in cuda.IN_PROCESS_FIGURES]
+    names = [one.name for one in (cuda.DEMO_ACCURACY, *asked, *cuda.SERVED_FIGURES)]
+    assert [figure.name for figure in figures] == names
+    assert {figure.verdict for figure in figures} == {"not measured"}
+    assert all("GPU" in figure.note for figure in figures)
 
 
-def test_what_fails_takes_only_its_own_figures_away() -> None:
-    outcome = cuda.Outcome()
+def test_what_fails_takes_only_its_own_figures_away_and_each_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told: list[str] = []
+    outcome = cuda.Outcome(told.append)
 
     def fails() -> list[Figure]:
         raise FileNotFoundError("no tritonserver")
@@ -30,6 +40,14 @@ def test_what_fails_takes_only_its_own_figures_away() -> None:
     cuda._collect(outcome, [cuda.ENCODE], lambda: [cuda.ENCODE.measured(Sample((9.0,)))])
     assert [figure.verdict for figure in outcome.figures] == ["not measured", "aim met"]
     assert outcome.figures[0].note == "FileNotFoundError: no tritonserver"
+    assert told[0].endswith("not measured, FileNotFoundError: no tritonserver")
+    assert told[1] == "encode one image, GPU time p50, 16-bit: 9 ms, aim met"
+
+
+def test_tensorrt_is_looked_for_before_its_graph_is_made() -> None:
+    """Where it is missing, as here, with its libraries' names."""
+    with pytest.raises(RuntimeError, match=r"no TensorRT \(libnvinfer"):
+        cuda._load_tensorrt()
 
 
 def test_the_best_rate_is_that_of_the_best_amount() -> None:
