@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from server import StartError, TritonServer
+from tests.client.statistics import STANDS_STILL_SECONDS
 from tests.server import tiny
 
 Array = npt.NDArray[Any]
@@ -154,7 +156,18 @@ def _outcome(request: Any) -> tuple[list[float], list[int]] | InferenceServerExc
 
 
 def executions(client: InferenceServerClient) -> int:
-    """How many batches the server has handed to the backend, failed ones included."""
+    """How many batches the server has handed to the backend, failed ones included.
+
+    Read until it stands still: Triton counts after it has answered.
+    """
+    before, count = -1, _executions(client)
+    while before != count:
+        time.sleep(STANDS_STILL_SECONDS)
+        before, count = count, _executions(client)
+    return count
+
+
+def _executions(client: InferenceServerClient) -> int:
     text = tiny.get(f"http://{client._parsed_url.netloc}/v2/models/table/stats")
     counts = json.loads(text)["model_stats"][0]
     return sum(int(batch["compute_input"]["count"]) for batch in counts["batch_stats"])
