@@ -60,7 +60,8 @@ def test_the_metrics_url_of_another_port_is_said(server: TritonServer) -> None:
 def test_a_proxy_of_the_environment_is_not_asked_for_metrics(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{misbehaving.unused_port()}")
     assert store_metrics(server.metrics_url, 10.0)
 
