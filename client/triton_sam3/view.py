@@ -88,12 +88,14 @@ class Session:
         return result
 
     def _drop(self, count: int | None) -> Flow[Segmentation]:
-        self._clicked = self._clicked[:-count] if count else ()
-        if not self._clicked:
-            return finish([], [], self._picture, 0.0)
-        last = self._clicked[-1]
-        result = last.shown()
-        return (yield from self._finish(last.prompt, last.answer)) if result is None else result
+        left = self._clicked[:-count] if count else ()
+        result = (yield from self._result(left[-1])) if left else finish([], [], self._picture, 0.0)
+        self._clicked = left
+        return result
+
+    def _result(self, last: Clicked) -> Flow[Segmentation]:
+        shown = last.shown()
+        return (yield from self._finish(last.prompt, last.answer)) if shown is None else shown
 
     def _finish(self, prompt: Prompt, answer: Answer) -> Flow[Segmentation]:
         result: Segmentation = yield Compute(

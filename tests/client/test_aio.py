@@ -1,6 +1,7 @@
 """The asyncio client against the real server, over gRPC and HTTP."""
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -197,6 +198,21 @@ async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
     await client.close()
     with pytest.raises(TransportError, match="is closed"):
         await client.segment(coins, POINTS)
+
+
+async def test_a_cancelled_undo_leaves_the_clicks_as_they_were(url: str, coins: Pixels) -> None:
+    async with AsyncClient(url) as client, client.open(coins) as view:
+        first = (await view.click(110, 80)).logits.copy()
+        second = (await view.click(60, 200)).logits.copy()
+        await view.click(200, 100)
+        gc.collect()
+        task = asyncio.ensure_future(view.undo())
+        await asyncio.sleep(0)  # the answer is being made again
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        np.testing.assert_array_equal((await view.undo()).logits, second)
+        np.testing.assert_array_equal((await view.undo()).logits, first)
 
 
 async def test_closing_ends_what_other_tasks_have_under_way(url: str, coins: Pixels) -> None:
