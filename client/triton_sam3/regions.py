@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,7 +31,8 @@ class Region(Protocol):
     name: str
     size: int
 
-    def write(self, array: Array, offset: int) -> None: ...
+    def write(self, arrays: Mapping[int, Array]) -> None:
+        """Arrays by the offset at which each begins."""
 
     def register(self) -> Query: ...
 
@@ -60,9 +62,10 @@ class SystemRegion:
         finally:
             os.close(file)
 
-    def write(self, array: Array, offset: int) -> None:
-        target: Array = np.ndarray(array.shape, array.dtype, self._memory, offset)
-        np.copyto(target, array)
+    def write(self, arrays: Mapping[int, Array]) -> None:
+        for offset, array in arrays.items():
+            target: Array = np.ndarray(array.shape, array.dtype, self._memory, offset)
+            np.copyto(target, array)
 
     def register(self) -> Query:
         return Query("register_system_shared_memory", (self.name, f"/{self.name}", self.size))
@@ -86,8 +89,12 @@ class CudaRegion:
         self.name, self.size, self._device = new_name(), size, device
         self._handle = self._cuda.create_shared_memory_region(self.name, size, device)
 
-    def write(self, array: Array, offset: int) -> None:
-        self._cuda.set_shared_memory_region(self._handle, [np.ascontiguousarray(array)], offset)
+    def write(self, arrays: Mapping[int, Array]) -> None:
+        # The library writes from the beginning on, so that all go as one.
+        packed = np.zeros(max(at + array.nbytes for at, array in arrays.items()), np.uint8)
+        for at, array in arrays.items():
+            packed[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._cuda.set_shared_memory_region(self._handle, [packed])
 
     def register(self) -> Query:
         raw = self._cuda.get_raw_handle(self._handle)

@@ -229,9 +229,9 @@ def _grains(size: int) -> int:
 def _place(region: Region, arrays: Mapping[str, Array]) -> dict[str, InSharedMemory]:
     placed, offset = {}, 0
     for name, array in arrays.items():
-        region.write(array, offset)
         placed[name] = InSharedMemory(region.name, array.shape, array.nbytes, offset)
         offset += _padded(array.nbytes)
+    region.write({placed[name].offset: array for name, array in arrays.items()})
     return placed
 
 

@@ -6,14 +6,18 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
+from tritonclient.utils import cuda_shared_memory
 
+from triton_sam3 import regions
 from triton_sam3.errors import TransportError
 from triton_sam3.flow import Query
 from triton_sam3.regions import (
     SYSTEM_FOLDER,
+    CudaRegion,
     SystemRegion,
     check_available,
     new_name,
@@ -21,21 +25,38 @@ from triton_sam3.regions import (
     sweep_files,
 )
 
+STEPS = np.arange(16, dtype=np.uint8).reshape(2, 8)[:, ::2]
+"""Not contiguous."""
+
 
 def test_a_region_is_private_and_gone_from_the_folder_once_registered() -> None:
     region = SystemRegion(4096)
     path = SYSTEM_FOLDER / region.name
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_size == 4096
-    region.write(np.arange(16, dtype=np.uint8).reshape(2, 8)[:, ::2], 64)
+    region.write({64: STEPS, 0: np.ones(1, np.float16)})
     assert path.read_bytes()[64:72] == bytes([0, 2, 4, 6, 8, 10, 12, 14])
+    assert path.read_bytes()[:4] == b"\x00\x3c\x00\x00"
     assert region.register() == Query(
         "register_system_shared_memory", (region.name, f"/{region.name}", 4096)
     )
     region.registered()
     assert not path.exists()
-    region.write(np.ones(4096, np.uint8), 0)  # the mapping outlives the file
+    region.write({0: np.ones(4096, np.uint8)})  # the mapping outlives the file
     region.close()
+
+
+def test_gpu_memory_is_written_as_the_library_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to the real library's signatures; a GPU's own test is in test_shared_memory."""
+    library = create_autospec(cuda_shared_memory)
+    monkeypatch.setattr(regions, "_cuda", lambda: library)
+    region = CudaRegion(4096)
+    region.write({0: np.ones((1, 1), np.float16), 64: STEPS, 128: np.ones((1, 1), np.bool_)})
+    handle, (packed,) = library.set_shared_memory_region.call_args.args
+    assert handle is library.create_shared_memory_region.return_value
+    assert packed.tobytes()[:3] == b"\x00\x3c\x00"
+    assert packed.tobytes()[64:72] == bytes([0, 2, 4, 6, 8, 10, 12, 14])
+    assert packed.tobytes()[128:] == b"\x01"
 
 
 def test_a_region_that_was_never_registered_leaves_no_file() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_the_answer_is_the_same_and_the_image_is_not_in_the_request(
             client.segment(fresh(), POINTS)
         assert len(regions(server)) == 1  # used again
     assert regions(server) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="no NVIDIA GPU")
+def test_the_answer_through_the_gpus_memory_is_the_same(url: str, fresh: Fresh) -> None:
+    image = fresh()
+    with Client(url) as client, Client(url, shared_memory="cuda") as sharing:
+        expected = client.segment(image, POINTS)
+        np.testing.assert_array_equal(sharing.segment(image, POINTS).masks, expected.masks)
 
 
 async def test_requests_at_the_same_time_do_not_share_a_region(url: str, fresh: Fresh) -> None:
