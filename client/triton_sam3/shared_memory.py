@@ -3,7 +3,8 @@
     request ─► arrays copied into a region ─► server told where they are ─► region back in the pool
                   made once: create ─► register ─► unlink; from then on the mapping alone holds it
 
-A region is free, busy with a request, or lost: without an answer, the server may still read it.
+A region is free, busy (with a request, or being taken back), or lost: without an answer, the server
+may still read it.
 
 Nothing outlives its users. A region's file exists only from creation to registration, so a crash
 leaves none behind but in that instant; what the server still has mapped for a dead process, and a
@@ -103,10 +104,13 @@ class SharedMemory:
                     return self._free.pop(index)
         return None
 
+    def _held(self) -> int:
+        """How many regions there are; to be asked under the guard, as they change places."""
+        return len(self._free) + len(self._busy) + len(self._lost)
+
     def _make(self, size: int) -> Region | None:
         with self._guard:
-            alive = len(self._free) + len(self._busy) + len(self._lost)
-            if self._closed or alive >= _MOST_REGIONS:
+            if self._closed or self._held() >= _MOST_REGIONS:
                 return None
             try:
                 region = make_region(self._kind, size)
@@ -127,13 +131,15 @@ class SharedMemory:
                 raise _not_shared(self._kind, error) from error
             raise
 
-    def _put_back(self, region: Region, place: list[Region]) -> None:
+    def _put_back(self, region: Region, place: list[Region] | None) -> None:
+        """To its place; freed where it has none, or closing has given it up."""
         with self._guard:
             if region in self._busy:
                 self._busy.remove(region)
-                place.append(region)
-                return
-        region.close()  # closing has given it up
+                if place is not None:
+                    place.append(region)
+                    return
+        region.close()
 
     def _forsake_all(self) -> None:
         """A server that lost one region has lost them all."""
@@ -159,8 +165,9 @@ class SharedMemory:
         while True:
             self._forsake_all()
             yield from self._forget_lost(retries)
-            if not (self._lost or self._busy):
-                return
+            with self._guard:
+                if not self._held():
+                    return
             if retries.clock() >= end:
                 break
             yield Sleep(_STILL_READING)
@@ -179,18 +186,15 @@ class SharedMemory:
         """Unregister and free the lost regions, but for those that the server still uses."""
         for _ in range(len(self._lost)):
             with self._guard:  # one at a time: a caller who gives up midway forgets none
-                region = self._lost.pop(0) if self._lost else None
-            if region is None:
-                return
+                if not self._lost:
+                    return
+                region = self._lost.pop(0)
+                self._busy.append(region)  # closing waits for this as well
             gone = False
             try:
                 gone = yield from self._unregister(region, retries)
             finally:
-                if gone:
-                    region.close()
-                else:
-                    with self._guard:
-                        self._lost.append(region)
+                self._put_back(region, None if gone else self._lost)
 
     def _unregister(self, region: Region, retries: Retries) -> Flow[bool]:
         """Whether the server let go of the region; one that is gone has, by itself."""

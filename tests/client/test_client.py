@@ -18,6 +18,7 @@ from PIL import Image
 from server import TritonServer
 from tests.client import misbehaving
 from tests.client.statistics import decodings, encodings
+from tests.client.test_shared_memory import regions
 from triton_sam3 import (
     Client,
     ImageError,
@@ -259,7 +260,7 @@ def test_closing_ends_the_clients_threads(server: TritonServer, coins: Pixels) -
 
 @pytest.mark.parametrize("shared_memory", [None, "system"])
 def test_closing_ends_what_other_threads_have_under_way(
-    url: str, coins: Pixels, shared_memory: Literal["system"] | None
+    url: str, server: TritonServer, coins: Pixels, shared_memory: Literal["system"] | None
 ) -> None:
     ended: list[BaseException] = []
 
@@ -284,6 +285,7 @@ def test_closing_ends_what_other_threads_have_under_way(
     assert len(ended) == 24
     assert {type(error) for error in ended} == {TransportError}
     assert all("is closed" in str(error) for error in ended)
+    assert regions(server) == []
 
 
 FORKING = """
