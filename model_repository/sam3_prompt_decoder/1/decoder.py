@@ -120,7 +120,7 @@ class Decoder:
             for click, (masks,) in zip(clicks, expected, strict=True):
                 (replayed,) = self.decode([click])
                 torch.testing.assert_close(replayed.low_res_masks, masks.low_res_masks)
-        except AssertionError as error:
+        except (RuntimeError, AssertionError) as error:
             self._program = self._unchecked
             replay.refusal = first_line(error)
         if replay.refusal:
