@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
@@ -21,6 +22,9 @@ from export.mask_decoder import MergedMaskDecoder, as_rows
 
 MAX_OBJECTS = 1024
 MAX_TOKENS = 1024
+
+NOT_A_POINT = -1
+"""The first label; the others follow it."""
 
 TORCH_VERSION = "torch_version"
 """Extra file inside decoder.pt2."""
@@ -36,6 +40,8 @@ class PromptDecoder(nn.Module):
         self.mask_decoder = MergedMaskDecoder(
             model.mask_decoder, model.prompt_encoder.get_dense_pe().detach()
         )
+        labels = (self.prompt_encoder.not_a_point_embed, *self.prompt_encoder.point_embeddings)
+        self.labels = nn.Buffer(torch.cat([label.weight.detach() for label in labels]))
         self._with_fallback = model.mask_decoder._dynamic_multimask_via_stability
         self.eval().requires_grad_(False)
 
@@ -63,13 +69,21 @@ class PromptDecoder(nn.Module):
             answer of `multimask_output=False`, stability fallback included, then the three
             candidates of `multimask_output=True`.
         """
-        sparse = self.prompt_encoder._embed_points(
-            point_coords * self.image_size, point_labels, pad=False
-        )
+        sparse = self._points(point_coords, point_labels)
         pixels = self._pixels(image_embed, mask_input, mask_index)
         masks, ious = self.mask_decoder(pixels, sparse, high_res_feats_0, high_res_feats_1)
         mask, iou = self._with_fallback(masks, ious)
         return torch.cat((mask, masks[:, 1:]), dim=1), torch.cat((iou, ious[:, 1:]), dim=1)
+
+    def _points(self, point_coords: Tensor, point_labels: Tensor) -> Tensor:
+        """Meta's `_embed_points`, with a table of the labels' embeddings: [N, T, 256]."""
+        # From pixels' centres, as Meta's.
+        places = (point_coords * self.image_size + 0.5) / self.image_size
+        nowhere = (point_labels == NOT_A_POINT).unsqueeze(-1)
+        positions: Tensor = self.prompt_encoder.pe_layer._pe_encoding(places)
+        return positions.masked_fill(nowhere, 0) + F.embedding(
+            point_labels - NOT_A_POINT, self.labels
+        )
 
     def _pixels(self, image_embed: Tensor, mask_input: Tensor, mask_index: Tensor) -> Tensor:
         """The image's embedding with the mask's, or with that of no mask, added: [N, E·E, 256]."""

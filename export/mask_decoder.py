@@ -1,15 +1,15 @@
 """Meta's mask decoder in fewer operations: the same function, rearranged for few tokens.
 
 An object has some ten tokens and an image thousands of pixels, so what a decode costs is what it
-does to every pixel. Meta projects each pixel to queries, keys and values. Here these projections
-are merged with the tokens' own, head by head:
+does to every pixel. Meta projects each pixel to queries, keys and values. Here the tokens are
+projected twice instead, head by head:
 
     (W_q t) · (W_k x) = (W_kᵀ W_q t) · x        Σ p_x W_o W_v x = W_o W_v Σ p_x x
 
 so that pixels are only ever multiplied with heads × tokens vectors: the same results but for
-rounding, and less work while tokens are few and pixels many (`few_tokens`); else Meta's way is
-taken. Upscaling is a matrix product too, its pixels in the order in which a 2 × 2 transposed
-convolution makes them until the masks are there.
+rounding, and less work while tokens are few (`few_tokens`); else Meta's way is taken. Upscaling is
+a matrix product too, its pixels in the order in which a 2 × 2 transposed convolution makes them
+until the masks are there.
 """
 
 from __future__ import annotations
@@ -23,104 +23,92 @@ from sam3.sam.mask_decoder import MaskDecoder
 from sam3.sam.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 
-CLICK_TOKENS = 2
-"""A point, and the not-a-point token that SAM adds."""
 
+def few_tokens(attention: Attention) -> int:
+    """Up to how many tokens, the decoder's own included, projecting them twice is less work.
 
-def few_tokens(pixels: int, attention: Attention) -> int:
-    """Up to how many tokens, the decoder's own included, merged projections are the faster way.
-
-    Multiplications by P pixels, T tokens, H heads, C channels and D inside of the attention, which
-    are 2·T·H·C·(C + P) merged and 2·P·C·D + 2·T·D·(C + P) otherwise, equated; less a tenth for
-    the larger weights that have to be read, as measured on a CPU.
+    Multiplications by a pixel, for T tokens, H heads, C channels and D inside of the attention,
+    2·T·H·C then and 2·C·D + 2·T·D otherwise, equated.
     """
-    heads, width, inside = attention.num_heads, attention.embedding_dim, attention.internal_dim
-    a_token = (heads * width - inside) * (width + pixels)
-    return int(0.9 * pixels * width * inside / a_token)
+    heads: int = attention.num_heads
+    width: int = attention.embedding_dim
+    inside: int = attention.internal_dim
+    return width * inside // (heads * width - inside)
 
 
-class _Heads:
-    """An attention's weights by head, in FP64 so that merging them rounds once.
-
-    d_model C, H heads of D channels: q, k, v [H, D, C], their biases [H, D], out [C, H, D].
-    """
+class _MergedAttention(nn.Module):
+    """What both directions share: an inside of D channels, cut into H heads of d each."""
 
     def __init__(self, attention: Attention) -> None:
-        self.count = attention.num_heads
-        self.width = attention.embedding_dim
-        split = (self.count, attention.internal_dim // self.count)
-        self.scale = split[1] ** -0.5
-        self.q, self.k, self.v = (
-            _exact(p.weight).view(*split, -1)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        self.q_bias, self.v_bias = (
-            _exact(p.bias).view(split) for p in (attention.q_proj, attention.v_proj)
-        )
-        self.out = _exact(attention.out_proj.weight).view(-1, *split)
-        self.out_bias = _exact(attention.out_proj.bias)
+        super().__init__()
+        self.inside = attention.internal_dim
+        self.heads = (attention.num_heads, self.inside // attention.num_heads)
+        self.scale = self.heads[1] ** -0.5
+
+    def _split(self, weight: Tensor) -> Tensor:
+        """[D, …] → [H, d, …]"""
+        return weight.detach().view(*self.heads, *weight.shape[1:])
+
+    def _widen(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """tokens [N, T, D], each head times its own of weight [H, d, C] → [N, H · T, C]"""
+        n, t, _ = tokens.shape
+        wide = torch.bmm(tokens.view(n * t, *self.heads).transpose(0, 1), weight)
+        return wide.view(-1, n, t, weight.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+    def _narrow(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """The way back: tokens [N, H · T, C], weight [H, C, d] → [N, T, D]"""
+        n, _, c = tokens.shape
+        heads = tokens.view(n, self.heads[0], -1, c).transpose(0, 1).flatten(1, 2)
+        return torch.bmm(heads, weight).transpose(0, 1).reshape(n, -1, self.inside)
 
 
-class TokenToImageAttention(nn.Module):
+class TokenToImageAttention(_MergedAttention):
     """Tokens attend to pixels.
 
     What the keys' bias adds to a score is the same for all pixels, which softmax does not see.
     """
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        heads = _Heads(attention)
-        self.heads = heads.count
-        query = torch.einsum("hdi,hdo->hoi", heads.q, heads.k) * heads.scale
-        bias = torch.einsum("hd,hdo->ho", heads.q_bias, heads.k) * heads.scale
-        self.query = _linear(query.flatten(0, 1), bias.flatten())
-        out = torch.einsum("hdi,ohd->ohi", heads.v, heads.out)
-        # Weights of a head sum to 1: the values' bias passes through whole.
-        out_bias = heads.out_bias + torch.einsum("hd,ohd->o", heads.v_bias, heads.out)
-        self.out = _linear(out.flatten(1), out_bias)
+        super().__init__(attention)
+        self.query, self.out = attention.q_proj, attention.out_proj
+        self.key = nn.Buffer(self._split(attention.k_proj.weight) * self.scale)
+        self.value = nn.Buffer(self._split(attention.v_proj.weight).transpose(1, 2).contiguous())
+        self.value_bias = attention.v_proj.bias
 
     def forward(self, tokens: Tensor, keys: Tensor, pixels: Tensor) -> Tensor:
         """tokens [N, T, C], keys and pixels [N, P, C] → [N, T, C]"""
-        n, t, c = tokens.shape
-        query = self.query(tokens).view(n, t * self.heads, c)
+        query = self._widen(self.query(tokens), self.key)
         weights = torch.bmm(query, keys.transpose(1, 2)).softmax(dim=-1)
-        merged: Tensor = self.out(torch.bmm(weights, pixels).view(n, t, self.heads * c))
-        return merged
+        # Weights of a head sum to 1: the values' bias passes through whole.
+        seen = self._narrow(torch.bmm(weights, pixels), self.value) + self.value_bias
+        answer: Tensor = self.out(seen)
+        return answer
 
 
-class ImageToTokenAttention(nn.Module):
+class ImageToTokenAttention(_MergedAttention):
     """Pixels attend to tokens; the answer is added to the pixels."""
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        heads = _Heads(attention)
-        self.heads = heads.count
-        k_bias = _exact(attention.k_proj.bias).view_as(heads.q_bias)
-        # One more row for each head: what the queries' bias adds to the scores of a token.
-        key = torch.einsum("hdi,hdo->hoi", heads.k, heads.q) * heads.scale
-        self.key = _linear(
-            key.flatten(0, 1), torch.einsum("hd,hdo->ho", k_bias, heads.q).flatten() * heads.scale
-        )
-        self.score_bias = _linear(
-            torch.einsum("hdi,hd->hi", heads.k, heads.q_bias) * heads.scale,
-            (k_bias * heads.q_bias).sum(dim=1) * heads.scale,
-        )
-        value = torch.einsum("hdi,ohd->hoi", heads.v, heads.out)
+        super().__init__(attention)
+        self.key, self.value = attention.k_proj, attention.v_proj
+        self.query = nn.Buffer(self._split(attention.q_proj.weight) * self.scale)
+        # What the queries' bias adds to the scores of a token: of each head's key, one number.
+        bias = self._split(attention.q_proj.bias) * self.scale
+        self.query_bias = nn.Buffer(bias.unsqueeze(2))
+        self.out = nn.Buffer(self._split(attention.out_proj.weight.T.contiguous()))
         # Weights of a head sum to 1: shared out to the heads, the answer's bias is added once.
-        value_bias = torch.einsum("hd,ohd->ho", heads.v_bias, heads.out)
-        self.value = _linear(
-            value.flatten(0, 1), (value_bias + heads.out_bias / heads.count).flatten()
-        )
+        self.out_bias = nn.Buffer(attention.out_proj.bias.detach() / self.heads[0])
 
     def forward(self, keys: Tensor, tokens: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
         """keys (pixels that ask) and pixels [N, P, C], tokens and values [N, T, C] → [N, P, C]"""
-        n, t, c = tokens.shape
-        key = self.key(tokens).view(n, t * self.heads, c)
-        bias = self.score_bias(tokens).view(n, t * self.heads, 1)
+        key = self.key(tokens)
+        scores = torch.baddbmm(
+            self._widen(key, self.query_bias), self._widen(key, self.query), keys.transpose(1, 2)
+        )
         # Tokens before pixels: softmax over an axis of ten is slow where that axis is the last.
-        scores = torch.baddbmm(bias, key, keys.transpose(1, 2))
-        weights = scores.view(n, t, -1).softmax(dim=1).view(n, t * self.heads, -1)
-        value = self.value(values).view(n, t * self.heads, c)
+        by_head = scores.view(len(scores), self.heads[0], -1, keys.shape[1])
+        weights = by_head.softmax(dim=2).flatten(1, 2)
+        value = self._widen(self.value(values), self.out) + self.out_bias
         return torch.baddbmm(pixels, weights.transpose(1, 2), value)
 
 
@@ -192,7 +180,8 @@ class EitherTwoWay(nn.Module):
 class Upscaling(nn.Module):
     """Meta's `output_upscaling`, and the masks of it."""
 
-    def __init__(self, upscaling: nn.Sequential) -> None:
+    def __init__(self, upscaling: nn.Sequential, side: int) -> None:
+        """side: E"""
         super().__init__()
         first, norm, _, second, _ = upscaling
         assert isinstance(first, nn.ConvTranspose2d)
@@ -201,6 +190,8 @@ class Upscaling(nn.Module):
         self.first, self.second = _as_linear(first), _as_linear(second)
         self.norm = nn.LayerNorm(first.out_channels, eps=norm.eps)
         self.norm.load_state_dict(norm.state_dict())
+        made = torch.arange(16 * side**2).view(side, side, 2, 2, 2, 2)
+        self.order = nn.Buffer(made.permute(0, 2, 4, 1, 3, 5).flatten())
 
     def forward(self, pixels: Tensor, fine: Tensor, middle: Tensor, hyper: Tensor) -> Tensor:
         """Masks [N, K, 4E, 4E].
@@ -212,12 +203,45 @@ class Upscaling(nn.Module):
         n, c_fine, c_middle = fine.shape[0], fine.shape[1], middle.shape[1]
         e = middle.shape[-1] // 2
         middle = middle.view(n, c_middle, e, 2, e, 2).permute(0, 2, 4, 3, 5, 1)
-        upscaled = F.gelu(self.norm(self.first(pixels).view(n, e, e, 2, 2, c_middle) + middle))
+        upscaled = self.first(pixels).view(n, e, e, 2, 2, c_middle).add_(middle)
         fine = fine.view(n, c_fine, e, 2, 2, e, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1)
-        upscaled = F.gelu(self.second(upscaled).view(n, e, e, 2, 2, 2, 2, c_fine) + fine)
-        masks = torch.bmm(hyper, upscaled.view(n, -1, c_fine).transpose(1, 2))
-        in_rows = masks.view(n, -1, e, e, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
-        return in_rows.reshape(n, -1, 4 * e, 4 * e)
+        upscaled = self.second(F.gelu(self.norm(upscaled)))
+        upscaled = upscaled.view(n, e, e, 2, 2, 2, 2, c_fine).add_(fine)
+        masks = torch.bmm(hyper, F.gelu(upscaled).view(n, -1, c_fine).transpose(1, 2))
+        # Gathered, as two neighbours at a time are slow to copy.
+        in_rows = masks.gather(2, self.order.expand_as(masks))
+        return in_rows.view(n, -1, 4 * e, 4 * e)
+
+
+class _SideBySide(nn.Module):
+    """K linear layers, each for its own of K tokens."""
+
+    def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Buffer(torch.stack([layer.bias.detach().unsqueeze(0) for layer in layers]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[K, N, C] → [K, N, C']"""
+        return torch.baddbmm(self.bias, tokens, self.weight)
+
+
+class Hypernetworks(nn.Module):
+    """Meta's `output_hypernetworks_mlps`, of each of K masks one."""
+
+    def __init__(self, networks: nn.ModuleList) -> None:
+        super().__init__()
+        layers = zip(*(network.layers for network in networks), strict=True)
+        self.layers = nn.ModuleList(map(_SideBySide, layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, K, C] → [N, K, C/8]"""
+        made = tokens.transpose(0, 1)
+        *hidden, last = self.layers
+        for layer in hidden:
+            made = layer(made).relu()
+        answer: Tensor = last(made).transpose(0, 1)
+        return answer
 
 
 class MergedMaskDecoder(nn.Module):
@@ -229,12 +253,10 @@ class MergedMaskDecoder(nn.Module):
         first = (decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens)
         self.tokens = nn.Buffer(torch.cat([t.weight for t in first]).detach().unsqueeze(0))
         self.positions = nn.Buffer(as_rows(image_pe).contiguous())
-        few = few_tokens(image_pe[0, 0].numel(), decoder.transformer.final_attn_token_to_image)
-        pays = few >= self.tokens.shape[1] + CLICK_TOKENS
-        metas = decoder.transformer
-        self.two_way = EitherTwoWay(metas, few) if pays else MetasTwoWay(metas)
-        self.upscaling = Upscaling(decoder.output_upscaling)
-        self.hypernetworks = decoder.output_hypernetworks_mlps
+        few = few_tokens(decoder.transformer.final_attn_token_to_image)
+        self.two_way = EitherTwoWay(decoder.transformer, few)
+        self.upscaling = Upscaling(decoder.output_upscaling, image_pe.shape[-1])
+        self.hypernetworks = Hypernetworks(decoder.output_hypernetworks_mlps)
         self.iou_head = decoder.iou_prediction_head
 
     def forward(
@@ -247,11 +269,9 @@ class MergedMaskDecoder(nn.Module):
         """
         tokens = torch.cat((self.tokens.expand(pixels.shape[0], -1, -1), prompt), dim=1)
         tokens, pixels = self.two_way(pixels, self.positions, tokens)
-        _, iou_token, *mask_tokens = tokens[:, : self.tokens.shape[1]].unbind(dim=1)
-        hyper = [
-            network(token) for network, token in zip(self.hypernetworks, mask_tokens, strict=True)
-        ]
-        return self.upscaling(pixels, fine, middle, torch.stack(hyper, 1)), self.iou_head(iou_token)
+        mask_tokens = tokens[:, 2 : self.tokens.shape[1]]
+        masks = self.upscaling(pixels, fine, middle, self.hypernetworks(mask_tokens))
+        return masks, self.iou_head(tokens[:, 1])
 
 
 def as_rows(image: Tensor) -> Tensor:
@@ -264,10 +284,6 @@ def _as_square(rows: Tensor) -> Tensor:
     n, pixels, channels = rows.shape
     side = isqrt(pixels)
     return rows.transpose(1, 2).view(n, channels, side, side)
-
-
-def _exact(weight: Tensor) -> Tensor:
-    return weight.detach().double()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
