@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from memory import keep_freed_memory
 from numpy.typing import NDArray
-from program import ProgramError, first_line, load_program
+from program import Program, ProgramError, bind, first_line, load_program
 from prompts import PADDING, POSITIVE, ObjectPrompt
-from replay import ClickReplay, Program
+from replay import ClickReplay
 from store import Features
 from torch import Tensor
 from workers import Workers
@@ -71,9 +71,9 @@ class Decoder:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         program = load_program(path, device)
-        self._program: Program = program
-        # Without the hook that compares shapes with the traced ones, a tenth of a small decode.
-        self._unchecked: Program = program.forward
+        # At first the one that compares shapes with the traced ones; see `check`.
+        self._program: Program = program.module()
+        self._unchecked = bind(program)
         self.device = device
         self._workers: Workers | None = None
         if device.type == "cpu":

@@ -7,14 +7,12 @@ kernels' own time counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from program import Program
 from store import Features
 from torch import Tensor
-
-Program = Callable[..., tuple[Tensor, Tensor]]
 
 MAX_TOKENS = 16
 WARM_UP_RUNS = 3

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import TORCH_VERSION, ProgramError, load_program
+from program import TORCH_VERSION, ProgramError, bind, load_program
+from torch import Tensor
 
 from export import decoder as exporter
+from tests.export import tiny
 
 CPU = torch.device("cpu")
 
@@ -90,7 +92,33 @@ def test_a_program_is_moved_whole(program: Path) -> None:
     }
     elsewhere = {name: value.to("meta") for name, value in inputs.items()}
     with pytest.raises(RuntimeError, match="device"):
-        load_program(program, CPU)(**elsewhere)
-    masks, ious = load_program(program, torch.device("meta"))(**elsewhere)
+        bind(load_program(program, CPU))(**elsewhere)
+    masks, ious = bind(load_program(program, torch.device("meta")))(**elsewhere)
     assert (masks.device.type, masks.shape) == ("meta", (1, 4, 32, 32))
     assert (ious.device.type, ious.shape) == ("meta", (1, 4))
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_a_bound_program_gives_what_its_module_gives(program: Path, tokens: int) -> None:
+    """Whatever the order of the inputs."""
+    torch.manual_seed(tokens)
+    inputs = exporter.example_inputs(tiny.ARCHITECTURE, objects=3, tokens=tokens, masks=1)
+    loaded = load_program(program, CPU)
+    expected = loaded.module()(**inputs)
+    for ours, theirs in zip(bind(loaded)(**dict(reversed(inputs.items()))), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_bound_program_takes_the_branch_that_its_module_takes(rows: int) -> None:
+    class Either(torch.nn.Module):
+        def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
+            ways = (lambda x: (x - 1, x + 1), lambda x: (x * 2, x * 3))
+            chosen: tuple[Tensor, Tensor] = torch.cond(given.shape[0] <= 3, *ways, (given,))
+            return chosen
+
+    shapes = ({0: torch.export.Dim("rows", max=8)},)
+    either = torch.export.export(Either(), (torch.ones(5),), dynamic_shapes=shapes)
+    given = torch.arange(rows, dtype=torch.float32)
+    for ours, theirs in zip(bind(either)(given=given), either.module()(given), strict=True):
+        assert torch.equal(ours, theirs)
