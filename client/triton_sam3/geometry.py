@@ -74,6 +74,7 @@ def upright(image: Image.Image) -> Image.Image:
     Not by `ImageOps.exif_transpose`: it writes the EXIF anew, and refuses a good picture over
     whatever else in it is damaged.
     """
+    image.load()  # Pillow turns a TIFF as it decodes it, and drops the orientation only then
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Pillow's EXIF reader raises a wide variety

@@ -169,6 +169,18 @@ def test_exif_orientation_of_files(
         assert_image(load_image(image), photo)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(tmp_path: Path, photo: NDArray[np.uint8], orientation: int) -> None:
+    path = tmp_path / "turned.tiff"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(photo).save(path, exif=exif)
+    assert_image(load_image(path), UPRIGHT[orientation](photo))
+    with Image.open(path) as image:  # Pillow turns it by itself, and says so from the beginning
+        size = image.size
+        assert load_image(image).shape[1::-1] == size
+
+
 def tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
     """EXIF of one directory; tag, type, count and value of each entry."""
     packed = (struct.pack("<HHI4s", *entry) for entry in entries)
