@@ -138,6 +138,21 @@ def _cuda() -> Any:
     return cuda
 
 
+_given_up: set[str] = set()
+"""Names of this process's regions that a server may have mapped, and that no client uses."""
+
+
+def give_up(region: Region) -> None:
+    """Free a region that the server may have mapped: the next client has it taken back."""
+    _given_up.add(region.name)
+    region.close()
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether nobody uses the region any more."""
+    return name in _given_up or owner_is_dead(name)
+
+
 def sweep_files() -> None:
     """Remove the files that dead clients of this host left between creation and registration."""
     for path in SYSTEM_FOLDER.glob(f"{_PREFIX}_*"):

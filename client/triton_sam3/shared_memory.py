@@ -8,7 +8,8 @@ may still read it.
 
 Nothing outlives its users. A region's file exists only from creation to registration, so a crash
 leaves none behind but in that instant; what the server still has mapped for a dead process, and a
-file of that instant, is swept by the next client, which knows its owner from the name.
+file of that instant, is swept by the next client, which knows its owner from the name. So is what a
+closed client of the same process had to leave.
 """
 
 import logging
@@ -22,7 +23,15 @@ import numpy as np
 
 from .errors import SAM3Error, TransportError
 from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
-from .regions import Kind, Region, check_available, make_region, owner_is_dead, sweep_files
+from .regions import (
+    Kind,
+    Region,
+    check_available,
+    give_up,
+    is_abandoned,
+    make_region,
+    sweep_files,
+)
 from .retry import Retries
 from .translation import RegionInUse, RegionLost
 
@@ -134,12 +143,13 @@ class SharedMemory:
     def _put_back(self, region: Region, place: list[Region] | None) -> None:
         """To its place; freed where it has none, or closing has given it up."""
         with self._guard:
-            if region in self._busy:
+            given_up = region not in self._busy
+            if not given_up:
                 self._busy.remove(region)
                 if place is not None:
                     place.append(region)
                     return
-        region.close()
+        give_up(region) if given_up else region.close()
 
     def _forsake_all(self) -> None:
         """A server that lost one region has lost them all."""
@@ -149,7 +159,8 @@ class SharedMemory:
 
     def _clean_up(self, retries: Retries) -> Flow[None]:
         """Let go of regions that went without an answer, and once of those of dead processes."""
-        yield from self._forget_lost(retries)
+        with suppress(TransportError):  # who asks next tries again
+            yield from self._forget_lost(retries)
         with self._guard:
             sweep, self._swept = not self._swept, True
         if sweep:
@@ -158,13 +169,16 @@ class SharedMemory:
     def close(self, retries: Retries) -> Flow[None]:
         """Take every region back from the server and free it.
 
-        Requests under way are waited for, but not for ever; what they use is then left to them.
+        Requests under way are waited for, but not for ever, nor a server that does not answer.
         """
         self._closed = True
         end = retries.clock() + _FAREWELL
         while True:
             self._forsake_all()
-            yield from self._forget_lost(retries)
+            try:
+                yield from self._forget_lost(retries)
+            except TransportError:
+                break
             with self._guard:
                 if not self._held():
                     return
@@ -174,16 +188,19 @@ class SharedMemory:
         self._give_up()
 
     def _give_up(self) -> None:
-        """Free what the server still uses; a busy region is freed by its request."""
+        """Leave what the server still has to the next client; a busy region goes with its
+        request."""
         with self._guard:
             lost, self._lost = self._lost, []
             self._busy.clear()
         for region in lost:
-            _log.debug("region %s is left to be swept: still in use", region.name)
-            region.close()
+            give_up(region)
 
     def _forget_lost(self, retries: Retries) -> Flow[None]:
-        """Unregister and free the lost regions, but for those that the server still uses."""
+        """Unregister and free the lost regions, but for those that the server still uses.
+
+        Raises TransportError at the first that brings no answer: the others would wait as long.
+        """
         for _ in range(len(self._lost)):
             with self._guard:  # one at a time: a caller who gives up midway forgets none
                 if not self._lost:
@@ -203,8 +220,10 @@ class SharedMemory:
             yield from brief.send(region.unregister())
         except RegionInUse:
             return False
+        except TransportError:
+            raise
         except SAM3Error as error:
-            _log.debug("region %s is left to be swept: %s", region.name, error)
+            _log.debug("region %s is not unregistered: %s", region.name, error)
         return True
 
 
@@ -240,12 +259,12 @@ def _place(region: Region, arrays: Mapping[str, Array]) -> dict[str, InSharedMem
 
 
 def _sweep(kind: Kind, retries: Retries) -> Flow[None]:
-    """Have the server unmap the regions of dead clients of this host, and remove their files."""
+    """Have the server unmap what dead or closed clients left, and remove the dead ones' files."""
     sweep_files()
     try:
         known = yield from retries.send(Query(f"get_{kind}_shared_memory_status"))
         for name in _region_names(known):
-            if owner_is_dead(name):
+            if is_abandoned(name):
                 with suppress(RegionInUse):  # its request outlives it: the next client's to sweep
                     yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
     except TransportError:

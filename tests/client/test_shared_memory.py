@@ -25,6 +25,7 @@ from triton_sam3 import (
     InvalidRequest,
     SAM3Error,
     TransportError,
+    shared_memory,
 )
 from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
 from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name
@@ -142,7 +143,7 @@ def test_a_region_in_use_is_waited_for(url: str, coins: Pixels, server: TritonSe
 def test_closing_takes_back_what_requests_under_way_use(
     url: str, coins: Pixels, server: TritonServer
 ) -> None:
-    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
+    boxes = [(10 + n, 10, 60 + n, 60) for n in range(30)]
     client = Client(url, shared_memory="system")
     with ThreadPoolExecutor(2) as pool:
         images = (coins, coins[::-1].copy())
@@ -155,6 +156,28 @@ def test_closing_takes_back_what_requests_under_way_use(
     for answer in asked:
         error = answer.exception()
         assert error is None or "is closed" in str(error)
+
+
+def test_what_closing_gave_up_is_taken_back_by_a_later_client_of_the_same_process(
+    url: str, coins: Pixels, server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
+    client = Client(url, shared_memory="system")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.segment, coins, boxes=boxes)
+        until = time.monotonic() + 30
+        while not regions(server) and time.monotonic() < until:
+            time.sleep(0.002)
+        (given_up,) = regions(server)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(shared_memory, "_FAREWELL", 0.001)
+            client.close()
+        assert asked.exception() is not None
+    assert regions(server) == [given_up]
+    while given_up in regions(server) and time.monotonic() < until:
+        with Client(url, shared_memory="system") as later:  # once the server has put it away
+            later.segment(coins, POINTS)
+    assert given_up not in regions(server)
 
 
 def test_a_restarted_server_gets_new_regions(own_server: TritonServer, fresh: Fresh) -> None:
@@ -236,6 +259,9 @@ def region_of(sent: list[Infer | Query]) -> str:
     return placed.region
 
 
+_STATUS = Query("get_system_shared_memory_status")
+
+
 def unregistering(region: str) -> Query:
     return Query("unregister_system_shared_memory", (region,))
 
@@ -271,6 +297,26 @@ def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
         memory.close(retries), answering(RegionInUse("still in use"), to="unregister")
     )
     assert 1 < closing.count(unregistering(region)) < 10
+
+
+def test_a_server_that_does_not_answer_is_asked_for_one_lost_region_not_for_each() -> None:
+    memory = SharedMemory("system")
+    by_hand(an_image(memory), answering(DeadlineExceeded("late")))
+    silent = answering(DeadlineExceeded("late"), to="unregister")
+    for _ in range(3):
+        by_hand(an_image(memory), silent)
+        memory._forsake_all()
+    asked = [str(request) for request in by_hand(an_image(memory), silent)]
+    assert sum("unregister" in request for request in asked) == 1
+    left = by_hand(memory.close(Retries(0, 9.0)), silent)
+    assert len(left) == 1
+    assert isinstance(left[0], Query)
+    (region,) = left[0].args
+
+    def answer(request: Infer | Query) -> Any:
+        return {"regions": {"0": {"name": region}}} if request == _STATUS else {}
+
+    assert unregistering(str(region)) in by_hand(an_image(SharedMemory("system")), answer)
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("late"), KeyboardInterrupt()])
