@@ -12,7 +12,6 @@ Only the step is read: the values its selectors stand for are given by the calle
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from .errors import PromptError
 from .geometry import ImageLike
+from .parsing import parse_threshold
 from .prompts import to_prompts
 from .results import Segmentation
 
@@ -114,7 +114,7 @@ def block_calls(
     batch: list[Any] = list(given) if is_list else [given]
     common = {
         "points": fields["points"],
-        "threshold": _threshold(fields["threshold"]),
+        "threshold": parse_threshold(fields["threshold"]),
         "multimask_output": _multimask_output(fields["multimask_output"]),
     }
     boxes = _boxes_per_image(fields["boxes"], len(batch), is_list)
@@ -189,12 +189,6 @@ def _is_detections(boxes: Any) -> bool:
     """Whether this is all the boxes of one image rather than one of them."""
     whole_response = isinstance(boxes, Mapping) and "predictions" in boxes
     return boxes is None or hasattr(boxes, "xyxy") or whole_response
-
-
-def _threshold(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise PromptError(f"threshold must be a number, got {value!r}")
-    return float(value)
 
 
 def _multimask_output(value: Any) -> bool:

@@ -138,7 +138,10 @@ def segment(
 def segment_dir(
     folder: Annotated[Path, typer.Argument(help="Its images, not those of folders in it.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write to, one file an image.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write to, one file an image.", file_okay=False
+        ),
     ],
     point: Points = None,
     box: Boxes = None,

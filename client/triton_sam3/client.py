@@ -44,7 +44,7 @@ class Client:
     root_certificates, private_key, certificate_chain: PEM files for TLS, the last two together.
         Without the first the system's authorities are trusted, or those of SSL_CERT_FILE.
 
-    Raises ValueError for a URL, header, timeout or PEM file it cannot use, and TransportError where
+    Raises ValueError for a URL, header, number or PEM file it cannot use, and TransportError where
     this machine has no such shared memory. Every method raises `SAM3Error`s only.
     """
 

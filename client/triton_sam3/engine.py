@@ -16,6 +16,7 @@ from .errors import ImageNotKept, PromptError
 from .flow import Acquire, Compute, Flow, Infer, Lock, Query
 from .geometry import ImageLike, load_image, resize
 from .kept import ImageMemory, ImageSlot
+from .parsing import parse_switch, parse_threshold
 from .prompts import PackedPrompts, Prompt, pack, to_prompts
 from .protocol import (
     Answer,
@@ -30,7 +31,7 @@ from .protocol import (
 )
 from .regions import Kind
 from .results import Segmentation
-from .retry import Retries
+from .retry import Retries, check_count
 from .shared_memory import SharedMemory
 
 Prompts = Sequence[Prompt]
@@ -41,10 +42,18 @@ _TRIES_BY_ID = 2
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose about an answer, see `Client.segment`."""
+    """What a caller may choose about an answer, see `Client.segment`.
+
+    Raises PromptError for a threshold that is no number, and a switch that is neither on nor off.
+    """
 
     threshold: float = 0.0
     multimask_output: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", parse_threshold(self.threshold))
+        multimask_output = parse_switch(self.multimask_output, "multimask_output")
+        object.__setattr__(self, "multimask_output", multimask_output)
 
 
 def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] | None) -> Prompts:
@@ -53,7 +62,9 @@ def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] |
         return to_prompts(points, boxes)
     if points is not None or boxes is not None:
         raise PromptError("give either prompts, or points and boxes; a Prompt can hold both")
-    chosen = (prompts,) if isinstance(prompts, Prompt) else tuple(prompts)
+    several = not isinstance(prompts, Prompt) and isinstance(prompts, Iterable)
+    given: Any = prompts if several else (prompts,)
+    chosen = tuple(given)
     for prompt in chosen:
         if not isinstance(prompt, Prompt):
             raise PromptError(f"prompts must be Prompt values, got {prompt!r}")
@@ -109,6 +120,7 @@ class Engine:
         shared_memory: Kind | None,
         make_lock: Callable[[], Lock],
     ) -> None:
+        check_count("remember_images", remember_images)
         self.retries = retries
         self.make_lock = make_lock
         self._memory = ImageMemory(remember_images, make_lock)

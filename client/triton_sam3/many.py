@@ -75,6 +75,10 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
         raise ImageError("images must be a list of images, even of one; this is a single image")
     if isinstance(prompts, Mapping | Prompt):
         return _pair(images, repeat(prompts))
+    if not isinstance(prompts, Iterable):
+        raise PromptError(
+            f"prompts must be one mapping for all images, or one entry per image, got {prompts!r}"
+        )
     if isinstance(images, Sized) and isinstance(prompts, Sized) and len(images) != len(prompts):
         raise _uneven(len(prompts), len(images))
     return _pair(images, iter(prompts))

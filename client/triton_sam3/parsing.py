@@ -81,15 +81,23 @@ def _parse_point(point: Any) -> Point:
         if len(parts) not in (2, 3):
             raise PromptError(f"{quote(point)} is not a point: {POINT_FORMS}")
     x, y = (_coordinate(value, name) for value in parts[:2])
-    return Point(x, y, _polarity(parts[2], name) if len(parts) == 3 else True)
+    return Point(x, y, parse_switch(parts[2], f"{name}: positive") if len(parts) == 3 else True)
 
 
-def _polarity(value: Any, name: str) -> bool:
+def parse_switch(value: Any, name: str) -> bool:
     """True or 1, False or 0. Anything else is more likely a mistake than a yes."""
     native = _native(value)
     if isinstance(native, (bool, int, float)) and native in (0, 1):
         return bool(native)
-    raise PromptError(f"{name}: positive must be true or false, got {quote(value)}")
+    raise PromptError(f"{name} must be true or false, got {quote(value)}")
+
+
+def parse_threshold(value: Any) -> float:
+    """Read the least score of a mask; every mask would be below NaN, without a word."""
+    native = _native(value)
+    if isinstance(native, bool) or not isinstance(native, numbers.Real) or math.isnan(native):
+        raise PromptError(f"threshold must be a number, got {quote(value)}")
+    return float(native)
 
 
 def parse_box(box: Any) -> Box:

@@ -149,7 +149,7 @@ def _prompt_inputs(prompts: PackedPrompts, flags: Flags) -> dict[str, Array]:
     }
     if prompts.mask_input is not None:
         inputs[contract.MASK_INPUT.name] = prompts.mask_input[None]
-    if bool(flags.multimask_output) != contract.MULTIMASK_DEFAULT:
+    if flags.multimask_output != contract.MULTIMASK_DEFAULT:
         inputs[contract.MULTIMASK_OUTPUT.name] = _flag(flags.multimask_output)
     return inputs
 

@@ -16,6 +16,12 @@ RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded)
 """A refused prompt stays refused and a spent deadline stays spent; these may pass."""
 
 
+def check_count(name: str, value: Any) -> None:
+    """ValueError where an argument is no whole number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Retries:
     """At most `attempts` further tries inside one deadline, pausing with jitter.
@@ -24,7 +30,8 @@ class Retries:
     `cap`: many clients that lost the same server do not come back at the same moment, and no draw
     spends all tries on the first moment of an outage: four by default last 1.9 s at least.
 
-    Raises ValueError for a `timeout` that is no finite number of seconds above 0.
+    Raises ValueError for `attempts` that are no whole number from 0 on, and for a `timeout` that is
+    no finite number of seconds above 0.
     """
 
     attempts: int
@@ -35,11 +42,13 @@ class Retries:
     uniform: Callable[[float, float], float] = random.uniform
 
     def __post_init__(self) -> None:
+        check_count("retries", self.attempts)
         real = isinstance(self.timeout, numbers.Real)
         if not real or not 0 < self.timeout <= threading.TIMEOUT_MAX:
             raise ValueError(
                 f"timeout must be a finite number of seconds above 0, got {self.timeout!r}"
             )
+        object.__setattr__(self, "timeout", float(self.timeout))  # a lock takes no NumPy number
 
     def send(self, request: Infer | Query) -> Flow[Any]:
         """Send `request`, again where that is safe, until `timeout` seconds from now."""

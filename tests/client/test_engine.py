@@ -260,3 +260,23 @@ def test_prompts_are_given_one_way_or_the_other() -> None:
         gather_prompts(None, None, None)
     with pytest.raises(PromptError, match=r"Prompt values, got \(1, 2\)"):
         gather_prompts(None, None, [(1, 2)])  # type: ignore[list-item]
+    with pytest.raises(PromptError, match="Prompt values, got 5"):
+        gather_prompts(None, None, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), "0.5", None, True, [0.1]])
+def test_a_threshold_is_a_number(threshold: Any) -> None:
+    with pytest.raises(PromptError, match="threshold must be a number, got"):
+        Options(threshold)
+
+
+@pytest.mark.parametrize("switch", ["false", None, 2, np.array([True, False])])
+def test_multimask_output_is_on_or_off(switch: Any) -> None:
+    with pytest.raises(PromptError, match="multimask_output must be true or false, got"):
+        Options(multimask_output=switch)
+
+
+@pytest.mark.parametrize("images", [-1, 1.5, "3", None])
+def test_remembered_images_are_a_whole_number(images: Any) -> None:
+    with pytest.raises(ValueError, match="remember_images must be a whole number"):
+        Engine(Retries(0, 1.0), images, None, threading.Lock)

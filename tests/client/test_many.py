@@ -38,6 +38,8 @@ def test_each_image_may_have_its_own_prompts() -> None:
 def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
     with pytest.raises(PromptError, match="prompts for 2 images, and 3 images"):
         jobs(["a", "b", "c"], [POINT, POINT], 1)
+    with pytest.raises(PromptError, match="one entry per image, got 5"):
+        jobs(["a.png"], 5, 1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         jobs(["a"], POINT, 0)
 

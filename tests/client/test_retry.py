@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from triton_sam3.errors import (
@@ -159,3 +160,14 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
 def test_a_timeout_is_a_finite_number_of_seconds(timeout: Any) -> None:
     with pytest.raises(ValueError, match="finite number of seconds above 0, got"):
         Retries(4, timeout)
+
+
+@pytest.mark.parametrize("attempts", [-1, 1.5, "2", None, True])
+def test_attempts_are_a_whole_number(attempts: Any) -> None:
+    with pytest.raises(ValueError, match="retries must be a whole number, 0 or more, got"):
+        Retries(attempts, 1.0)
+
+
+def test_a_number_of_numpys_is_a_number() -> None:
+    numbers: tuple[Any, Any] = np.int64(1), np.float32(2)
+    assert type(Retries(*numbers).timeout) is float
