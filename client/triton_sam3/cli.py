@@ -138,10 +138,7 @@ def segment(
 def segment_dir(
     folder: Annotated[Path, typer.Argument(help="Its images, not those of folders in it.")],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Folder to write to, one file an image.", file_okay=False
-        ),
+        Path, typer.Option("--output", "-o", help="Folder to write to, one file an image.")
     ],
     point: Points = None,
     box: Boxes = None,

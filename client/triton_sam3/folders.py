@@ -51,7 +51,9 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
 
 
 def check_output(folder: Path, output: Path) -> None:
-    """Refuse to write where the next run would take the results for images."""
+    """Refuse a file, and where the next run would take the results for images."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{str(output)!r} is a file, and the results need a folder")
     if output.resolve() == folder.resolve():
         raise ValueError(f"the results cannot go among the images in {str(folder)!r}")
 

@@ -97,7 +97,7 @@ def test_shared_memory_is_one_option(url: str, photo: Path) -> None:
         ),
         (["segment", "PHOTO", *POINT, "--timeout", "inf"], "timeout must be a finite number"),
         (["segment-dir", "FOLDER", "-o", "FOLDER", *POINT], "cannot go among the images"),
-        (["segment-dir", "FOLDER", "-o", "PHOTO", *POINT], "'--output'"),
+        (["segment-dir", "FOLDER", "-o", "PHOTO", *POINT], "the results need a folder"),
         (["segment", "PHOTO", *POINT, "--threshold", "nan"], "threshold must be a number"),
         (["segment", "PHOTO", *POINT, "--header", "token"], "header 'token' is not NAME:VALUE"),
         (["segment-dir", "nowhere", "--output", "OUT", *POINT], "there is no folder 'nowhere'"),
