@@ -20,7 +20,7 @@ from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
-from .lifetime import closed, forked
+from .lifetime import closed, elsewhere, forked
 from .many import Outcome, attempt_async, jobs, run_async, with_progress_async
 from .prompts import Prompt
 from .results import Segmentation
@@ -62,6 +62,7 @@ class AsyncClient:
             Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
         )
         self._transport: AsyncTransport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
         self._closed = False
 
@@ -139,8 +140,12 @@ class AsyncClient:
             raise closed(self.url)
         if os.getpid() != self._process:
             raise forked(self.url)
+        loop = asyncio.get_running_loop()
         if self._transport is None:  # made here, inside the event loop it belongs to
             self._transport = open_async_transport(self._endpoint, self._headers)
+            self._loop = loop
+        if loop is not self._loop:
+            raise elsewhere(self.url)
         return await perform_async(flow, self._transport)
 
 

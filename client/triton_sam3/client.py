@@ -20,7 +20,7 @@ from .results import Segmentation
 from .retry import Retries
 from .status import ServerStatus, status
 from .steps import perform
-from .transports import Transport, open_transport
+from .transports import LoopThread, Transport, open_transport
 from .view import Session, View
 
 T = TypeVar("T")
@@ -171,6 +171,9 @@ class Client:
 def _close(engine: Engine, transport: Transport, process: int) -> None:
     """Knows nothing of the client, so that it may be gone already."""
     if os.getpid() != process:  # in a forked child all of it is the parent's
+        return
+    if isinstance(threading.current_thread(), LoopThread):  # by a garbage collection there
+        threading.Thread(target=_close, args=(engine, transport, process)).start()
         return
     try:
         perform(engine.close(), transport)

@@ -28,6 +28,14 @@ def forked(url: str) -> TransportError:
     return TransportError(f"this client of {url} was made before a fork; make one in each process")
 
 
+def elsewhere(url: str) -> TransportError:
+    """What an asyncio client says in another event loop than its first."""
+    return TransportError(
+        f"this client of {url} belongs to another event loop, that of its first call; make one in "
+        "each"
+    )
+
+
 _living: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 

@@ -74,9 +74,6 @@ def _acquire(step: Acquire) -> None:
 
 async def _acquire_async(step: Acquire) -> None:
     assert isinstance(step.lock, asyncio.Lock)
-    if not step.lock.locked():
-        await step.lock.acquire()
-        return
     try:
         async with timeout(step.timeout):
             await step.lock.acquire()

@@ -128,6 +128,10 @@ class AsyncHttpTransport(AsyncEndable):
             return _json(await method(*request.args, headers=dict(self._headers)), request)
 
 
+class LoopThread(threading.Thread):
+    """Runs a transport's event loop: what waits for an answer would wait here for ever."""
+
+
 class HttpTransport:
     """HTTP for blocking callers: the awaitable transport on an event loop in a thread of its own.
 
@@ -140,7 +144,7 @@ class HttpTransport:
         self._closed = False
         self._guard = threading.Lock()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
+        self._thread = LoopThread(
             target=self._loop.run_forever, name="triton-sam3-http", daemon=True
         )
         self._thread.start()

@@ -23,8 +23,10 @@ from triton_sam3 import (
     Segmentation,
     TransportError,
 )
+from triton_sam3.deadline import timeout
 from triton_sam3.endpoint import Endpoint
-from triton_sam3.flow import Call, Query
+from triton_sam3.flow import Acquire, Call, Flow, Query
+from triton_sam3.steps import perform_async
 from triton_sam3.transports import AsyncTransport, open_async_transport
 
 Pixels = NDArray[np.uint8]
@@ -198,6 +200,32 @@ async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
     await client.close()
     with pytest.raises(TransportError, match="is closed"):
         await client.segment(coins, POINTS)
+
+
+async def test_whoever_comes_as_a_lock_changes_hands_has_a_deadline_as_well() -> None:
+    transport = open_async_transport(Endpoint.parse("grpc://127.0.0.1:1"), {})
+
+    def wait(lock: asyncio.Lock) -> Flow[None]:
+        yield Acquire(lock, 0.05)
+
+    lock = asyncio.Lock()
+    await lock.acquire()
+    holder = asyncio.ensure_future(lock.acquire())
+    await asyncio.sleep(0)
+    lock.release()  # the next one holds it only once it runs
+    with pytest.raises(DeadlineExceeded):
+        async with timeout(5):
+            await perform_async(wait(lock), transport)
+    assert await holder
+    await transport.close()
+
+
+def test_a_client_says_so_in_another_event_loop(url: str, coins: Pixels) -> None:
+    client = AsyncClient(url)
+    assert len(asyncio.run(client.segment(coins, POINTS, threshold=-1))) == 1
+    with pytest.raises(TransportError, match="belongs to another event loop"):
+        asyncio.run(client.segment(coins, POINTS))
+    asyncio.run(client.close())
 
 
 async def test_a_cancelled_undo_leaves_the_clicks_as_they_were(url: str, coins: Pixels) -> None:

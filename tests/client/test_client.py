@@ -1,6 +1,7 @@
 """The blocking client against the real server, over gRPC and HTTP."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 import threading
@@ -256,6 +257,26 @@ def test_closing_ends_the_clients_threads(server: TritonServer, coins: Pixels) -
             client.segment(coins, POINTS)
         Client(server.http_url).segment(coins, POINTS)  # dropped, not closed
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("shared_memory", [None, "system"])
+def test_a_client_that_is_collected_on_its_own_thread_is_closed(
+    server: TritonServer, coins: Pixels, shared_memory: Literal["system"] | None
+) -> None:
+    client = Client(server.http_url, shared_memory=shared_memory)
+    client.segment(coins, POINTS)
+    transport: Any = client._transport
+    gc.disable()  # not on another thread before
+    try:
+        cycle: list[Any] = [client]
+        cycle.append(cycle)
+        del client, cycle
+        transport._loop.call_soon_threadsafe(gc.collect)
+        transport._thread.join(30)
+    finally:
+        gc.enable()
+    assert not transport._thread.is_alive()
+    assert regions(server) == []
 
 
 @pytest.mark.parametrize("shared_memory", [None, "system"])
