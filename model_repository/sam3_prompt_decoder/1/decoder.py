@@ -37,6 +37,10 @@ GPU_LAUNCH_OBJECTS = 64
 USUAL_POINTS = (1, 2, 3)
 """Of a click: one, a correction or a box, both."""
 
+REPLAY_TOLERANCE = 1e-4
+"""Of the masks' size (L2). Sums in another order cost a fifth of it; another click, on random
+embeddings, twice as much with the demo model and 2,000 times at full size."""
+
 Launch = list[tuple[int, int]]
 """Objects that run together, all of one token count: the job's and the object's number."""
 
@@ -70,17 +74,17 @@ class Decoder:
     """`decoder.pt2` on one device. Raises `ProgramError` when it cannot be read."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        program = load_program(path, device)
+        self.device = _numbered(device)
+        program = load_program(path, self.device)
         # At first the one that compares shapes with the traced ones; see `check`.
         self._program: Program = program.module()
         self._unchecked = bind(program)
-        self.device = device
         self._workers: Workers | None = None
-        if device.type == "cpu":
+        if self.device.type == "cpu":
             self._workers = Workers()
             keep_freed_memory()
         else:
-            torch.cuda.set_device(device)  # recording and DLPack take the current one
+            torch.cuda.set_device(self.device)  # recording and DLPack take the current one
         self.launches = 0
         """How often the program has run."""
         self.remark = ""
@@ -119,8 +123,8 @@ class Decoder:
         try:
             for click, (masks,) in zip(clicks, expected, strict=True):
                 (replayed,) = self.decode([click])
-                torch.testing.assert_close(replayed.low_res_masks, masks.low_res_masks)
-        except (RuntimeError, AssertionError) as error:
+                _check_same(replayed.low_res_masks, masks.low_res_masks)
+        except RuntimeError as error:
             self._program = self._unchecked
             replay.refusal = first_line(error)
         if replay.refusal:
@@ -211,6 +215,22 @@ class Decoder:
             torch.empty((objects, candidates, size, size), dtype=torch.float16, device=self.device),
             torch.empty((objects, candidates), dtype=torch.float32, device=self.device),
         )
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU with its number, as its tensors name it: nothing else is equal to their device."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _check_same(ours: Tensor, theirs: Tensor) -> None:
+    """By their difference as a whole: what is replayed may choose another order for its sums.
+
+    Raises RuntimeError.
+    """
+    theirs = theirs.float()
+    difference = float((ours.float() - theirs).norm() / theirs.norm())
+    if not difference <= REPLAY_TOLERANCE:  # also NaN
+        raise RuntimeError(f"replayed masks differ by {difference:.1e} of their size")
 
 
 def _rows(features: Features) -> int:

@@ -72,7 +72,8 @@ class _Recording:
                 program(**inputs)
         torch.cuda.current_stream(device).wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may go on: the metrics' one forgets idle images.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = program(**inputs)
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:

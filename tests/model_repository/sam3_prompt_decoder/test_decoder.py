@@ -10,17 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoder import LOGIT_LIMIT, Decoder, Job, Masks, _gather
+from decoder import (
+    LOGIT_LIMIT,
+    REPLAY_TOLERANCE,
+    Decoder,
+    Job,
+    Masks,
+    _check_same,
+    _gather,
+)
 from numpy.typing import NDArray
-from program import ProgramError
+from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts
 from store import Features
 from torch import Tensor
+from torch.fx import GraphModule
 
 from tests.export import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
 M = tiny.ARCHITECTURE.mask_size
 LIMITS = Limits(max_objects=64, max_tokens=16, mask_size=M)
 SHAPES = {
@@ -304,3 +314,26 @@ def test_a_single_mask_falls_back_where_metas_does(decoder: Decoder, meta: Any) 
 def test_a_missing_program_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match=r"no decoder\.pt2"):
         Decoder(tmp_path / "decoder.pt2", torch.device("cpu"))
+
+
+def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it neither `set_device` nor a moved program's own checks take it."""
+    asked: list[torch.device] = []
+
+    def load(path: Path, device: torch.device) -> GraphModule:
+        asked.append(device)
+        return load_program(path, CPU)
+
+    monkeypatch.setattr("decoder.load_program", load)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    assert Decoder(program, torch.device("cuda")).device == torch.device("cuda:0")
+    assert asked == [torch.device("cuda:0")] * 2
+
+
+def test_what_is_replayed_may_sum_in_another_order_but_is_no_other_click(decoder: Decoder) -> None:
+    image = features(1)
+    first, second = (decoder.decode([Job(image, [OBJECTS[n]])])[0].low_res_masks for n in (0, 1))
+    _check_same(first * (1 + REPLAY_TOLERANCE / 8), first)
+    for other in (second, first * torch.nan):
+        with pytest.raises(RuntimeError, match="replayed masks differ"):
+            _check_same(other, first)

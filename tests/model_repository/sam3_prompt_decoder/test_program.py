@@ -5,15 +5,17 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import program as reader
 import pytest
 import torch
 from program import TORCH_VERSION, ProgramError, bind, load_program
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from export import decoder as exporter
 from tests.export import tiny
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
 def refused(path: Path) -> str:
@@ -96,6 +98,25 @@ def test_a_program_is_moved_whole(program: Path) -> None:
     masks, ious = bind(load_program(program, torch.device("meta")))(**elsewhere)
     assert (masks.device.type, masks.shape) == ("meta", (1, 4, 32, 32))
     assert (ious.device.type, ious.shape) == ("meta", (1, 4))
+
+
+@pytest.mark.parametrize("masks", [0, 1])
+def test_a_program_moves_to_a_gpu(
+    program: Path, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a GPU that need not be there, its tensors being of no memory."""
+    exported = torch.export.load(program)
+    values = [node.meta.get("val") for node in exported.graph.nodes]
+    memoryless = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+    assert memoryless is not None
+    memoryless.allow_non_fake_inputs = True
+    monkeypatch.setattr(reader, "_read", lambda _: exported)
+    inputs = exporter.example_inputs(tiny.ARCHITECTURE, objects=1, tokens=2, masks=masks)
+    with memoryless, torch.no_grad():
+        moved = load_program(program, GPU)
+        answer = bind(moved)(**{name: tensor.to(GPU) for name, tensor in inputs.items()})
+    assert {tensor.device for tensor in answer} == {GPU}
+    assert {tensor.device for tensor in moved.state_dict.values()} == {GPU}
 
 
 @pytest.mark.parametrize("tokens", [1, 12])
