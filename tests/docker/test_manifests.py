@@ -85,6 +85,16 @@ def test_the_image_has_what_the_models_import(repository: Path) -> None:
     assert {distribution.get(name, name) for name in missing} <= installed
 
 
+def test_what_the_models_import_is_found_without_the_environment() -> None:
+    """The stub of 2.51 embeds an isolated Python 3.12, which does not look at PYTHONPATH."""
+    assert not any("PYTHONPATH" in line for line in instruction("ENV"))
+    (path,) = [line for line in instruction("RUN") if ".pth" in line]
+    (packages,) = re.findall(r"--target (\S+)", DOCKERFILE)
+    assert f'"{packages}"' in path
+    (check,) = [line for line in instruction("RUN") if "import cv2" in line]
+    assert check.startswith("python3 -I ")
+
+
 def test_proxies_know_which_models_are_for_clients() -> None:
     """A new model is a decision: for clients, or only for the other models."""
     internal = {"sam3_image_encoder", "sam3_image_reader", "sam3_mask_writer"}
@@ -212,6 +222,11 @@ def test_nginx_starts_anew_with_the_server() -> None:
     """It looks an address up only once."""
     needed = compose()["services"]["proxy"]["depends_on"]["triton"]
     assert needed == {"condition": "service_healthy", "restart": True}
+
+
+def test_a_signal_is_never_lost() -> None:
+    """Process 1 is sent none that it has no handler for: not Python, which starts slowly."""
+    assert compose()["services"]["triton"]["init"] is True
 
 
 def test_compose_gives_time_to_drain_and_room_for_shared_memory() -> None:
