@@ -1,5 +1,6 @@
 """`TritonServer`: one tritonserver with its Python stubs, from start to end."""
 
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -182,12 +183,20 @@ class TritonServer:
 
 
 def check_repository(path: Path) -> None:
-    """Raise RepositoryError unless `path` is a folder with at least one model in it."""
+    """Raise RepositoryError unless `path` is a folder with at least one model in it.
+
+    One that may not be read looks empty.
+    """
     if not path.is_dir():
         reason = "it is not a folder" if path.exists() else "there is no such folder"
         raise RepositoryError(
             f"No model repository at {path}: {reason}. "
             f"Build one with: python -m export --checkpoint CHECKPOINT --output {path}"
+        )
+    if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+        raise RepositoryError(
+            f"User {os.geteuid()} may not read {path}. "
+            f"Let others read it and all in it: chmod --recursive o+rX {path}"
         )
     if not any(path.glob("*/config.pbtxt")):
         raise RepositoryError(

@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -329,6 +331,23 @@ def test_what_is_not_a_repository(tmp_path: Path) -> None:
     for name, reason in reasons.items():
         with pytest.raises(RepositoryError, match=reason):
             TritonServer(tmp_path / name).start()
+
+
+def test_a_repository_that_may_not_be_read_is_not_called_empty(working: Path) -> None:
+    """As in the container, whose user is not who exported the models."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders let no other user through
+        closed = Path(name, "models")
+        shutil.copytree(working, closed)
+        closed.chmod(0)
+        Path(name).chmod(0o711)
+        if os.getuid() == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(RepositoryError, match=r"may not read .*chmod"):
+                TritonServer(closed).start()
+        finally:
+            os.seteuid(os.getuid())
+            closed.chmod(0o700)
 
 
 def test_before_the_first_start_there_is_no_address(working: Path) -> None:
