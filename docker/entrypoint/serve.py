@@ -102,9 +102,18 @@ def serve(options: Options) -> int:
         check_repository(options.repository)
         server = _Server(options)
     except ServerError as error:
-        logs.write(logs.event("entrypoint", str(error), "fatal"), sys.stdout)
-        return SICK
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(
+            f"Its temporary files cannot be written: {error}. The root may be read only; "
+            f"mount a tmpfs at /tmp that user {os.getuid()} may write to"
+        )
     return server.run()
+
+
+def _refuse(reason: str) -> int:
+    logs.write(logs.event("entrypoint", reason, "fatal"), sys.stdout)
+    return SICK
 
 
 class _Server:

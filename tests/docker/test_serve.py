@@ -145,6 +145,18 @@ def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
     assert "No model repository" in record["message"]
 
 
+def test_no_room_for_temporary_files_is_said_in_one_line(repository: Path, tmp_path: Path) -> None:
+    """As without a tmpfs at /tmp: a file that cannot be removed where one is to be made."""
+    one = Container(repository, tmp_path)
+    one.drain_mark.mkdir()
+    with one:
+        assert one.process.wait(30) == SICK
+    (record,) = one.records()
+    assert record["level"] == "fatal"
+    assert str(one.drain_mark) in record["message"]
+    assert "mount a tmpfs" in record["message"]
+
+
 def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path: Path) -> None:
     watch = ("--watch-seconds=0.5", "--watch-timeout=3", "--host=127.0.0.1")
     with Container(repository, tmp_path, *watch) as one:
