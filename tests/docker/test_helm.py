@@ -94,6 +94,21 @@ def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
         render(values)
 
 
+def test_the_models_may_lie_on_a_volume_of_another_kind() -> None:
+    """Helm merges what is given into the default: a pod cannot have both."""
+    folder = {"hostPath": {"path": "/srv/models"}}
+    given = {"proxy": {"tokens": [TOKEN]}, "models": {"volume": folder}}
+    with pytest.raises(helm.HelmError, match="/models/volume"):
+        render(given)
+    taken_out = {"volume": {**folder, "persistentVolumeClaim": None}}
+    (models,) = [
+        v
+        for v in server(render({**given, "models": taken_out}))["volumes"]
+        if v["name"] == "models"
+    ]
+    assert models == {"name": "models", **folder}
+
+
 def test_the_image_understands_what_the_pod_runs() -> None:
     for values in (None, EVERYTHING):
         (container,) = server(render(values))["containers"]
