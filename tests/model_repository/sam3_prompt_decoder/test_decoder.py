@@ -24,7 +24,7 @@ from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts
 from store import Features
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.export import ExportedProgram
 
 from tests.export import tiny
 
@@ -320,7 +320,7 @@ def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Without it neither `set_device` nor a moved program's own checks take it."""
     asked: list[torch.device] = []
 
-    def load(path: Path, device: torch.device) -> GraphModule:
+    def load(path: Path, device: torch.device) -> ExportedProgram:
         asked.append(device)
         return load_program(path, CPU)
 
