@@ -75,6 +75,11 @@ class Decoder:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.device = _numbered(device)
+        if self.device.type == "cpu":
+            # A trained model's attention is sharp: most of its weights are too small for a normal
+            # number, which processors multiply so slowly that they took a third of a decode.
+            # A thread has this from the one that starts it, so it comes before there are any.
+            torch.set_flush_denormal(True)
         program = load_program(path, self.device)
         # At first the one that compares shapes with the traced ones; see `check`.
         self._program: Program = program.module()

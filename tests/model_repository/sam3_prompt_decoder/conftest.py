@@ -26,6 +26,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """As they were: a decoder on a CPU makes them zeros for its process."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
     return tiny.export_once(tmp_path_factory.mktemp("fp32"), "fp32")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import decoder as reader
 import numpy as np
 import pytest
 import torch
@@ -314,6 +317,27 @@ def test_a_single_mask_falls_back_where_metas_does(decoder: Decoder, meta: Any) 
 def test_a_missing_program_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match=r"no decoder\.pt2"):
         Decoder(tmp_path / "decoder.pt2", torch.device("cpu"))
+
+
+DENORMALS = """
+import sys, torch
+from decoder import Decoder
+from pathlib import Path
+
+torch.set_num_threads(2)
+decoder = Decoder(Path(sys.argv[1]), torch.device("cpu"))
+small = torch.full((2**20,), 1e-39)
+survive = lambda _: bool((small * 1).any())
+print(survive(None), *decoder._workers.map(survive, range(2), rows=1))
+"""
+
+
+def test_no_thread_multiplies_denormals(program: Path) -> None:
+    """In a process of its own, whose threads are all started after the decoder."""
+    folder = Path(reader.__file__).parent
+    command = [sys.executable, "-c", DENORMALS, str(program)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"] * 3
 
 
 def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
