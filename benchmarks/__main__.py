@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 # sam3 and the exporters warn about calls of their own, which nobody here can do anything about.
 warnings.filterwarnings("ignore")
@@ -78,7 +79,7 @@ class _Progress:
 
     def __call__(self, step: str) -> None:
         gone = time.monotonic() - self._started
-        console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {step}")
+        console.print(f"[dim]{int(gone) // 60:2}:{int(gone) % 60:02}[/dim] {escape(step)}")
 
 
 def _cpu(write: bool) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -69,14 +70,19 @@ class Worker:
     def keep(self, images: int) -> float:
         if self._device.type != "cuda":
             return float(images * self._features.nbytes)
-        before = torch.cuda.memory_allocated(self._device)
+        before = self._taken()
         store = ImageStore(max_bytes=sys.maxsize, max_idle_seconds=3600)
         for _ in range(images):
             store.keep(self._features)
         self._kept.append(store)
-        taken = torch.cuda.memory_allocated(self._device) - before
+        taken = self._taken() - before
         self._kept.clear()
         return float(taken)
+
+    def _taken(self) -> int:
+        """What is lost to others, the gaps between tensors included."""
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
 
     def mask_iou(self) -> float:
         model = load(self._checkpoint)
@@ -126,6 +132,7 @@ def main() -> None:
         try:
             worker = Worker(Path(sys.argv[1]), *sys.argv[2:5])
         except Exception as error:
+            traceback.print_exc()
             print(json.dumps(reason(error)), file=answers, flush=True)
             return
         print(0, file=answers, flush=True)
@@ -134,6 +141,7 @@ def main() -> None:
             try:
                 answer: float | str = getattr(worker, method)(**arguments)
             except Exception as error:
+                traceback.print_exc()
                 answer = reason(error)
             print(json.dumps(answer), file=answers, flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.timing import Sample
@@ -109,7 +110,7 @@ def rich_table(title: str, figures: Sequence[Figure]) -> Table:
     for figure in figures:
         verdict = figure.verdict
         style = "red" if verdict.startswith("missed") else "green" if "met" in verdict else None
-        table.add_row(*figure.cells(), style=style)
+        table.add_row(*map(escape, figure.cells()), style=style)
     return table
 
 

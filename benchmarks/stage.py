@@ -58,6 +58,8 @@ class Stage:
     """How to make another caller of the same servers; picklable, but for the one in process."""
     peers: dict[str, Peer]
     clicks: dict[str, Click]
+    agreement: dict[str, float]
+    """Mask IoU of each peer's click with Meta's predictor's."""
 
 
 @contextmanager
@@ -96,8 +98,8 @@ def stage(
             made[name] = makers[name]()
             cleanup.callback(made[name].close)
         clicks = _opened(artifacts.name, photo, made, progress)
-        _check_agreement(clicks, agreement)
-        yield Stage(artifacts, photo, server.grpc_url, engine, makers, made, clicks)
+        agreements = _check_agreement(clicks, agreement)
+        yield Stage(artifacts, photo, server.grpc_url, engine, makers, made, clicks, agreements)
 
 
 def _opened(
@@ -110,9 +112,10 @@ def _opened(
     return clicks
 
 
-def _check_agreement(clicks: dict[str, Click], least: float) -> None:
+def _check_agreement(clicks: dict[str, Click], least: float) -> dict[str, float]:
     reference = clicks[IN_PROCESS](*PLACE)
-    for name, click in clicks.items():
-        iou = peers.mask_iou(click(*PLACE), reference)
+    ious = {name: peers.mask_iou(click(*PLACE), reference) for name, click in clicks.items()}
+    for name, iou in ious.items():
         if iou < least:
             raise Disagreement(f"{name}: mask IoU {iou:.3f} with Meta's predictor's")
+    return ious

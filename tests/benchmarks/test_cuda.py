@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import cuda
-from benchmarks.figures import Figure
 from benchmarks.timing import Sample
+
+HUNDRED = Sample((100.0,))
 
 
 def untold(_: str) -> None:
@@ -33,15 +34,19 @@ def test_what_fails_takes_only_its_own_figures_away_and_each_is_told(
     told: list[str] = []
     outcome = cuda.Outcome(told.append)
 
-    def fails() -> list[Figure]:
+    def fails_half_way() -> None:
+        outcome.add(cuda.ENCODE.measured(Sample((9.0,))))
         raise FileNotFoundError("no tritonserver")
 
-    cuda._collect(outcome, [cuda.CLICK_P50], fails)
-    cuda._collect(outcome, [cuda.ENCODE], lambda: [cuda.ENCODE.measured(Sample((9.0,)))])
-    assert [figure.verdict for figure in outcome.figures] == ["not measured", "aim met"]
-    assert outcome.figures[0].note == "FileNotFoundError: no tritonserver"
-    assert told[0].endswith("not measured, FileNotFoundError: no tritonserver")
-    assert told[1] == "encode one image, GPU time p50, 16-bit: 9 ms, aim met"
+    cuda._collect(outcome, [cuda.CLICK_P50, cuda.ENCODE], fails_half_way)
+    cuda._collect(outcome, [cuda.CLICKS], lambda: outcome.add(cuda.CLICKS.measured(HUNDRED)))
+    assert [figure.verdict for figure in outcome.figures] == [
+        "aim met",
+        "not measured",
+        "missed by 95%",
+    ]
+    assert told[0] == "encode one image, GPU time p50, 16-bit: 9 ms, aim met"
+    assert told[1].endswith("not measured, FileNotFoundError: no tritonserver")
 
 
 def test_tensorrt_is_looked_for_before_its_graph_is_made() -> None:

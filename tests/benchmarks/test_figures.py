@@ -78,6 +78,13 @@ def test_tables_have_a_row_for_every_figure() -> None:
     assert "no GPU" in console.export_text()
 
 
+def test_a_reason_with_brackets_is_shown_as_it_is() -> None:
+    """Rich would take them for its own, and end over one that it does not know."""
+    console = Console(width=200, record=True)
+    console.print(rich_table("title", [Asked("name", "ms").missing("no [/usr/lib/x.so] [1, 2]")]))
+    assert "no [/usr/lib/x.so] [1, 2]" in console.export_text()
+
+
 def test_a_bar_in_a_cell_does_not_end_it() -> None:
     assert markdown_table(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
 
