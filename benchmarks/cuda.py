@@ -3,6 +3,7 @@
 What a machine lacks (a Triton server, ONNX Runtime with CUDA) takes away its figures and nothing
 else: they are listed as not measured, with the reason. Each figure is told as soon as it is had,
 and the two parts are runs of their own: on a machine that is lent for minutes, none is lost.
+`benchmarks.offline` carries all of it to a machine without a network.
 """
 
 from __future__ import annotations

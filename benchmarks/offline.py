@@ -1,0 +1,182 @@
+"""Carry the GPU benchmark to a machine without a network, in parts of any size.
+
+    python -m benchmarks.offline pack build/offline --python 3.12 --part-mib 45     here
+    python3 -m benchmarks.offline unpack build/offline /tmp/env                     there
+
+The machine has this checkout, its own Python of that version, PyTorch for CUDA, torchvision, and
+what a machine for PyTorch usually has: onnx, onnxscript, scikit-image, timm, typer, grpcio, pytest.
+The rest travels: `base`, and `onnxruntime` for the encoder on the GPU, each a tar.xz in numbered
+parts. Parts may come one by one; `unpack` takes the packs that are whole, says what others lack,
+and again takes those that came since. It makes an environment in which the packs go before the
+machine's own packages, and prints what to set in the shell. pip is not needed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import io
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+BASE = (
+    *("numpy", "protobuf", "tritonclient", "python-rapidjson", "gevent", "greenlet", "brotli"),
+    *("geventhttpclient", "zope.event", "zope.interface", "sam3", "pycocotools", "ftfy", "wcwidth"),
+    *("iopath", "nvidia-pytriton"),
+)
+"""In the versions that are installed here."""
+ONNXRUNTIME = "onnxruntime-gpu==1.30.0"
+"""For CUDA 13, whose libraries come with the machine's PyTorch."""
+PLATFORMS = (
+    *(f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 5)),
+    "manylinux2014_x86_64",  # the older names are tags of their own
+    "manylinux2010_x86_64",
+    "manylinux1_x86_64",
+)
+TRITON = ("pytriton/__init__.py", "pytriton/tritonserver/", "nvidia_pytriton")
+CHECK = """
+import warnings; warnings.filterwarnings("ignore")
+import numpy, onnx, onnxruntime, skimage.data, torch, torchvision, tritonclient.grpc
+import sam3, server.installation as installation
+from pathlib import Path; from tempfile import mkdtemp
+installation.find(Path(mkdtemp()), {})
+print("# numpy", numpy.__version__, "torch", torch.__version__, "onnx", onnx.__version__)
+print("# onnxruntime", onnxruntime.__version__, onnxruntime.get_available_providers())
+print("# GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+"""
+
+
+def pack(folder: Path, python: str, part_bytes: int) -> None:
+    """Download both packs' wheels for a Python, and write them as parts into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = [f"{name}=={metadata.version(name)}" for name in BASE]
+    for name, requirements in (("base", base), ("onnxruntime", [ONNXRUNTIME])):
+        with TemporaryDirectory() as wheels:
+            for requirement in requirements:
+                _fetch(requirement, python, Path(wheels))
+            archive = _archive(sorted(Path(wheels).glob("*.whl")), python)
+        parts = split(archive, part_bytes)
+        for number, part in enumerate(parts):
+            (folder / f"{name}.tar.xz.{number:02}").write_bytes(part)
+        digest = hashlib.sha256(archive).hexdigest()
+        (folder / f"{name}.txt").write_text(f"{len(parts)} {digest}\n")
+        print(f"{name}: {len(archive) / 2**20:.0f} MiB in {len(parts)} parts")
+
+
+def _fetch(requirement: str, python: str, folder: Path) -> None:
+    """A wheel for that Python; what PyPI has as source alone must be of Python alone."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    platforms = [f"--platform={platform}" for platform in PLATFORMS]
+    wanted = ["--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
+    done = subprocess.run([*pip, "download", *wanted, f"--dest={folder}", requirement], check=False)
+    if done.returncode:
+        build = [*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", requirement]
+        subprocess.run(build, check=True)
+
+
+def _archive(wheels: list[Path], python: str) -> bytes:
+    """What the wheels install into site-packages, as a tar.xz."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as content:
+                for item in content.infolist():
+                    if not item.is_dir() and wanted(item.filename, python):
+                        entry = tarfile.TarInfo(item.filename)
+                        entry.size, entry.mode = item.file_size, (item.external_attr >> 16) & 0o755
+                        archive.addfile(entry, content.open(item))
+    return buffer.getvalue()
+
+
+def wanted(name: str, python: str) -> bool:
+    """Of nvidia-pytriton the server and one Python's stub; of ONNX Runtime what runs graphs."""
+    if name.startswith(("pytriton/", "nvidia_pytriton")):
+        stub = "python_backend_stubs/" not in name or f"/{python}/" in name
+        return name.startswith(TRITON) and stub and "/libpython3-" not in name
+    return not name.startswith(("onnxruntime/transformers/", "onnxruntime/tools/"))
+
+
+def split(content: bytes, size: int) -> list[bytes]:
+    return [content[start : start + size] for start in range(0, len(content), size)]
+
+
+def join(folder: Path, name: str) -> bytes:
+    """A pack of its parts. Raises ValueError with what is missing or damaged."""
+    count, digest = (folder / f"{name}.txt").read_text().split()
+    paths = [folder / f"{name}.tar.xz.{number:02}" for number in range(int(count))]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise ValueError(f"{name} is not whole yet: bring {', '.join(missing)}")
+    content = b"".join(path.read_bytes() for path in paths)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{name} is damaged: its parts are of another pack, or were cut; pack anew"
+        )
+    return content
+
+
+def unpack(folder: Path, environment: Path) -> None:
+    """Make or extend the environment, check it, and print what the shell needs."""
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin" / "python3"
+    packages = next((environment / "lib").glob("python3*/site-packages"))
+    machines = Path(sysconfig.get_paths()["purelib"])
+    (packages / "machine.pth").write_text(f"import site; site.addsitedir({str(machines)!r})\n")
+    for name in sorted(path.stem for path in folder.glob("*.txt")):
+        try:
+            with tarfile.open(fileobj=io.BytesIO(join(folder, name))) as archive:
+                archive.extractall(packages, filter="tar")
+        except ValueError as error:
+            print(f"# {error}")
+    # ONNX Runtime looks for CUDA's libraries beside itself, Triton for the driver by this name.
+    for link, target in ((packages / "nvidia", machines / "nvidia"), *_driver(environment)):
+        if target.exists() and not link.exists():
+            link.symlink_to(target)
+    lines = [
+        f"export PATH={python.parent.resolve()}:$PATH",
+        f"export LD_LIBRARY_PATH={environment.resolve()}/driver:$LD_LIBRARY_PATH",
+        "export PYTHONPATH=$PWD/client:$PWD",
+    ]
+    print("\n".join(lines), flush=True)
+    subprocess.run([python, "-c", CHECK], check=True)
+
+
+def _driver(environment: Path) -> Iterator[tuple[Path, Path]]:
+    """The GPU's driver where it has no name without a version."""
+    folder = environment / "driver"
+    folder.mkdir(exist_ok=True)
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        print("# this machine has no NVIDIA driver (libcuda.so.1)")
+        return
+    mapped = Path("/proc/self/maps").read_text().split()
+    yield folder / "libcuda.so", Path(next(word for word in mapped if "/libcuda.so" in word))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing, unpacking = commands.add_parser("pack"), commands.add_parser("unpack")
+    for command in (packing, unpacking):
+        command.add_argument("folder", type=Path, help="of the parts")
+    packing.add_argument("--python", default="3.12", help="version there")
+    packing.add_argument("--part-mib", type=int, default=45)
+    unpacking.add_argument("environment", type=Path, help="folder to make")
+    given = parser.parse_args()
+    if given.command == "pack":
+        pack(given.folder, given.python, given.part_mib * 2**20)
+    else:
+        unpack(given.folder, given.environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The GPU benchmark's packs: what goes in, and parts that come one by one, in any order."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from benchmarks import offline
+
+CONTENT = bytes(range(256)) * 10
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    parts = offline.split(CONTENT, 1000)
+    for number, part in enumerate(parts):
+        (tmp_path / f"base.tar.xz.{number:02}").write_bytes(part)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / "base.txt").write_text(f"{len(parts)} {digest}\n")
+    return tmp_path
+
+
+def test_parts_are_of_the_size_and_join_again(folder: Path) -> None:
+    sizes = [path.stat().st_size for path in sorted(folder.glob("base.tar.xz.*"))]
+    assert sizes == [1000, 1000, 560]
+    assert offline.join(folder, "base") == CONTENT
+
+
+def test_a_part_that_has_not_come_is_named(folder: Path) -> None:
+    (folder / "base.tar.xz.01").unlink()
+    with pytest.raises(ValueError, match=r"not whole yet: bring base\.tar\.xz\.01$"):
+        offline.join(folder, "base")
+
+
+def test_a_part_that_was_cut_is_not_unpacked(folder: Path) -> None:
+    (folder / "base.tar.xz.02").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="base is damaged"):
+        offline.join(folder, "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "goes"),
+    [
+        ("pytriton/tritonserver/bin/tritonserver", True),
+        ("pytriton/tritonserver/python_backend_stubs/3.12/triton_python_backend_stub", True),
+        ("pytriton/tritonserver/python_backend_stubs/3.10/triton_python_backend_stub", False),
+        ("pytriton/__init__.py", True),
+        ("pytriton/client/client.py", False),
+        ("nvidia_pytriton.libs/libb64.so.0d", True),
+        ("nvidia_pytriton.libs/libpython3-0c3a.12.so.1.0", False),
+        ("onnxruntime/capi/libonnxruntime_providers_cuda.so", True),
+        ("onnxruntime/transformers/optimizer.py", False),
+        ("numpy/core/numeric.py", True),
+    ],
+)
+def test_only_what_runs_there_goes_in(name: str, goes: bool) -> None:
+    assert offline.wanted(name, "3.12") is goes
