@@ -53,6 +53,11 @@ class Service:
         return np.packbits(best(masks, scores)).tobytes()
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Callers who connect at one moment; Python's 5 would turn the others away."""
+
+
 class Handler(BaseHTTPRequestHandler):
     service: Service
     protocol_version = "HTTP/1.1"
@@ -94,7 +99,7 @@ def running(checkpoint: Path, device: str = "cpu") -> Iterator[tuple[str, int]]:
 
 def main(checkpoint: Path, device: str) -> None:
     Handler.service = Service(checkpoint, device)
-    server = ThreadingHTTPServer((HOST, 0), Handler)
+    server = Server((HOST, 0), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)
     server.serve_forever()
