@@ -9,6 +9,11 @@ The rest travels: `base`, and `onnxruntime` for the encoder on the GPU, each a t
 parts. Parts may come one by one; `unpack` takes the packs that are whole, says what others lack,
 and again takes those that came since. It makes an environment in which the packs go before the
 machine's own packages, and prints what to set in the shell. pip is not needed there.
+
+Of the tests, those marked gpu go there by their files; others import what does not travel:
+
+    python3 -m pytest -m gpu tests/model_repository/sam3_prompt_decoder/test_gpu.py \\
+        tests/client/test_shared_memory.py
 """
 
 from __future__ import annotations
