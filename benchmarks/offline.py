@@ -81,8 +81,8 @@ def _fetch(requirement: str, python: str, folder: Path) -> None:
     """A wheel for that Python; what PyPI has as source alone must be of Python alone."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
-    wanted = ["--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
-    done = subprocess.run([*pip, "download", *wanted, f"--dest={folder}", requirement], check=False)
+    target = ["--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
+    done = subprocess.run([*pip, "download", *target, f"--dest={folder}", requirement], check=False)
     if done.returncode:
         build = [*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", requirement]
         subprocess.run(build, check=True)
