@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +21,9 @@ logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 from benchmarks import anatomy, artifacts, cpu, cuda, pages  # noqa: E402
 from benchmarks.anatomy import Anatomy  # noqa: E402
-from benchmarks.environment import provenance  # noqa: E402
+from benchmarks.environment import Provenance, provenance  # noqa: E402
 from benchmarks.figures import rich_table  # noqa: E402
+from benchmarks.findings import Findings  # noqa: E402
 from benchmarks.stage import PLACE, load_photo  # noqa: E402
 
 console = Console(highlight=False)
@@ -85,28 +87,43 @@ class _Progress:
 def _cpu(write: bool) -> None:
     origin = provenance("make bench")
     progress = _Progress()
-    outcomes, figures = cpu.run(progress)
+    found = [measure(progress) for measure in CPU_PARTS.values()]
+    _report("cpu", found, origin, write)
     anatomies = _dissect(progress)
+    if write:
+        pages.publish_anatomy("cpu", anatomies, origin)
+
+
+def _cuda(part: Part, write: bool) -> None:
+    origin = provenance(f"python -m benchmarks --device cuda --only {part.value}")
+    _report(f"cuda-{part.value}", [CUDA_PARTS[part](_Progress())], origin, write)
+
+
+def _report(run: str, found: Sequence[Findings], origin: Provenance, write: bool) -> None:
+    figures = [figure for part in found for figure in part.figures]
+    comparisons = [comparison for part in found for comparison in part.comparisons]
+    growths = [growth for part in found for growth in part.growths]
     console.print(rich_table("measured in this run", figures))
     if not write:
         return
-    pages.publish_figures("cpu", figures, origin)
-    pages.publish_comparison("cpu", [outcome.comparison for outcome in outcomes], origin)
-    growths = [growth for outcome in outcomes for growth in outcome.growth]
-    pages.publish_growth("cpu", growths, origin)
-    pages.publish_anatomy("cpu", anatomies, origin)
+    pages.publish_figures(run, figures, origin)
+    if comparisons:
+        pages.publish_comparison(run, comparisons, origin)
+    if growths:
+        pages.publish_growth(run, growths, origin)
 
 
 def _part(part: Part) -> None:
     progress = _Progress()
     if part is Part.ANATOMY:
-        for found in _dissect(progress):
-            console.print(found.table())
+        for dissected in _dissect(progress):
+            console.print(dissected.table())
         return
-    outcome = CPU_PARTS[part](progress)
-    console.print(rich_table("measured in this run", outcome.figures))
-    console.print(outcome.comparison.markdown(), markup=False)
-    for growth in outcome.growth:
+    found = CPU_PARTS[part](progress)
+    console.print(rich_table("measured in this run", found.figures))
+    for comparison in found.comparisons:
+        console.print(comparison.markdown(), markup=False)
+    for growth in found.growths:
         console.print(f"\n{growth.title} ({growth.unit})\n{growth.markdown()}", markup=False)
 
 
@@ -115,20 +132,6 @@ def _dissect(progress: _Progress) -> list[Anatomy]:
     repository = artifacts.demo(progress=progress).repository
     with TemporaryDirectory(prefix="triton-sam3-bench-") as folder:
         return anatomy.dissect(repository, load_photo(), PLACE, Path(folder))
-
-
-def _cuda(part: Part, write: bool) -> None:
-    origin = provenance(f"python -m benchmarks --device cuda --only {part.value}")
-    outcome = CUDA_PARTS[part](_Progress())
-    console.print(rich_table("measured in this run", outcome.figures))
-    if not write:
-        return
-    name = f"cuda-{part.value}"
-    pages.publish_figures(name, outcome.figures, origin)
-    if outcome.comparison:
-        pages.publish_comparison(name, [outcome.comparison], origin)
-    if outcome.growth:
-        pages.publish_growth(name, outcome.growth, origin)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@ Absolute seconds mean little on a CPU; what counts are ratios of things measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import artifacts, growth, measures
 from benchmarks.artifacts import Artifacts
 from benchmarks.comparison import PAUSE, Comparison
-from benchmarks.figures import Asked, Figure, Target, reason
+from benchmarks.figures import Asked, Target
+from benchmarks.findings import Findings, Progress
 from benchmarks.growth import Growth
 from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, PEERS, WHOLE, Stage, stage
 from benchmarks.timing import Sample, ratio
-
-Progress = Callable[[str], None]
 
 ENCODE = Asked(
     "full size, encode: served fp32 / Meta's code eager fp32", "ratio", Target(1.20, 1.00)
@@ -58,115 +56,104 @@ FULL_SIZE = (ENCODE, FASTEST, CLICK, CLICK_OR_ONE_SHOT, BOXES)
 DEMO = (DEMO_BOXES, SERVER_COST, CROWD)
 
 ENCODER_ROUNDS = 5
-"""Of about a minute each at full size."""
+"""Of one to two minutes each at full size."""
+ONE_SHOT_ROUNDS = 3
 LOAD_SECONDS = 4.0
 """How long each number of concurrent clickers clicks."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All that one run of the benchmark found."""
-
-    figures: list[Figure]
-    comparison: Comparison
-    growth: list[Growth] = field(default_factory=list)
-
-
-def run(progress: Progress) -> tuple[list[Outcome], list[Figure]]:
-    """Both sizes; also the figures of all, those of a size that cannot be run with the reason."""
-    outcomes: list[Outcome] = []
-    figures: list[Figure] = []
-    for measure, asked in ((run_full_size, FULL_SIZE), (run_demo_size, DEMO)):
-        try:
-            outcomes.append(measure(progress))
-            figures += outcomes[-1].figures
-        except Exception as error:  # one size's figures are wanted without the other's
-            figures += [one.missing(reason(error)) for one in asked]
-    return outcomes, figures
-
-
-def run_full_size(progress: Progress) -> Outcome:
+def run_full_size(progress: Progress) -> Findings:
     """SAM 3's published size, random weights."""
-    built = artifacts.full_size(progress=progress)
-    # The other two servers would hold two more copies of Meta's predictor in memory.
-    names = (OURS, EMBEDDINGS, IN_PROCESS)
-    with _staged(built, names, progress) as s:
-        progress("full size: clicks")
-        clicks = measures.clicks(s, rounds=15)
-        rested = measures.clicks(s, rounds=7, pause=PAUSE)
-        boxes = measures.boxes_together(s, rounds=3)
-        objects = growth.objects(s, growth.OBJECTS[:6], rounds=2)
-        progress(f"full size: encoding, {ENCODER_ROUNDS} rounds")
-        encoding = measures.encoding(s, ENCODER_ROUNDS, warmup=0)
-        progress(f"full size: one-shot requests, {ENCODER_ROUNDS} rounds")
-        one_shot = measures.one_shot(s, ENCODER_ROUNDS)
-    first = {
-        name: Sample(tuple(seconds + clicks[name].median for seconds in sample.values))
-        for name, sample in encoding.items()
-    }
-    shares = Sample(tuple(clicks[OURS].median / seconds for seconds in one_shot.values))
-    figures = [
-        ENCODE.measured(
-            ratio(encoding[OURS], encoding[IN_PROCESS]),
-            f"{encoding[OURS].median:.1f} s and {encoding[IN_PROCESS].median:.1f} s",
-        ),
-        FASTEST.measured(
-            ratio(encoding[OURS], encoding[IN_PROCESS]),
-            "fp32's sample; what narrower encoders would be: see the section of theirs",
-        ),
-        CLICK.measured(
-            ratio(clicks[OURS], clicks[IN_PROCESS]),
-            _milliseconds(clicks[OURS], clicks[IN_PROCESS]),
-        ),
-        CLICK_OR_ONE_SHOT.measured(
-            shares, f"{clicks[OURS].median * 1000:.0f} ms and {one_shot.median:.1f} s"
-        ),
-        BOXES.measured(boxes),
-    ]
-    return Outcome(figures, Comparison("full size", first, clicks, rested), [objects])
+    found = Findings(progress)
+    found.collect(FULL_SIZE, lambda: _full_size(found))
+    return found
 
 
-def run_demo_size(progress: Progress) -> Outcome:
+def run_demo_size(progress: Progress) -> Findings:
     """The small trained model, where a server's own cost shows."""
-    built = artifacts.demo(progress=progress)
-    with _staged(built, PEERS, progress) as s:
-        progress("demo: clicks")
-        clicks = measures.clicks(s, rounds=30)
-        rested = measures.clicks(s, rounds=15, pause=PAUSE)
-        cost = measures.server_cost(s, rounds=60)
-        boxes = measures.boxes_together(s, rounds=7)
-        progress("demo: first masks")
-        first = measures.first_masks(s, rounds=7)
-        progress("demo: growing work")
-        curves = [
-            growth.objects(s, growth.OBJECTS, rounds=5),
-            growth.batch(s, growth.BATCHES, rounds=5),
-            growth.photo_side(s, growth.PHOTO_SIDES, rounds=3),
-        ]
-        progress("demo: growing crowds")
-        crowds = growth.clients(s, [OURS, EMBEDDINGS, WHOLE, HTTP], growth.CLIENTS, LOAD_SECONDS)
+    found = Findings(progress)
+    found.collect(DEMO, lambda: _demo_size(found))
     progress("demo: growing models")
-    curves.append(
-        growth.model_side(
-            lambda side: artifacts.demo(image_size=side, progress=progress),
-            growth.MODEL_SIDES,
-            rounds=5,
-            device="cpu",
+    found.collect((), lambda: found.growths.append(_growing_models(progress)))
+    return found
+
+
+def _full_size(found: Findings) -> None:
+    built = artifacts.full_size(progress=found.progress)
+    # The other two servers would hold two more copies of Meta's predictor in memory.
+    with _staged(built, (OURS, EMBEDDINGS, IN_PROCESS), found.progress) as s:
+        found.progress("full size: clicks")
+        clicks = measures.clicks(s, rounds=15)
+        pair = clicks[OURS], clicks[IN_PROCESS]
+        found.add(CLICK.measured(ratio(*pair), _milliseconds(*pair)))
+        rested = measures.clicks(s, rounds=7, pause=PAUSE)
+        found.add(BOXES.measured(measures.boxes_together(s, rounds=3)))
+        found.growths.append(growth.objects(s, growth.OBJECTS[:6], rounds=2))
+        found.progress(f"full size: encoding, {ENCODER_ROUNDS} rounds")
+        encoding = measures.encoding(s, ENCODER_ROUNDS, warmup=0)
+        _tell_encoding(found, encoding[OURS], encoding[IN_PROCESS])
+        first = {name: sample.plus(clicks[name].median) for name, sample in encoding.items()}
+        found.comparisons.append(Comparison("full size", first, clicks, rested))
+        found.progress(f"full size: one-shot requests, {ONE_SHOT_ROUNDS} rounds")
+        one_shot = measures.one_shot(s, ONE_SHOT_ROUNDS)
+    click = clicks[OURS].median
+    shares = Sample(tuple(click / seconds for seconds in one_shot.values))
+    found.add(
+        CLICK_OR_ONE_SHOT.measured(shares, f"{click * 1000:.0f} ms and {one_shot.median:.1f} s")
+    )
+
+
+def _tell_encoding(found: Findings, ours: Sample, eager: Sample) -> None:
+    share = ratio(ours, eager)
+    found.add(ENCODE.measured(share, f"{ours.median:.1f} s and {eager.median:.1f} s"))
+    found.add(
+        FASTEST.measured(
+            share, "fp32's sample; what narrower encoders would be: see the section of theirs"
         )
     )
-    rates = crowds[0].curves[OURS]
-    figures = [
-        DEMO_BOXES.measured(boxes),
-        SERVER_COST.measured(
-            cost["server"].scaled(1000),
-            "click over gRPC, decoder alone: " + _milliseconds(cost["click"], cost["compute"]),
-        ),
-        CROWD.measured(
-            Sample((rates[16].median / rates[1].median,)),
-            f"{rates[16].median:.0f} and {rates[1].median:.0f} clicks per second",
-        ),
-    ]
-    return Outcome(figures, Comparison("demo", first, clicks, rested), [*curves, *crowds])
+
+
+def _demo_size(found: Findings) -> None:
+    built = artifacts.demo(progress=found.progress)
+    with _staged(built, PEERS, found.progress) as s:
+        found.progress("demo: clicks")
+        clicks = measures.clicks(s, rounds=30)
+        rested = measures.clicks(s, rounds=15, pause=PAUSE)
+        _tell_server_cost(found, s)
+        found.add(DEMO_BOXES.measured(measures.boxes_together(s, rounds=7)))
+        found.progress("demo: first masks")
+        first = measures.first_masks(s, rounds=7)
+        found.comparisons.append(Comparison("demo", first, clicks, rested))
+        found.progress("demo: growing work")
+        found.growths.append(growth.objects(s, growth.OBJECTS, rounds=5))
+        found.growths.append(growth.batch(s, growth.BATCHES, rounds=5))
+        found.growths.append(growth.photo_side(s, growth.PHOTO_SIDES, rounds=3))
+        found.progress("demo: growing crowds")
+        peers = [OURS, EMBEDDINGS, WHOLE, HTTP]
+        crowds = growth.clients(s, peers, growth.CLIENTS, LOAD_SECONDS, found.progress)
+        found.growths += crowds
+        _tell_crowd(found, crowds[0].curves[OURS])
+
+
+def _tell_server_cost(found: Findings, stage: Stage) -> None:
+    cost = measures.server_cost(stage, rounds=60)
+    note = "click over gRPC, decoder alone: " + _milliseconds(cost["click"], cost["compute"])
+    found.add(SERVER_COST.measured(cost["server"].scaled(1000), note))
+
+
+def _tell_crowd(found: Findings, rates: Mapping[int, Sample]) -> None:
+    many, one = rates[16].median, rates[1].median
+    note = f"{many:.0f} and {one:.0f} clicks per second"
+    found.add(CROWD.measured(Sample((many / one,)), note))
+
+
+def _growing_models(progress: Progress) -> Growth:
+    return growth.model_side(
+        lambda side: artifacts.demo(image_size=side, progress=progress),
+        growth.MODEL_SIDES,
+        rounds=5,
+        device="cpu",
+    )
 
 
 def _milliseconds(ours: Sample, theirs: Sample) -> str:

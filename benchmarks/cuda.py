@@ -9,9 +9,7 @@ and the two parts are runs of their own: on a machine that is lent for minutes, 
 from __future__ import annotations
 
 import ctypes
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +21,12 @@ from benchmarks.accuracy import GATE_RANDOM, GATE_TRAINED
 from benchmarks.artifacts import Artifacts
 from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.engine import Engine
-from benchmarks.figures import Asked, Figure, Target, reason
+from benchmarks.figures import Asked, Target
+from benchmarks.findings import Findings, Progress
 from benchmarks.growth import Growth
 from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, WHOLE, Stage, stage
 from benchmarks.timing import Meter, Sample, alternate
 from export.accelerator import Accelerator
-
-Progress = Callable[[str], None]
 
 DEVICE = "cuda"
 MILLISECONDS = 1000
@@ -80,78 +77,54 @@ candidates hangs on the scores' last digits. How exact ours is has a figure of i
 TENSORRT_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.11")
 
 
-@dataclass
-class Outcome:
-    """All that one run found."""
-
-    progress: Progress
-    figures: list[Figure] = field(default_factory=list)
-    comparison: Comparison | None = None
-    growth: list[Growth] = field(default_factory=list)
-
-    def add(self, figure: Figure) -> None:
-        self.figures.append(figure)
-        name, measured, _, _, verdict, note = figure.cells()
-        self.progress(", ".join(filter(None, (f"{name}: {measured}", verdict, note))))
-
-
-def run_in_process(progress: Progress) -> Outcome:
+def run_in_process(progress: Progress) -> Findings:
     """Build from seeds, check, and time encoder and decoder without a server."""
-    outcome = Outcome(progress)
-    _collect(outcome, [DEMO_ACCURACY], lambda: _demo_accuracy(outcome))
+    found = Findings(progress)
+    found.collect([DEMO_ACCURACY], lambda: _demo_accuracy(found))
     for encoder, accelerator in ENCODERS.items():
         asked = [_by(encoder, one) for one in IN_PROCESS_FIGURES]
         graphs = partial(artifacts.full_size, torch.float16, progress, accelerator)
-        _collect(outcome, asked, partial(_in_process, graphs, encoder, outcome))
-    return outcome
+        found.collect(asked, partial(_in_process, graphs, encoder, found))
+    return found
 
 
-def run_served(progress: Progress) -> Outcome:
+def run_served(progress: Progress) -> Findings:
     """Clicks through Triton, beside the peers."""
-    outcome = Outcome(progress)
-    _collect(outcome, SERVED_FIGURES, lambda: _served(outcome))
-    return outcome
+    found = Findings(progress)
+    found.collect(SERVED_FIGURES, lambda: _served(found))
+    return found
 
 
-def _collect(outcome: Outcome, asked: Sequence[Asked], measure: Callable[[], None]) -> None:
-    """Whatever a machine lacks, the rest of the figures are wanted."""
-    why = "it was not looked at"
-    try:
-        if not torch.cuda.is_available():
-            raise RuntimeError("this machine has no NVIDIA GPU")
-        measure()
-    except Exception as error:
-        traceback.print_exc()
-        why = reason(error)
-    told = {figure.name for figure in outcome.figures}
-    for one in asked:
-        if one.name not in told:
-            outcome.add(one.missing(why))
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError("this machine has no NVIDIA GPU")
 
 
 def _by(encoder: str, asked: Asked) -> Asked:
     return Asked(f"{asked.name} ({encoder})", asked.unit, asked.target)
 
 
-def _demo_accuracy(outcome: Outcome) -> None:
-    outcome.progress("demo: checking the 16-bit encoder")
-    built = artifacts.demo(torch.float16, progress=outcome.progress)
+def _demo_accuracy(found: Findings) -> None:
+    _require_gpu()
+    found.progress("demo: checking the 16-bit encoder")
+    built = artifacts.demo(torch.float16, progress=found.progress)
     with _engine(built, "onnxruntime") as engine:
-        outcome.add(DEMO_ACCURACY.measured(Sample((engine.mask_iou(),))))
+        found.add(DEMO_ACCURACY.measured(Sample((engine.mask_iou(),))))
 
 
-def _in_process(graphs: Callable[[], Artifacts], encoder: str, outcome: Outcome) -> None:
+def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) -> None:
     """Encoder and decoder without a server: what the GPU itself can do."""
+    _require_gpu()
     if encoder == Accelerator.TENSORRT.value:
         _load_tensorrt()
 
     def tell(asked: Asked, sample: Sample, note: str = "") -> None:
-        outcome.add(_by(encoder, asked).measured(sample, note))
+        found.add(_by(encoder, asked).measured(sample, note))
 
     with _engine(graphs(), encoder) as engine:
-        outcome.progress(f"{encoder}: checking the 16-bit encoder")
+        found.progress(f"{encoder}: checking the 16-bit encoder")
         tell(ACCURACY, Sample((engine.mask_iou(),)))
-        outcome.progress(f"{encoder}: timing")
+        found.progress(f"{encoder}: timing")
         batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in BATCHES}
         tell(ENCODE, batches[1].scaled(MILLISECONDS))
         tell(SATURATION, _best_rate(batches))
@@ -161,9 +134,9 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, outcome: Outcome)
         each = engine.keep(images=KEPT) / KEPT
         note = f"{each / 2**20:.1f} MiB each, model not counted"
         tell(MEMORY, Sample((BUDGET_BYTES // each,)), note)
-    outcome.growth.append(_curve(f"{encoder}: images encoded together", "images", batches))
-    if all(curve.title != TOGETHER_TITLE for curve in outcome.growth):  # the same with each
-        outcome.growth.append(_curve(TOGETHER_TITLE, "images", decodes))
+    found.growths.append(_curve(f"{encoder}: images encoded together", "images", batches))
+    if all(curve.title != TOGETHER_TITLE for curve in found.growths):  # the same with each
+        found.growths.append(_curve(TOGETHER_TITLE, "images", decodes))
 
 
 def _load_tensorrt() -> None:
@@ -177,37 +150,38 @@ def _load_tensorrt() -> None:
     raise RuntimeError(f"this machine has no TensorRT ({' or '.join(TENSORRT_LIBRARIES)})")
 
 
-def _served(outcome: Outcome) -> None:
-    built = artifacts.full_size(torch.float16, progress=outcome.progress)
+def _served(found: Findings) -> None:
+    _require_gpu()
+    built = artifacts.full_size(torch.float16, progress=found.progress)
     with (
         TemporaryDirectory(prefix="triton-sam3-bench-") as folder,
         stage(
             *(built, PEERS),
             device=DEVICE,
             work_dir=Path(folder),
-            progress=outcome.progress,
+            progress=found.progress,
             agreement=AGREEMENT,
         ) as s,
     ):
-        _clicks(s, outcome)
-        outcome.progress("growing crowds")
-        crowds = growth.clients(s, [OURS, WHOLE, HTTP], CROWDS, seconds=4.0)
-    outcome.growth += crowds
+        _clicks(s, found)
+        found.progress("growing crowds")
+        crowds = growth.clients(s, [OURS, WHOLE, HTTP], CROWDS, 4.0, found.progress)
+    found.growths += crowds
     most = max(rate.median for rate in crowds[0].curves[OURS].values())
-    outcome.add(CLICKS.measured(Sample((most,))))
+    found.add(CLICKS.measured(Sample((most,))))
 
 
-def _clicks(s: Stage, outcome: Outcome) -> None:
-    outcome.progress("clicks")
+def _clicks(s: Stage, found: Findings) -> None:
+    found.progress("clicks")
     agreement = ", ".join(f"{name} {iou:.3f}" for name, iou in s.agreement.items())
     clicks = measures.clicks(s, rounds=200)
     ours = clicks[OURS].scaled(MILLISECONDS)
-    outcome.add(CLICK_P50.measured(ours, f"mask IoU with Meta's predictor's: {agreement}"))
-    outcome.add(CLICK_P99.measured(Sample((ours.percentile(99),))))
+    found.add(CLICK_P50.measured(ours, f"mask IoU with Meta's predictor's: {agreement}"))
+    found.add(CLICK_P99.measured(Sample((ours.percentile(99),))))
     rested = measures.clicks(s, rounds=20, pause=PAUSE)
     first = measures.first_masks(s, rounds=10)
-    outcome.comparison = Comparison("full size", first, clicks, rested)
-    outcome.growth.append(growth.objects(s, growth.OBJECTS, rounds=10))
+    found.comparisons.append(Comparison("full size", first, clicks, rested))
+    found.growths.append(growth.objects(s, growth.OBJECTS, rounds=10))
 
 
 def _engine(built: Artifacts, encoder: str) -> Engine:

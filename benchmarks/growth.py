@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks import artifacts, measures
 from benchmarks.engine import Engine
-from benchmarks.figures import markdown_table, quantity
-from benchmarks.stage import Stage
+from benchmarks.figures import markdown_table, quantity, reason
+from benchmarks.load import Throughput
+from benchmarks.stage import OURS, Stage
 from benchmarks.timing import Sample, alternate
 
 OBJECTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -38,7 +39,7 @@ class Growth:
 
 
 def _cell(sample: Sample | None, unit: str) -> str:
-    return "" if sample is None else quantity(sample.median, unit)
+    return "—" if sample is None else quantity(sample.median, unit)
 
 
 def _milliseconds(curve: Mapping[int, Sample]) -> dict[int, Sample]:
@@ -84,12 +85,28 @@ def model_side(
     return Growth("demo: side of the model's input", "pixels", "ms", curves)
 
 
-def clients(stage: Stage, names: list[str], counts: list[int], seconds: float) -> list[Growth]:
-    """Clicks per second, and the latency of a click, as more people click at once."""
+def clients(
+    stage: Stage,
+    names: list[str],
+    counts: list[int],
+    seconds: float,
+    progress: Callable[[str], None],
+) -> list[Growth]:
+    """Clicks per second, and the latency of a click, as more people click at once.
+
+    A peer that fails under a crowd has an empty curve, and the reason is told. Raises RuntimeError
+    where ours fails.
+    """
     rates: dict[str, dict[int, Sample]] = {}
     latencies: dict[str, dict[int, Sample]] = {}
     for name in names:
-        found = measures.concurrent_clients(stage, name, counts, seconds)
+        found: Mapping[int, Throughput] = {}
+        try:
+            found = measures.concurrent_clients(stage, name, counts, seconds)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            progress(f"{name}, a crowd: not measured, {reason(error)}")
         rates[name] = {n: Sample((t.per_second,)) for n, t in found.items()}
         latencies[name] = _milliseconds({n: t.latency for n, t in found.items()})
     model = stage.artifacts.name

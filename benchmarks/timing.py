@@ -45,6 +45,10 @@ class Sample:
         """Every measurement times `factor`: another unit, or a share of each."""
         return Sample(tuple(value * factor for value in self.values))
 
+    def plus(self, amount: float) -> Sample:
+        """Every measurement and `amount` more, in the same unit."""
+        return Sample(tuple(value + amount for value in self.values))
+
     @property
     def _quartiles(self) -> tuple[float, float]:
         if len(self.values) < 4:

@@ -8,8 +8,6 @@ import torch
 from benchmarks import cuda
 from benchmarks.timing import Sample
 
-HUNDRED = Sample((100.0,))
-
 
 def untold(_: str) -> None:
     """Progress nobody asked for."""
@@ -25,28 +23,6 @@ def test_without_a_gpu_every_figure_is_listed_with_the_reason(
     assert [figure.name for figure in figures] == names
     assert {figure.verdict for figure in figures} == {"not measured"}
     assert all("GPU" in figure.note for figure in figures)
-
-
-def test_what_fails_takes_only_its_own_figures_away_and_each_is_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    told: list[str] = []
-    outcome = cuda.Outcome(told.append)
-
-    def fails_half_way() -> None:
-        outcome.add(cuda.ENCODE.measured(Sample((9.0,))))
-        raise FileNotFoundError("no tritonserver")
-
-    cuda._collect(outcome, [cuda.CLICK_P50, cuda.ENCODE], fails_half_way)
-    cuda._collect(outcome, [cuda.CLICKS], lambda: outcome.add(cuda.CLICKS.measured(HUNDRED)))
-    assert [figure.verdict for figure in outcome.figures] == [
-        "aim met",
-        "not measured",
-        "missed by 95%",
-    ]
-    assert told[0] == "encode one image, GPU time p50, 16-bit: 9 ms, aim met"
-    assert told[1].endswith("not measured, FileNotFoundError: no tritonserver")
 
 
 def test_tensorrt_is_looked_for_before_its_graph_is_made() -> None:
