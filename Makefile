@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 MINUTES ?= 30
+WORKERS ?= 2
 
 .PHONY: demo test test-full bench perf fuzz faults soak sbom lint install clean
 
@@ -21,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/python -m demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not full_size"
+	$(BIN)/python -m pytest -m "not full_size" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -m full_size -s

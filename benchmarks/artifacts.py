@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from benchmarks.environment import ROOT
 from benchmarks.random_weights import save_random_checkpoint
@@ -45,10 +46,11 @@ def full_size(
     """SAM 3 at its published size with seeded random weights."""
     folder = _folder("full-size", ())
     checkpoint = folder / "sam3.pt"
-    if not checkpoint.exists():
-        progress("seeding full-size weights")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(checkpoint, lambda path: save_random_checkpoint(Architecture(), path, SEED))
+    with _one_builder():
+        if not checkpoint.exists():
+            progress("seeding full-size weights")
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(checkpoint, lambda to: save_random_checkpoint(Architecture(), to, SEED))
     return _exported("full size", checkpoint, folder, dtype, None, progress, accelerator)
 
 
@@ -76,9 +78,10 @@ def _exported(
     chosen += [str(image_size)] if image_size else []
     chosen += [accelerator.value] if accelerator else []
     output = folder / "-".join(["models", *chosen])
-    if not output.exists():
-        progress(f"exporting the {name} model: {', '.join(chosen)}")
-        _export(checkpoint, output, dtype, image_size, accelerator)
+    with _one_builder():
+        if not output.exists():
+            progress(f"exporting the {name} model: {', '.join(chosen)}")
+            _export(checkpoint, output, dtype, image_size, accelerator)
     return Artifacts(name, checkpoint, output)
 
 
@@ -105,6 +108,12 @@ def _folder(name: str, inputs: Iterable[Path]) -> Path:
         if old != folder:
             shutil.rmtree(old)
     return folder
+
+
+def _one_builder() -> FileLock:
+    """Of two runs at once, benchmarks or tests, the second waits for what the first builds."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    return FileLock(BUILD / ".lock")
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:

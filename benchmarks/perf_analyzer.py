@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
+
 from benchmarks.environment import ROOT
 
 TRITONCLIENT = "2.51.0"
@@ -64,10 +66,12 @@ def find() -> PerfAnalyzer:
 def installed() -> PerfAnalyzer:
     """The one under `build/`, put there if it is not. Raises PerfAnalyzerError."""
     executable = FOLDER / "bin" / "perf_analyzer"
-    if not executable.exists():
-        _install()
-        executable.chmod(0o755)
-    libraries = _link_libraries()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with FileLock(FOLDER / ".lock"):  # two tests at once may want it
+        if not executable.exists():
+            _install()
+            executable.chmod(0o755)
+        libraries = _link_libraries()
     paths = [str(libraries), os.environ.get("LD_LIBRARY_PATH", "")]
     return _checked(
         str(executable), {"LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path)}

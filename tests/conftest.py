@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from server import TritonServer
 
@@ -23,13 +25,32 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("demo/test_main.py", "demo/test_train.py", "test_readme.py", "benchmarks/test_peers.py")
+"""Files of minutes each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that in the end no worker has one to itself."""
+    long = {ROOT / "tests" / name for name in LONG}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint as a model repository, exported and checked in FP32."""
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same for all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def repository(run_folder: Path) -> Path:
+    """The demo checkpoint as a model repository, exported and checked in FP32, once for all."""
     from export.pipeline import export_repository
 
-    output = tmp_path_factory.mktemp("export") / "models"
-    export_repository(DEMO_CHECKPOINT, output)
+    output = run_folder / "demo" / "models"
+    with FileLock(run_folder / "demo.lock"):
+        if not output.exists():
+            export_repository(DEMO_CHECKPOINT, output)
     return output
 
 

@@ -7,24 +7,30 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import psutil
 import pytest
 
 from demo.__main__ import OUTPUT
+from server.keeper import SHARED_MEMORY
 from tests.conftest import ROOT
 
 PICTURES = ("clicks", "boxes", "coins", "coin-boxes", "coffee")
 
 
 @contextmanager
-def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The program in a folder of its own; it must leave no process and no shared memory."""
-    others = _orphans()  # of servers killed with all that would have tidied up after them
+def demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], set[str]]]:
+    """The program in a folder of its own; it must leave no process and no shared memory.
+
+    With it come the prefixes of its servers' shared memory, as they are seen.
+    """
+    prefixes: set[str] = set()
     with subprocess.Popen(
         [sys.executable, "-m", "demo"],
         cwd=folder,
@@ -33,28 +39,33 @@ def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
+        watch = Thread(target=_note_prefixes, args=(process, prefixes))
+        watch.start()
         try:
-            yield process
+            yield process, prefixes
         finally:
             process.kill()
+            watch.join()
     models = str(folder / OUTPUT / "models")
     mine = [p for p in psutil.process_iter(["cmdline"]) if models in str(p.info["cmdline"])]
     assert mine == []
-    assert _orphans() <= others
+    assert [region for prefix in prefixes for region in SHARED_MEMORY.glob(f"{prefix}*")] == []
 
 
-def _orphans() -> set[str]:
-    """Servers' shared memory with no keeper; other servers of the test session have theirs."""
-    commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
-    kept = tuple(prefix for one in commands for prefix in re.findall(r"--shm-prefix=(\S+)", one))
-    regions = [path.name for path in Path("/dev/shm").glob("triton_sam3_*")]
-    return {name for name in regions if not name.startswith(kept)}
+def _note_prefixes(process: subprocess.Popen[str], prefixes: set[str]) -> None:
+    """Of the shared memory of servers that the program starts; others' comes and goes too."""
+    while process.poll() is None:
+        with suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                prefixes |= set(re.findall(r"--shm-prefix=(\S+)", " ".join(child.cmdline())))
+        time.sleep(0.2)
 
 
 def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
-    with demo(tmp_path) as process:
+    with demo(tmp_path) as (process, prefixes):
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
+    assert prefixes  # else nobody would have looked for shared memory
     for name in PICTURES:
         picture = cv2.imread(str(tmp_path / OUTPUT / f"{name}.png"))
         assert picture is not None
@@ -70,7 +81,7 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", ["", "✓ exporting", "http://"])
 def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path) -> None:
     """While it exports, while tritonserver loads, while it segments."""
-    with demo(tmp_path) as process:
+    with demo(tmp_path) as (process, _):
         assert process.stdout is not None
         if after:
             for line in process.stdout:

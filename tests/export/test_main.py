@@ -38,8 +38,8 @@ def _refused(checkpoint: Path, output: Path, *options: object) -> str:
 
 
 def test_an_export_says_what_it_measured_and_what_is_next(exported: tiny.Export) -> None:
-    assert exported.result.exit_code == 0
-    said = exported.result.stdout
+    assert exported.exit_code == 0
+    said = exported.stdout
     for prompt in PROMPTS:
         assert re.search(rf"{prompt.name}: mask IoU\W+1\.00000\W+≥ 0\.995\W+ok", said)
         assert re.search(rf"{prompt.name}: logits' relative error\W+\d\.\de-\d+\W+≤ 0\.001", said)
@@ -47,7 +47,7 @@ def test_an_export_says_what_it_measured_and_what_is_next(exported: tiny.Export)
     assert "fp32, in FP32: everything" in said
     assert said.rstrip().endswith(f"next: python -m server {exported.repository}")
     for step in ("loading", "encoder", "decoder", "checking"):
-        assert step in exported.result.stderr
+        assert step in exported.stderr
 
 
 def test_an_export_replaces_the_old_repository_whole(exported: tiny.Export) -> None:
@@ -60,8 +60,8 @@ def test_an_export_replaces_the_old_repository_whole(exported: tiny.Export) -> N
 
 
 def test_half_precision_passes_its_gate_and_says_what_it_keeps(exported_fp16: tiny.Export) -> None:
-    assert exported_fp16.result.exit_code == 0
-    said = exported_fp16.result.stdout
+    assert exported_fp16.exit_code == 0
+    said = exported_fp16.stdout
     ious = [float(value) for value in re.findall(r"mask IoU\W+([\d.]+)", said)]
     assert len(ious) == len(PROMPTS)
     assert min(ious) >= 0.995

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from typer import Typer
 from typer.testing import CliRunner, Result
 
@@ -34,7 +36,6 @@ objects' masks are stable, and so flat that the others fall back to a candidate.
 
 _app = Typer(add_completion=False)
 _app.command()(main)
-_exports: dict[str, Export] = {}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Export:
 
     checkpoint: Path
     repository: Path
-    result: Result
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 def save(path: Path, architecture: Architecture = ARCHITECTURE) -> None:
@@ -62,17 +65,18 @@ def run(*arguments: object) -> Result:
 
 
 def export_once(folder: Path, precision: str) -> Export:
-    """Export to `folder`, over an older repository, unless this session has already."""
-    if precision not in _exports:
-        saved, repository = folder / "tiny.pt", folder / "models"
-        save(saved)
-        for name in MODELS:
-            (repository / name).mkdir(parents=True)
-            (repository / name / "old").touch()
-        options = ("--precision", precision, "--overwrite")
-        result = run("--checkpoint", saved, "--output", repository, *options)
-        _exports[precision] = Export(saved, repository, result)
-    return _exports[precision]
+    """Export to `folder`, over an older repository, unless a worker of this run has already."""
+    saved, repository, said = folder / "tiny.pt", folder / "models", folder / "said.json"
+    with FileLock(f"{folder}.lock"):
+        if not said.exists():
+            for name in MODELS:
+                (repository / name).mkdir(parents=True)
+                (repository / name / "old").touch()
+            save(saved)
+            options = ("--precision", precision, "--overwrite")
+            result = run("--checkpoint", saved, "--output", repository, *options)
+            said.write_text(json.dumps([result.exit_code, result.stdout, result.stderr]))
+    return Export(saved, repository, *json.loads(said.read_text()))
 
 
 def resized(image_size: int) -> Architecture:

@@ -34,13 +34,13 @@ def denormals() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
-    return tiny.export_once(tmp_path_factory.mktemp("fp32"), "fp32")
+def exported(run_folder: Path) -> tiny.Export:
+    return tiny.export_once(run_folder / "tiny-fp32", "fp32")
 
 
 @pytest.fixture(scope="session")
-def exported_fp16(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
-    return tiny.export_once(tmp_path_factory.mktemp("fp16"), "fp16")
+def exported_fp16(run_folder: Path) -> tiny.Export:
+    return tiny.export_once(run_folder / "tiny-fp16", "fp16")
 
 
 @pytest.fixture(scope="session")
