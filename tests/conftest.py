@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from server import TritonServer
@@ -17,12 +18,14 @@ DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
 
 
 def pytest_configure() -> None:
-    """Ctrl-C means Ctrl-C in what the tests start.
+    """Ctrl-C means Ctrl-C in what the tests start, and models of their size have one thread.
 
     A shell starts a background job with SIGINT ignored, and every child inherits that: the
-    programs under test would then never see the interrupt a test sends them.
+    programs under test would then never see the interrupt a test sends them. So small a model
+    only waits for its threads, most of all beside another worker's.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
 
 
 LONG = ("demo/test_main.py", "demo/test_train.py", "test_readme.py", "benchmarks/test_peers.py")

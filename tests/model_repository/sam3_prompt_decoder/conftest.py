@@ -17,15 +17,6 @@ from export.repository import DECODER
 from tests.export import tiny
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """So small a model only waits for its threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def denormals() -> Iterator[None]:
     """As they were: a decoder on a CPU makes them zeros for its process."""
@@ -49,7 +40,7 @@ def program(exported: tiny.Export) -> Path:
 
 
 @pytest.fixture(scope="module")
-def decoder(program: Path, one_thread: None) -> Decoder:
+def decoder(program: Path) -> Decoder:
     return Decoder(program, torch.device("cpu"))
 
 

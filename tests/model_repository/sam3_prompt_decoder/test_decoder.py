@@ -31,8 +31,6 @@ from torch.export import ExportedProgram
 
 from tests.export import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 M = tiny.ARCHITECTURE.mask_size
 LIMITS = Limits(max_objects=64, max_tokens=16, mask_size=M)
