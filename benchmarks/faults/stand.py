@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.faults.container import Container
 from triton_sam3.contract import DECODER
@@ -61,20 +60,15 @@ class Stand:
         try:
             self.container.wait_until_serving()
         except BaseException:
-            self.container.__exit__(None, None, None)
+            self.container.__exit__()
             raise
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.container.__exit__(kind, error, traceback)
+        self.container.__exit__()
 
     def _start(self) -> None:
         self.container.start()
