@@ -14,7 +14,8 @@ from .engine import Engine, Options, Picture, finish, gather_prompts
 from .errors import PromptError
 from .flow import Acquire, Compute, Flow
 from .kept import ImageSlot
-from .prompts import Point, Prompt
+from .parsing import Point
+from .prompts import Prompt
 from .protocol import Answer, Flags
 from .results import Segmentation
 
