@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.export import ExportedProgram
 
 from export import checkpoint
 from export.architecture import InteractiveModel
+from export.repository import DECODER
 from tests.export import tiny
 
 
@@ -39,6 +41,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
 @pytest.fixture(scope="session")
 def exported_fp16(tmp_path_factory: pytest.TempPathFactory) -> tiny.Export:
     return tiny.export_once(tmp_path_factory.mktemp("fp16"), "fp16")
+
+
+@pytest.fixture(scope="session")
+def program(exported: tiny.Export) -> ExportedProgram:
+    """Of the exported decoder."""
+    return torch.export.load(exported.repository / DECODER / "1" / "decoder.pt2")
 
 
 @pytest.fixture(scope="session")
