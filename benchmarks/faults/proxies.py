@@ -79,6 +79,14 @@ class Proxy:
 
     def servers_of_images(self) -> dict[str, set[str]]:
         """Which server answered for each image."""
+        found: dict[str, set[str]] = {}
+        for record in self.records():
+            if record["image"] and record["status"] == 200:
+                found.setdefault(record["image"], set()).add(self.server_of(record))
+        return found
+
+    def server_of(self, record: dict[str, Any]) -> str:
+        """Which server answered a request of the access log."""
         raise NotImplementedError
 
     def __enter__(self) -> Proxy:
@@ -141,12 +149,8 @@ class Nginx(Proxy):
         config = ["-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
         return [str(self._program), *config, "-g", f"daemon off; {user}"]
 
-    def servers_of_images(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for record in self.records():
-            if record["image"] and record["status"] == 200:
-                found.setdefault(record["image"], set()).add(record["servers"].split(", ")[-1])
-        return found
+    def server_of(self, record: dict[str, Any]) -> str:
+        return str(record["servers"].split(", ")[-1])
 
 
 class Envoy(Proxy):
@@ -186,9 +190,5 @@ class Envoy(Proxy):
         soon = ["--file-flush-interval-msec", "50"]
         return [str(self._program), "--config-path", config, *alone, *soon]
 
-    def servers_of_images(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for record in self.records():
-            if record["image"] and record["status"] == 200:
-                found.setdefault(record["image"], set()).add(record["server"])
-        return found
+    def server_of(self, record: dict[str, Any]) -> str:
+        return str(record["server"])
