@@ -5,8 +5,8 @@
 Triton leaves its stubs and their shared memory behind when it is killed, and nobody would stop
 Triton when the caller is. So the keeper is the parent: it ends the whole family when told to
 (signals), when tritonserver ends by itself, and when the caller disappears. Then it removes the
-shared memory and the temporary folder. It runs as a plain script with nothing but the standard
-library, so that it starts at once and cannot fail on the caller's environment.
+shared memory and the temporary folder. `spawn` runs this file as a plain script with nothing but
+the standard library, so that it starts at once and cannot fail on the caller's environment.
 
 SIGTERM, SIGINT, SIGHUP   let tritonserver finish, at most `--grace` seconds, then kill
 SIGUSR1                   kill at once
