@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,8 +67,6 @@ def main() -> int:
 
 
 def _export(models: Path) -> None:
-    import warnings  # noqa: PLC0415
-
     warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
     from export.pipeline import export_repository  # noqa: PLC0415 - imports torch: seconds
 
