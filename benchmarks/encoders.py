@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from export.accelerator import batch_profile
-from export.encoder import FEATURES
+from export.checkpoint import load
+from export.encoder import FEATURES, ImageEncoder
 
 CPU = "CPUExecutionProvider"
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -101,9 +102,6 @@ def _image_size(path: Path) -> int:
 
 def pytorch_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Encoder:
     """The same network run by PyTorch, in the arrangement that is exported."""
-    from export.checkpoint import load  # noqa: PLC0415 - needs sam3, which the server does not
-    from export.encoder import ImageEncoder  # noqa: PLC0415
-
     encoder = ImageEncoder(load(checkpoint), dtype).to(device)
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import ROOT, provenance
+from benchmarks.figures import markdown_table
 from benchmarks.results import write_section
 
 SECTION = "semantics"
@@ -83,15 +84,13 @@ class Collector:
 
 def markdown(rows: list[tuple[str, ...]], origin: str) -> str:
     """The section of RESULTS.md."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     passed = sum(row[-1] == "pass" for row in rows)
     return (
         "## What a request means, rule by rule\n\n"
         f"{origin}\n\n"
         f"{passed} of {len(rows)} rules pass. Every check runs against the real tritonserver where "
         "a server has a part in it.\n\n"
-        f"{table}"
+        f"{markdown_table(COLUMNS, rows)}"
     )
 
 

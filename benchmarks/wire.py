@@ -11,7 +11,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from triton_sam3 import contract
 
-EMBEDDINGS = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
 MASKS = (contract.LOW_RES_MASKS.name, contract.IOU_PREDICTIONS.name)
 
 
@@ -41,7 +41,7 @@ class Wire:
 
     def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """[B, S, S, 3] → the three embeddings."""
-        return self._infer(contract.ENCODER, {contract.IMAGE.name: images}, EMBEDDINGS)
+        return self._infer(contract.ENCODER, {contract.IMAGE.name: images}, FEATURES)
 
     def keep(self, image: NDArray[np.uint8]) -> NDArray[Any]:
         """[S, S, 3] → image_id [1, 1]."""

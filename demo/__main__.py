@@ -8,11 +8,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from statistics import mean
 
 import cv2
 import numpy as np
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from demo.prompts import box, interior, iou
 from demo.scenes import generate
 from server import ServerError, TritonServer
-from triton_sam3 import Client, Prompt, Segmentation
+from triton_sam3 import Client, Prompt
 
 CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
 OUTPUT = Path("build/demo")
@@ -46,7 +48,7 @@ class Example:
 
 def main() -> int:
     """Export, serve, segment and draw; the server ends with this program, however it ends."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         models = OUTPUT / "models"
         with _step("exporting the demo model (python -m export)"):
@@ -64,13 +66,7 @@ def main() -> int:
     return 0
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _export(models: Path) -> None:
-    import warnings  # noqa: PLC0415
-
     warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
     from export.pipeline import export_repository  # noqa: PLC0415 - imports torch: seconds
 
@@ -104,28 +100,16 @@ def _examples() -> list[Example]:
     coins = cv2.cvtColor(skimage.data.coins(), cv2.COLOR_GRAY2RGB)
     coffee = skimage.data.coffee()
     return [
-        Example("clicks", scene.image, [Prompt(points=[_inmost(mask)]) for mask in truth], truth),
-        Example("boxes", scene.image, [Prompt(box=_box(mask)) for mask in truth], truth),
+        Example("clicks", scene.image, [Prompt(points=[interior(mask)]) for mask in truth], truth),
+        Example("boxes", scene.image, [Prompt(box=box(mask)) for mask in truth], truth),
         Example("coins", coins, [Prompt(points=[xy]) for xy in ((46, 125), (217, 50), (302, 260))]),
-        Example("coin-boxes", coins, [Prompt(box=box) for box in COIN_BOXES]),
+        Example("coin-boxes", coins, [Prompt(box=corners) for corners in COIN_BOXES]),
         Example("coffee", coffee, [Prompt(box=(165, 15, 412, 270))]),
     ]
 
 
 COIN_BOXES = ((20, 32, 68, 78), (303, 13, 365, 76), (181, 165, 243, 224), (246, 93, 299, 144))
 """Around four coins of the photo, as a detector would give them."""
-
-
-def _inmost(mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """The pixel furthest from the mask's rim: where a person would click."""
-    padded = np.pad(mask, 1).astype(np.uint8)
-    y, x = np.unravel_index(cv2.distanceTransform(padded, cv2.DIST_L2, 5).argmax(), padded.shape)
-    return int(x) - 1, int(y) - 1
-
-
-def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    return x, y, x + width, y + height
 
 
 @dataclass(frozen=True)
@@ -150,15 +134,9 @@ def _segment(client: Client, example: Example) -> Row:
         path,
         len(result),
         float(result.scores.mean()),
-        None if example.truth is None else _mean_iou(result, example.truth),
+        None if example.truth is None else mean(map(iou, result.masks, example.truth)),
         elapsed * 1e3,
     )
-
-
-def _mean_iou(result: Segmentation, truth: NDArray[np.bool_]) -> float:
-    intersections = (result.masks & truth).sum(axis=(1, 2))
-    unions = (result.masks | truth).sum(axis=(1, 2))
-    return float((intersections / unions).mean())
 
 
 def _report(rows: list[Row]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from demo import prompts
-from demo.model import ARCHITECTURE, LOGIT_LIMIT, Answer, Prompts, normalise
+from demo.model import ARCHITECTURE, Answer, Prompts, normalise
 from demo.pictures import Pictures
 from export.architecture import Architecture
 
@@ -45,7 +45,7 @@ class Objects:
 
     def drawn_boxes(self) -> Prompts:
         """One box around each."""
-        return Prompts(self.boxes, torch.tensor([[2, 3]], dtype=torch.int32).repeat(len(self), 1))
+        return Prompts.of_boxes(self.boxes)
 
 
 def batches(
@@ -79,7 +79,7 @@ def batches(
 def correct(answer: Answer, asked: Prompts, objects: Objects, rng: np.random.Generator) -> Prompts:
     """Add one click where each answer is wrong, and the answer itself as the mask prompt."""
     chosen = answer.best if rng.random() < 0.7 else torch.zeros_like(answer.best)
-    logits = answer.logits.detach()[torch.arange(len(objects)), chosen]
+    logits = answer.candidate(chosen).detach()
     scale = ARCHITECTURE.image_size / ARCHITECTURE.mask_size  # pixels in a cell, at every size
     clicks, labels = [], []
     for predicted, truth in zip((logits > 0).numpy(), (objects.truth > 0.5).numpy(), strict=True):
@@ -87,11 +87,7 @@ def correct(answer: Answer, asked: Prompts, objects: Objects, rng: np.random.Gen
         x, y = _click(region if region.any() else ~region, rng)
         clicks.append(((x + 0.5) * scale - 0.5, (y + 0.5) * scale - 0.5))
         labels.append(int(missing))
-    return Prompts(
-        torch.cat([asked.coords, torch.tensor(clicks)[:, None]], 1),
-        torch.cat([asked.labels, torch.tensor(labels, dtype=torch.int32)[:, None]], 1),
-        logits[:, None].clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
-    )
+    return asked.corrected(torch.tensor(clicks), torch.tensor(labels, dtype=torch.int32), logits)
 
 
 def _turn(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from demo import prompts
-from demo.model import LOGIT_LIMIT, Answer, Features, Prompts, decode, normalise
+from demo.model import Answer, Features, Prompts, decode, normalise
 from demo.scenes import Scene, generate
 from export import checkpoint
 from export.architecture import InteractiveModel
@@ -50,19 +50,18 @@ def _ask(model: InteractiveModel, scene: Scene) -> Iterator[tuple[str, list[floa
     features = model.encode(normalise(torch.from_numpy(scene.image)[None]))
     truths = scene.masks
     clicks = [prompts.interior(mask) for mask in truths]
-    asked = _points([[click] for click in clicks], [[1]] * len(clicks))
+    asked = Prompts(torch.tensor(clicks)[:, None], torch.ones(len(clicks), 1, dtype=torch.int32))
     for kind in (CLICK, SECOND, THIRD):
         answer = _decode(model, features, asked)
-        best = answer.logits[torch.arange(len(truths)), answer.best]
+        best = answer.candidate(answer.best)
         predicted = _masks(best, scene)
         yield kind, _ious(predicted, truths)
         if kind == CLICK:
             yield SINGLE, _ious(_masks(single(model, answer), scene), truths)
         asked = _corrected(asked, best, predicted, truths)
     corners = torch.tensor([prompts.box(mask) for mask in truths]).view(-1, 2, 2)
-    labels = torch.tensor([[2, 3]], dtype=torch.int32).repeat(len(truths), 1)
-    answer = _decode(model, features, Prompts(corners, labels))
-    best = answer.logits[torch.arange(len(truths)), answer.best]
+    answer = _decode(model, features, Prompts.of_boxes(corners))
+    best = answer.candidate(answer.best)
     yield BOX, _ious(_masks(best, scene), truths)
 
 
@@ -76,10 +75,6 @@ def _decode(model: InteractiveModel, features: Features, asked: Prompts) -> Answ
     return decode(model, features, torch.zeros(len(asked.coords), dtype=torch.int64), asked)
 
 
-def _points(coords: list[list[prompts.Point]], labels: list[list[int]]) -> Prompts:
-    return Prompts(torch.tensor(coords), torch.tensor(labels, dtype=torch.int32))
-
-
 def _corrected(
     asked: Prompts, logits: Tensor, predicted: prompts.Mask, truths: prompts.Mask
 ) -> Prompts:
@@ -87,14 +82,9 @@ def _corrected(
     clicks, labels = [], []
     for mask, truth in zip(predicted, truths, strict=True):
         region, missing = prompts.correction(mask, truth)
-        clicks.append([prompts.interior(region)])
-        labels.append([int(missing)])
-    more = _points(clicks, labels)
-    return Prompts(
-        torch.cat([asked.coords, more.coords], 1),
-        torch.cat([asked.labels, more.labels], 1),
-        logits[:, None].clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
-    )
+        clicks.append(prompts.interior(region))
+        labels.append(int(missing))
+    return asked.corrected(torch.tensor(clicks), torch.tensor(labels, dtype=torch.int32), logits)
 
 
 def _masks(logits: Tensor, scene: Scene) -> prompts.Mask:

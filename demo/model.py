@@ -48,6 +48,19 @@ class Prompts:
     masks: Tensor | None = None
     """FP32 [N, 1, M, M]: logits of an earlier answer."""
 
+    @classmethod
+    def of_boxes(cls, corners: Tensor) -> Prompts:
+        """One box each: FP32 [N, 2, 2]."""
+        return cls(corners, torch.tensor([[2, 3]], dtype=torch.int32).repeat(len(corners), 1))
+
+    def corrected(self, clicks: Tensor, labels: Tensor, logits: Tensor) -> Prompts:
+        """With one more click each, FP32 [N, 2] and INT32 [N], and the last answer's [N, M, M]."""
+        return Prompts(
+            torch.cat([self.coords, clicks[:, None]], 1),
+            torch.cat([self.labels, labels[:, None]], 1),
+            logits[:, None].clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+        )
+
     def __getitem__(self, index: slice) -> Prompts:
         masks = None if self.masks is None else self.masks[index]
         return Prompts(self.coords[index], self.labels[index], masks)
@@ -66,6 +79,10 @@ class Answer:
     def best(self) -> Tensor:
         """INT64 [N]: the multimask candidate (1, 2 or 3) predicted to be the best."""
         return self.ious[:, 1:].argmax(1) + 1
+
+    def candidate(self, chosen: Tensor) -> Tensor:
+        """FP32 [N, M, M]: of each object the candidate of that number, INT64 [N]."""
+        return self.logits[torch.arange(len(chosen)), chosen]
 
 
 def sized(image_size: int) -> Architecture:

@@ -179,7 +179,7 @@ def _rounds(
     for turn in range(1 + corrections):
         answer = decode(run.model, features, objects.owner, prompts)
         total = total + answer_loss(answer, objects.truth) * len(objects) / first
-        chosen = answer.logits[torch.arange(len(objects)), answer.best]
+        chosen = answer.candidate(answer.best)
         heading = f"{name}+{turn}" if turn else name
         run.recent[heading].append(true_ious(chosen, objects.truth).mean().item())
         if turn < corrections:

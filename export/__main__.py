@@ -28,10 +28,11 @@ import torch  # noqa: E402
 try:
     from export.accelerator import Accelerator
     from export.architecture import SizeError
-    from export.check import Check, SignatureError
+    from export.check import Check
     from export.checkpoint import CheckpointError
     from export.pipeline import DEFAULT_MIN_IOU, ToleranceError, export_repository
     from export.repository import OutputError
+    from export.signatures import SignatureError
 except ModuleNotFoundError as missing:
     print(
         f"error: the module {missing.name} is missing: pip install 'triton-sam3[export]', on Linux "

@@ -89,10 +89,6 @@ class Architecture:
         """M: side of the low-resolution mask logits."""
         return 4 * self.grid
 
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Architecture:
         """Read the sizes off a state dict in the official layout (see `checkpoint.load`).

@@ -1,14 +1,15 @@
-"""What an export is worth: signatures against the configs, then values against Meta's modules."""
+"""What an export is worth: masks and embeddings against those of Meta's modules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import skimage.data
 import torch
@@ -17,33 +18,23 @@ from PIL import Image
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.functional import interpolate
-from tritonclient.grpc import model_config_pb2
 
 from export.architecture import InteractiveModel
 from export.encoder import FEATURES
-from export.repository import DECODER, ENCODER, ENSEMBLES, read_config
+from export.repository import ENCODER
 
 Features = tuple[Tensor, Tensor, Tensor]
 Candidates = tuple[Tensor, Tensor]
 """The three candidates of an object: mask logits [3, M, M] and predicted IoU [3]."""
 Decode = Callable[[Tensor, Tensor, Tensor | None], Candidates]
-Signature = dict[str, tuple[str, tuple[int, ...]]]
 
 FEATURE_TOLERANCE = 1e-4
 """Relative error (L2) of an FP32 encoder's outputs; sums in another order cost about 1e-6."""
 LOGIT_TOLERANCE = 1e-3
 """Relative error (L2) of the mask logits behind an FP32 encoder."""
 
-DECODER_OUTPUTS = ("low_res_masks", "iou_predictions")
-INTERNAL = {"mask_index"}
-"""Inputs of the decoder's program that are no tensor of a request."""
-
 PHOTOS = ("coffee", "astronaut", "chelsea", "coins")
 """Pictures inside scikit-image's wheel."""
-
-
-class SignatureError(Exception):
-    """A graph and a config, or the two ends of an ensemble's wire, disagree."""
 
 
 @dataclass(frozen=True)
@@ -79,87 +70,6 @@ PROMPTS = (
 )
 
 
-def check_signatures(repository: Path, program: ExportedProgram) -> None:
-    """Compare names, types and shapes of encoder, decoder, configs and wires.
-
-    Raises `SignatureError`.
-    """
-    encoder = read_config(repository, ENCODER)
-    graph = onnx.load(repository / ENCODER / "1" / "model.onnx", load_external_data=False).graph
-    _same("the encoder's inputs", _graph_signature(graph.input), _signature(encoder.input))
-    _same("the encoder's outputs", _graph_signature(graph.output), _signature(encoder.output))
-    _check_program(program, read_config(repository, DECODER))
-    for ensemble in ENSEMBLES:
-        _check_wires(repository, read_config(repository, ensemble))
-
-
-def _check_program(program: ExportedProgram, decoder: model_config_pb2.ModelConfig) -> None:
-    """Shapes only: whoever runs the program converts to its FP32."""
-    inputs, outputs = _signature(decoder.input), _signature(decoder.output)
-    shapes = {node.name: _static(node.meta.get("val")) for node in program.graph.nodes}
-    for name in program.graph_signature.user_inputs:
-        # An embedding has one more axis than in the config, which speaks of one image.
-        dims = shapes[name][1:] if name in FEATURES else shapes[name]
-        if name not in INTERNAL and inputs.get(name, ("", None))[1] != dims:
-            raise SignatureError(f"the decoder's {name} is {dims}, in its config {inputs}")
-    for name, node in zip(DECODER_OUTPUTS, program.graph_signature.user_outputs, strict=True):
-        _, dims = outputs[name]
-        if not all(c in (-1, d) for c, d in zip(dims, shapes[node], strict=True)):
-            raise SignatureError(f"the decoder's {name} is {shapes[node]}, in its config {dims}")
-
-
-def _static(value: object) -> tuple[int, ...]:
-    shape = value.shape if isinstance(value, Tensor) else ()
-    return tuple(size if isinstance(size, int) else -1 for size in shape)
-
-
-def _check_wires(repository: Path, ensemble: model_config_pb2.ModelConfig) -> None:
-    wires = _signature(ensemble.input)
-    results = _signature(ensemble.output)
-    for step in ensemble.ensemble_scheduling.step:
-        model = read_config(repository, step.model_name)
-        inputs, outputs = _signature(model.input), _signature(model.output)
-        for name, wire in step.input_map.items():
-            if wire not in wires:
-                raise SignatureError(
-                    f"{ensemble.name}: no step puts out {wire} for {step.model_name}.{name}"
-                )
-            ends = {name: wires[wire]}, {name: inputs.get(name)}
-            _same(f"{ensemble.name}: the ends of {wire} into {step.model_name}", *ends)
-        for name, wire in step.output_map.items():
-            if name not in outputs:
-                raise SignatureError(f"{step.model_name} puts out no {name}")
-            wires[wire] = outputs[name]
-    for name, tensor in results.items():
-        _same(f"{ensemble.name}'s outputs", {name: tensor}, {name: wires.get(name)})
-
-
-def _same(what: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
-    if ours != theirs:
-        raise SignatureError(f"{what} disagree:\n  {ours}\n  {theirs}")
-
-
-def _signature(tensors: Iterable[model_config_pb2.ModelInput]) -> Signature:
-    return {
-        tensor.name: (
-            model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_"),
-            tuple(tensor.dims),
-        )
-        for tensor in tensors
-    }
-
-
-def _graph_signature(tensors: Iterable[onnx.ValueInfoProto]) -> Signature:
-    spelling = {"FLOAT": "FP32", "FLOAT16": "FP16"}
-    signature = {}
-    for value in tensors:
-        tensor = value.type.tensor_type
-        name = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        dims = tuple(dim.dim_value for dim in tensor.shape.dim[1:])
-        signature[value.name] = (spelling.get(name, name), dims)
-    return signature
-
-
 def check_values(
     repository: Path,
     program: ExportedProgram,
@@ -177,32 +87,24 @@ def check_values(
     """
     session = ort.InferenceSession(repository / ENCODER / "1" / "model.onnx")
     decoder = program.module()
-    worst_feature = dict.fromkeys(FEATURES, 0.0)
-    worst = {prompt.name: (0.0, 1.0) for prompt in PROMPTS}
+    errors: dict[tuple[str, float], list[float]] = defaultdict(list)
+    ious: dict[str, list[float]] = defaultdict(list)
     for photo in photos:
         progress(photo)
         image = load_photo(photo, model.architecture.image_size)
-        exported = run_encoder(session, image)
-        reference = encode_reference(model, image)
+        exported, reference = run_encoder(session, image), encode_reference(model, image)
         for name, a, b in zip(FEATURES, exported, reference, strict=True):
-            worst_feature[name] = max(worst_feature[name], relative_error(a, b))
+            errors[f"{name}: relative error", FEATURE_TOLERANCE].append(relative_error(a, b))
         for prompt in PROMPTS:
-            ours = decode(prompt, lambda *p: run_decoder(decoder, exported, *p))  # noqa: B023
-            theirs = decode(prompt, lambda *p: decode_reference(model, reference, *p))  # noqa: B023
-            error = max(relative_error(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
-            iou = answer_iou(ours, theirs, side=len(image))
-            worst[prompt.name] = max(worst[prompt.name][0], error), min(worst[prompt.name][1], iou)
-    errors = [
-        Check(f"{name}: relative error", e, FEATURE_TOLERANCE) for name, e in worst_feature.items()
+            ours = decode(prompt, partial(run_decoder, decoder, exported))
+            theirs = decode(prompt, partial(decode_reference, model, reference))
+            logits = f"{prompt.name}: logits' relative error"
+            errors[logits, LOGIT_TOLERANCE] += map(relative_error, ours[0], theirs[0])
+            ious[f"{prompt.name}: mask IoU"].append(answer_iou(ours, theirs, side=len(image)))
+    return [
+        *(Check(name, max(e), limit) for (name, limit), e in errors.items() if exact),
+        *(Check(name, min(found), min_iou, at_least=True) for name, found in ious.items()),
     ]
-    errors += [
-        Check(f"{name}: logits' relative error", e, LOGIT_TOLERANCE)
-        for name, (e, _) in worst.items()
-    ]
-    ious = [
-        Check(f"{name}: mask IoU", iou, min_iou, at_least=True) for name, (_, iou) in worst.items()
-    ]
-    return [*(errors if exact else []), *ious]
 
 
 def load_photo(name: str, side: int) -> NDArray[np.uint8]:

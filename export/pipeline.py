@@ -12,6 +12,7 @@ from export.accelerator import Accelerator
 from export.architecture import InteractiveModel
 from export.decoder import export_decoder, save_decoder
 from export.encoder import ImageEncoder, export_encoder
+from export.signatures import check_signatures
 
 DEFAULT_MIN_IOU = 0.995
 EXACT_PHOTOS = check.PHOTOS[:1]
@@ -57,7 +58,7 @@ def export_repository(
     with repository.new_repository(output, overwrite=overwrite) as folder:
         path = write_repository(folder, model, dtype, accelerator, progress)
         program = torch.export.load(path)
-        check.check_signatures(folder, program)
+        check_signatures(folder, program)
         exact = dtype == torch.float32
         checks = check.check_values(
             folder,

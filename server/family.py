@@ -5,7 +5,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ class Family:
         self.admin_key = secrets.token_hex()
         self.pid = 0
         self._shm_prefix = f"triton_sam3_{secrets.token_hex(6)}_"
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._keeper: subprocess.Popen[str] | None = None
         self._log: BinaryIO = _open_log(log)
         weakref.finalize(self, self._log.close)  # still readable after the end
         self._log_start = self._log.seek(0, os.SEEK_END)
@@ -103,37 +102,19 @@ class Family:
         return link
 
     def _start_keeper(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        read_end, write_end = os.pipe()
-        with os.fdopen(read_end) as report:
-            try:
-                self._keeper = subprocess.Popen(
-                    self._keeper_command(write_end, command),
-                    # The stubs put the working directory first on sys.path: nothing may lie there.
-                    cwd=self._work_dir,
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    pass_fds=(write_end,),
-                    start_new_session=True,  # Ctrl-C in a terminal is the caller's to handle
-                )
-            finally:
-                os.close(write_end)
+        self._keeper, report = keeper.spawn(
+            command,
+            shm_prefix=self._shm_prefix,
+            work_dir=self._work_dir,
+            grace=GRACE_SECONDS,
+            output=self._log,
+            environment=environment,
+        )
+        with report:
             pid = report.read()
         if not pid:
             raise StartError(f"tritonserver could not be executed:\n{self.read_log()}")
         self.pid = int(pid)
-
-    def _keeper_command(self, report_fd: int, command: Sequence[str]) -> list[str]:
-        return [
-            *(sys.executable, "-I", "-S", str(Path(keeper.__file__).resolve())),
-            f"--caller={os.getpid()}",
-            f"--grace={GRACE_SECONDS}",
-            f"--shm-prefix={self._shm_prefix}",
-            f"--work-dir={self._work_dir}",
-            f"--report-fd={report_fd}",
-            *("--", *command),
-        ]
 
 
 def _open_log(path: Path | None) -> BinaryIO:

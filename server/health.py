@@ -21,7 +21,7 @@ class Probe:
     def is_ready(self) -> bool:
         """Whether the server and every model say that they are ready."""
         try:
-            return self._request("GET", "/v2/health/ready", timeout=5)[0] == http.client.OK
+            return self.request("/v2/health/ready", timeout=5)[0] == http.client.OK
         except OSError:
             return False
 
@@ -31,31 +31,26 @@ class Probe:
         timeout: seconds. Raises StartError if the answer is anything but finite scores, OSError
         if there is none.
         """
-        status, config = self._request("GET", f"/v2/models/{ENSEMBLE}/config", timeout=timeout)
+        status, config = self.request(f"/v2/models/{ENSEMBLE}/config", timeout)
         if status != http.client.OK:
             return  # another repository: its readiness must do
-        header, pixels = canary_request(json.loads(config))
-        status, answer = self._request(
-            "POST",
-            f"/v2/models/{ENSEMBLE}/infer",
-            timeout=timeout,
-            body=header + pixels,
-            headers={"Inference-Header-Content-Length": str(len(header))},
-        )
-        check_canary(status, answer)
+        inference = canary_request(json.loads(config))
+        check_canary(*self.request(f"/v2/models/{ENSEMBLE}/infer", timeout, inference))
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        timeout: float,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
+    def request(
+        self, path: str, timeout: float, inference: tuple[bytes, bytes] | None = None
     ) -> tuple[int, bytes]:
+        """Status and body of an answer: to GET, or to an inference's JSON header and binary part.
+
+        Raises OSError where there is none within `timeout` seconds.
+        """
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
         try:
-            connection.request(method, path, body=body, headers=dict(headers or {}))
+            if inference is None:
+                connection.request("GET", path)
+            else:
+                length = {"Inference-Header-Content-Length": str(len(inference[0]))}
+                connection.request("POST", path, b"".join(inference), length)
             response = connection.getresponse()
             return response.status, response.read()
         except http.client.HTTPException as error:  # the server went away in mid-sentence

@@ -5,8 +5,8 @@
 Triton leaves its stubs and their shared memory behind when it is killed, and nobody would stop
 Triton when the caller is. So the keeper is the parent: it ends the whole family when told to
 (signals), when tritonserver ends by itself, and when the caller disappears. Then it removes the
-shared memory and the temporary folder. It runs as a plain script with nothing but the standard
-library, so that it starts at once and cannot fail on the caller's environment.
+shared memory and the temporary folder. `spawn` runs this file as a plain script with nothing but
+the standard library, so that it starts at once and cannot fail on the caller's environment.
 
 SIGTERM, SIGINT, SIGHUP   let tritonserver finish, at most `--grace` seconds, then kill
 SIGUSR1                   kill at once
@@ -20,8 +20,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 SHARED_MEMORY = Path("/dev/shm")
 GRACEFUL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -30,6 +31,52 @@ CALLER_CHECK_SECONDS = 0.25
 CANNOT_EXECUTE = 126  # as a shell says it
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    shm_prefix: str,
+    work_dir: Path,
+    grace: float,
+    output: IO[bytes] | int,
+    environment: Mapping[str, str],
+) -> tuple["subprocess.Popen[str]", IO[str]]:
+    """Start a keeper of `command`, for the calling process.
+
+    work_dir: where both run, and what is removed in the end; grace: seconds, as in `--grace`;
+    output: where all of it goes, as `subprocess.Popen` takes it.
+    Returns the keeper and its report, to be read to its end: the process id of `command`, nothing
+    if it could not be executed.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", str(Path(__file__).resolve())),
+                f"--caller={os.getpid()}",
+                f"--grace={grace}",
+                f"--shm-prefix={shm_prefix}",
+                f"--work-dir={work_dir}",
+                f"--report-fd={write_end}",
+                *("--", *command),
+            ],
+            cwd=work_dir,  # the stubs put it first on sys.path: nothing may lie there
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            pass_fds=(write_end,),
+            start_new_session=True,  # Ctrl-C in a terminal is the caller's to handle
+        )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    return process, os.fdopen(read_end)
 
 
 def remove_leftovers(shm_prefix: str, work_dir: Path) -> None:

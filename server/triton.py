@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from server import failure, ports
 from server.command import ADMIN_HEADER, Address
@@ -137,12 +136,7 @@ class TritonServer:
     def __enter__(self) -> "TritonServer":
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

@@ -15,6 +15,8 @@ from server import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
+LONG = ("demo/test_main.py", "demo/test_train.py", "test_readme.py", "benchmarks/test_peers.py")
+"""Files of minutes each."""
 
 
 def pytest_configure() -> None:
@@ -26,10 +28,6 @@ def pytest_configure() -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-
-
-LONG = ("demo/test_main.py", "demo/test_train.py", "test_readme.py", "benchmarks/test_peers.py")
-"""Files of minutes each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

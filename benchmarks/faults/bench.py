@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.faults.load import Question, questions
-from benchmarks.faults.stand import Stand, keeping, variant
+from benchmarks.faults.stand import Stand, variant
 from triton_sam3 import Client
 from triton_sam3.contract import DECODER
 
@@ -51,9 +49,9 @@ class Bench:
             self._stand = self._shared.enter_context(Stand(self.repository, self.folder()))
         return self._stand
 
-    def copy(self, settings: Mapping[str, Mapping[str, str]] | None = None) -> Path:
+    def copy(self, kept_bytes: int | None = None) -> Path:
         """A repository of its own, see `variant`."""
-        return variant(self.repository, self.folder(), settings or {})
+        return variant(self.repository, self.folder(), kept_bytes)
 
     def copy_keeping(self, images: int) -> tuple[Path, int]:
         """A repository that keeps so many images at most, and its bound in bytes."""
@@ -62,7 +60,7 @@ class Bench:
         if embedding is None:
             raise ValueError("the decoder's config has no image_embed of 256 channels")
         bound = images * 4096 * int(embedding[1]) ** 2
-        return self.copy(keeping(bound)), bound
+        return self.copy(bound), bound
 
     def asked(self, stand: Stand) -> list[Question]:
         """Questions with their right answers, found on the first healthy server there is."""
@@ -74,11 +72,6 @@ class Bench:
     def __enter__(self) -> Bench:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._shared.close()
         self._stand = None

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.environment import ROOT
 from docker.entrypoint.probes import ProbeFailed, Target, startup
@@ -145,12 +144,7 @@ class Container:
     def __enter__(self) -> Container:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         family = self.descendants()
         if self.process.poll() is None:
             self.process.kill()  # the keeper notices and ends the rest

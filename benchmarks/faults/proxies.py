@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -80,6 +79,14 @@ class Proxy:
 
     def servers_of_images(self) -> dict[str, set[str]]:
         """Which server answered for each image."""
+        found: dict[str, set[str]] = {}
+        for record in self.records():
+            if record["image"] and record["status"] == 200:
+                found.setdefault(record["image"], set()).add(self.server_of(record))
+        return found
+
+    def server_of(self, record: dict[str, Any]) -> str:
+        """Which server answered a request of the access log."""
         raise NotImplementedError
 
     def __enter__(self) -> Proxy:
@@ -94,12 +101,7 @@ class Proxy:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -147,12 +149,8 @@ class Nginx(Proxy):
         config = ["-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
         return [str(self._program), *config, "-g", f"daemon off; {user}"]
 
-    def servers_of_images(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for record in self.records():
-            if record["image"] and record["status"] == 200:
-                found.setdefault(record["image"], set()).add(record["servers"].split(", ")[-1])
-        return found
+    def server_of(self, record: dict[str, Any]) -> str:
+        return str(record["servers"].split(", ")[-1])
 
 
 class Envoy(Proxy):
@@ -192,9 +190,5 @@ class Envoy(Proxy):
         soon = ["--file-flush-interval-msec", "50"]
         return [str(self._program), "--config-path", config, *alone, *soon]
 
-    def servers_of_images(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for record in self.records():
-            if record["image"] and record["status"] == 200:
-                found.setdefault(record["image"], set()).add(record["server"])
-        return found
+    def server_of(self, record: dict[str, Any]) -> str:
+        return str(record["server"])

@@ -8,6 +8,7 @@ from benchmarks.environment import Provenance
 from benchmarks.faults.load import Kind
 from benchmarks.faults.trial import Result, Truth
 from benchmarks.faults.watching import Slope
+from benchmarks.figures import markdown_table
 
 WORTH_TELLING = 1000
 """Requests from which on a slope for 10,000 is more than an extrapolated start."""
@@ -60,8 +61,7 @@ def page(title: str, results: Sequence[Result], origin: Provenance) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """One row a fault."""
-    rows = [HEAD, tuple("---" for _ in HEAD), *map(_row, results)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(HEAD, [_row(result) for result in results])
 
 
 def _row(result: Result) -> tuple[str, ...]:

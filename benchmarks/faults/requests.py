@@ -16,13 +16,14 @@ from itertools import cycle
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException
 
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Outcome, Question, observe, questions
 from benchmarks.faults.relay import AT_ONCE, Relay
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
+from benchmarks.wire import tensor
 from server.health import ENSEMBLE, canary_request
 from triton_sam3 import Client, SAM3Error, ServerUnreachable
 from triton_sam3.contract import DECODER
@@ -211,12 +212,7 @@ def _side(stand: Stand) -> int:
 
 def _poison(client: triton_grpc.InferenceServerClient, model: str, inputs: Inputs) -> Outcome:
     """Right is a refusal that says why; an answer is wrong."""
-    tensors = []
-    for name, array in inputs.items():
-        tensors.append(
-            triton_grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        )
-        tensors[-1].set_data_from_numpy(array)
+    tensors = [tensor(name, array) for name, array in inputs.items()]
     began = time.monotonic()
     try:
         client.infer(model, tensors, client_timeout=10)

@@ -17,6 +17,7 @@ from benchmarks.faults.report import MIB
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Trial, usual
 from benchmarks.faults.watching import Size, Slope, slope
+from benchmarks.figures import markdown_table
 
 KEPT_IMAGES = 64
 """The store is full within seconds: what grows afterwards is not kept images."""
@@ -36,13 +37,13 @@ class Soak:
 
     def table(self) -> str:
         """Memory at the beginning and at the end of what was judged, and its slope."""
-        rows = ["| | first third | last third | for 10,000 requests |", "|---|---|---|---|"]
+        rows = []
         for name, of in (("memory", _private), ("/dev/shm", _shm)):
             values = np.array([of(size) for size in self.sizes]) / MIB
             first, *_, last = np.array_split(values, THIRDS)
             told = _told(slope(self.sizes, of))
-            rows.append(f"| {name} | {first.mean():.1f} MiB | {last.mean():.1f} MiB | {told} |")
-        return "\n".join(rows)
+            rows.append((name, f"{first.mean():.1f} MiB", f"{last.mean():.1f} MiB", told))
+        return markdown_table(("", "first third", "last third", "for 10,000 requests"), rows)
 
     def page(self, origin: Provenance) -> str:
         """Markdown."""

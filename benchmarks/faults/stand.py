@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.faults.container import Container
 from triton_sam3.contract import DECODER
@@ -17,7 +16,7 @@ WATCH = ("--watch-seconds=1", "--watch-timeout=3")
 """The image watches itself every 30 s; a suite has less patience."""
 REFUSAL = re.compile(r"^failed to load '|^Poll failed for model directory")
 """How Triton says in its log which model it cannot serve."""
-SHIPPED_BOUND = 'key: "kept_images_bytes" value: { string_value: "4294967296"'
+KEPT_BYTES = re.compile(r'(?<=key: "kept_images_bytes" value: { string_value: ")\d+')
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 60.0
 STEADY_SECONDS = 10.0
 """Docker's `restart: unless-stopped`: pauses double until a container ran for this long."""
@@ -61,20 +60,15 @@ class Stand:
         try:
             self.container.wait_until_serving()
         except BaseException:
-            self.container.__exit__(None, None, None)
+            self.container.__exit__()
             raise
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.container.__exit__(kind, error, traceback)
+        self.container.__exit__()
 
     def _start(self) -> None:
         self.container.start()
@@ -95,25 +89,18 @@ class Stand:
             self._start()
 
 
-def keeping(kept_bytes: int) -> Mapping[str, Mapping[str, str]]:
-    """Settings of a `variant` that keeps images in so many bytes at most."""
-    return {DECODER: {SHIPPED_BOUND: SHIPPED_BOUND.replace("4294967296", str(kept_bytes))}}
-
-
-def variant(repository: Path, folder: Path, settings: Mapping[str, Mapping[str, str]]) -> Path:
+def variant(repository: Path, folder: Path, kept_bytes: int | None = None) -> Path:
     """A copy of the repository whose files may be changed.
 
-    settings: by model, texts in its config.pbtxt and what to put in their place. Raises ValueError
-    for one that is not there.
+    kept_bytes: instead of the decoder's own bound of kept images. Raises ValueError where its
+    config has none.
     """
     copy = folder / "models"
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    for model, changes in settings.items():
-        path = copy / model / "config.pbtxt"
-        text = path.read_text(encoding="utf-8")
-        for old, new in changes.items():
-            if old not in text:
-                raise ValueError(f"{path} does not say {old!r}")
-            text = text.replace(old, new)
+    if kept_bytes is not None:
+        path = copy / DECODER / "config.pbtxt"
+        text, bounds = KEPT_BYTES.subn(str(kept_bytes), path.read_text(encoding="utf-8"))
+        if not bounds:
+            raise ValueError(f"{path} does not bound kept images in bytes")
         path.write_text(text, encoding="utf-8")
     return copy

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from benchmarks.faults.load import Caller, Kind, Load, Outcome, Question
 from benchmarks.faults.stand import Stand
@@ -156,12 +155,7 @@ class Trial:
             self._open = entered.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def _look(self) -> None:

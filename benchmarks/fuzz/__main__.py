@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import artifacts
 from benchmarks.environment import ROOT, provenance
-from benchmarks.faults.stand import keeping, variant
+from benchmarks.faults.stand import variant
 from benchmarks.fuzz.canary import WrongAnswer
 from benchmarks.fuzz.report import markdown
 from benchmarks.fuzz.run import Fuzzer, Outcome, ServerDied, fuzz
@@ -50,7 +50,7 @@ def main(
 
     built = repository or artifacts.demo(progress=progress).repository
     with TemporaryDirectory(prefix="triton-sam3-fuzz-") as folder:
-        models = variant(built, Path(folder), keeping(KEPT_BYTES))
+        models = variant(built, Path(folder), KEPT_BYTES)
         with TritonServer(models, log=Path(folder) / "log") as server:
             outcome = _fuzz(server, requests, warm_up, seed, progress)
             _save(outcome.tally.findings)

@@ -23,6 +23,7 @@ from benchmarks.fuzz.subject import (
     request,
     strings,
 )
+from benchmarks.peers import mask_iou
 
 LEAST_IOU = 0.8
 SCORE_TOLERANCE = 1e-5
@@ -84,5 +85,4 @@ def questions(subject: Subject) -> list[Request]:
 
 def overlap(rle: bytes, expected: NDArray[np.bool_]) -> float:
     """IoU of a mask, as COCO's run lengths in JSON, with the expected one."""
-    found = coco.decode(json.loads(rle)).astype(np.bool_)
-    return float((found & expected).sum() / (found | expected).sum())
+    return mask_iou(coco.decode(json.loads(rle)).astype(np.bool_), expected)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import files
 from benchmarks.fuzz.exclusions import is_lethal
 from benchmarks.fuzz.messages import Request, Tensor
-from benchmarks.fuzz.subject import CLICK, DECODER, FEATURES, FILE, RLE, Array, Subject, strings
+from benchmarks.fuzz.subject import CLICK, DECODER, FILE, RLE, Array, Subject, strings
 from benchmarks.fuzz.valid import EMBEDDINGS, Right, right_requests
+from benchmarks.wire import FEATURES
 
 VALID, REFUSED, EITHER = "valid", "refused", "either"
 SIZES = [0, 1, 2, 3, 9, 127, 129, 257, 2**16, 2**31 - 1, 2**31, 2**32, -1, -(2**31)]

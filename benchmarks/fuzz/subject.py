@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 
 from benchmarks.fuzz.exchange import Grpc
 from benchmarks.fuzz.messages import Request, Tensor, grpc_octets
+from benchmarks.wire import FEATURES
 from triton_sam3 import contract
 
 ENCODER, DECODER, ENSEMBLE = contract.ENCODER, contract.DECODER, contract.INTERACTIVE
 RLE, FILE, CLICK = "sam3_interactive_rle", "sam3_interactive_file", "sam3_click_rle"
-FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
 SIZE = (96, 64)
 """Width and height of the picture, in pixels."""
 DISC = (30, 16, 66, 52)

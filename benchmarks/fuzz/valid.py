@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
@@ -12,7 +12,6 @@ from benchmarks.fuzz.subject import (
     CLICK,
     DECODER,
     ENSEMBLE,
-    FEATURES,
     FILE,
     RLE,
     SIZE,
@@ -21,6 +20,7 @@ from benchmarks.fuzz.subject import (
     request,
     strings,
 )
+from benchmarks.wire import FEATURES
 
 EMBEDDINGS = "sam3_prompt_decoder, embeddings"
 FORMS = {  # how often of a hundred: what encodes an image is dear
@@ -129,8 +129,3 @@ def _flags(draw: st.DrawFn, form: str, images: int) -> dict[str, Array]:
     names += ["keep_image"] if form in KEEPS else []
     flags = {name: draw(st.sampled_from([None, False, True])) for name in names}
     return {n: np.full((images, 1), flag) for n, flag in flags.items() if flag is not None}
-
-
-def rename(right: Right, changed: Request) -> Right:
-    """The same with another request."""
-    return replace(right, request=changed)

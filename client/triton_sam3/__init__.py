@@ -28,7 +28,8 @@ from .errors import (
     TransportError,
 )
 from .many import Outcome
-from .prompts import Box, Point, Prompt
+from .parsing import Box, Point
+from .prompts import Prompt
 from .results import Mask, Segmentation
 from .status import ServerStatus
 from .view import View

@@ -13,7 +13,6 @@ from collections.abc import (
 )
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
@@ -127,12 +126,7 @@ class AsyncClient:
     async def __aenter__(self) -> "AsyncClient":
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _run(self, flow: Flow[T]) -> T:
@@ -163,12 +157,7 @@ class Opening:
         self._view = await self._work
         return self._view
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._view is not None:
             self._view.close()
 
@@ -222,10 +211,5 @@ class AsyncView:
     async def __aenter__(self) -> "AsyncView":
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()

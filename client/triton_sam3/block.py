@@ -19,7 +19,7 @@ import numpy as np
 
 from .errors import PromptError
 from .geometry import ImageLike
-from .parsing import parse_threshold
+from .parsing import parse_switch, parse_threshold
 from .prompts import to_prompts
 from .results import Segmentation
 
@@ -192,11 +192,8 @@ def _is_detections(boxes: Any) -> bool:
 
 
 def _multimask_output(value: Any) -> bool:
-    if value is None:
-        return bool(DEFAULTS["multimask_output"])
-    if not isinstance(value, (bool, np.bool_)):
-        raise PromptError(f"multimask_output must be true or false, got {value!r}")
-    return bool(value)
+    chosen = DEFAULTS["multimask_output"] if value is None else value
+    return parse_switch(chosen, "multimask_output")
 
 
 def _parent_ids(selector: Any, count: int, is_list: bool) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -38,19 +37,6 @@ class Infer:
     inputs: Mapping[str, Array | InSharedMemory]
     outputs: tuple[str, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data that travel inside the request; what lies in shared memory is 0."""
-        return sum(_wire_size(value) for value in self.inputs.values())
-
-
-def _wire_size(value: Array | InSharedMemory) -> int:
-    if isinstance(value, InSharedMemory):
-        return 0
-    if value.dtype == np.object_:
-        return sum(4 + len(item) for item in value.flat)
-    return int(value.nbytes)
 
 
 @dataclass(frozen=True)

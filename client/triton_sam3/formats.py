@@ -49,15 +49,6 @@ def mask_to_polygons(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
     return tuple(Polygon(vertices[index], tuple(holes.get(index, ()))) for index in outers)
 
 
-def polygons_to_mask(polygons: Sequence[Polygon], width: int, height: int) -> NDArray[np.bool_]:
-    """Draw polygons into a mask [height, width]; undoes `mask_to_polygons` exactly."""
-    canvas = np.zeros((height, width), np.uint8)
-    for polygon in polygons:
-        # Even-odd filling paints every ring's own pixels, which belong to the region.
-        cv2.fillPoly(canvas, [polygon.outer, *polygon.holes], 1)
-    return canvas.view(np.bool_)
-
-
 def mask_to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """Encode a mask [H, W] as COCO's compressed RLE, with counts as str so that it is JSON."""
     x, y, width, height = cv2.boundingRect(mask.view(np.uint8))

@@ -31,17 +31,6 @@ from .parsing import (
     parse_points,
 )
 
-__all__ = [
-    "Box",
-    "PackedPrompts",
-    "Point",
-    "Prompt",
-    "pack",
-    "parse_boxes",
-    "parse_points",
-    "to_prompts",
-]
-
 FOREGROUND_CLASS_ID = -1
 FOREGROUND_CLASS_NAME = "foreground"
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,7 @@ def image_request(
 def keep_request(image: npt.NDArray[np.uint8], image_digest: str, prompts: PackedPrompts) -> Infer:
     """Only have the server keep an image [S, S, 3]; no mask comes back."""
     request = image_request(image, image_digest, prompts, Flags(keep_image=True))
-    return Infer(request.model, request.inputs, (contract.IMAGE_ID.name,), request.headers)
+    return replace(request, outputs=(contract.IMAGE_ID.name,))
 
 
 def click_request(

@@ -149,8 +149,7 @@ class HttpTransport:
         )
         self._thread.start()
         try:
-            made = self._submit(_made(lambda: AsyncHttpTransport(endpoint, headers)))
-            self._transport = _result(made)
+            self._transport = _result(self._submit(_open_http(endpoint, headers)))
         except BaseException:
             self._stop()
             raise
@@ -190,9 +189,9 @@ def _result(future: "Future[Any]") -> Any:
         raise
 
 
-async def _made(make: Callable[[], AsyncHttpTransport]) -> AsyncHttpTransport:
-    """Make the transport where aiohttp wants it: inside its event loop."""
-    return make()
+async def _open_http(endpoint: Endpoint, headers: Mapping[str, str]) -> AsyncHttpTransport:
+    """Inside its event loop, where aiohttp wants it made."""
+    return AsyncHttpTransport(endpoint, headers)
 
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:

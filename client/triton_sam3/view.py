@@ -8,14 +8,14 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 from .engine import Engine, Options, Picture, finish, gather_prompts
 from .errors import PromptError
 from .flow import Acquire, Compute, Flow
 from .kept import ImageSlot
-from .prompts import Point, Prompt
+from .parsing import Point
+from .prompts import Prompt
 from .protocol import Answer, Flags
 from .results import Segmentation
 
@@ -172,10 +172,5 @@ class View:
     def __enter__(self) -> "View":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

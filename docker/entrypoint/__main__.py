@@ -64,50 +64,47 @@ def _drain(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="docker.entrypoint", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for add in (_add_serve, _add_probe, _add_drain):
-        command = add(commands)
+    told = "run tritonserver until SIGTERM; its own arguments after --"
+    _add_serve(commands.add_parser("serve", help=told))
+    _add_probe(commands.add_parser("probe", help="ask a running server"))
+    _add_drain(commands.add_parser("drain", help="let proxies notice, then return"))
+    for command in commands.choices.values():
         command.add_argument("--drain-mark", type=Path, default=Path("/tmp/draining"))
     return parser
 
 
-def _add_serve(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        "serve", help="run tritonserver until SIGTERM; its own arguments after --"
-    )
+def _add_serve(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_serve)
     command.add_argument("repository", type=Path)
     command.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     _add_ports(command)
     command.add_argument("--grpc-port", type=int, default=8001)
-    command.add_argument("--drain-seconds", type=float, default=5.0, help="proxies notice in")
-    command.add_argument("--exit-seconds", type=int, default=30, help="for requests in flight")
-    command.add_argument("--watch-seconds", type=float, default=0.0, help="0: do not watch")
-    command.add_argument("--watch-timeout", type=float, default=20.0)
+    command.add_argument(
+        "--drain-seconds", type=float, default=Options.drain_seconds, help="proxies notice in"
+    )
+    command.add_argument(
+        "--exit-seconds", type=int, default=Options.exit_seconds, help="for requests in flight"
+    )
+    command.add_argument(
+        "--watch-seconds", type=float, default=Options.watch_seconds, help="0: do not watch"
+    )
+    command.add_argument("--watch-timeout", type=float, default=Options.watch_timeout)
     command.add_argument("--otlp-url", help="http://collector:4318/v1/traces")
-    command.add_argument("--trace-rate", type=int, default=0, help="one in so many; 0: none")
-    return command
+    command.add_argument(
+        "--trace-rate", type=int, default=Options.trace_rate, help="one in so many; 0: none"
+    )
 
 
-def _add_probe(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> argparse.ArgumentParser:
-    command = commands.add_parser("probe", help="ask a running server")
+def _add_probe(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_probe)
     command.add_argument("question", choices=sorted(PROBES))
     _add_ports(command)
     command.add_argument("--timeout", type=float, default=10.0, help="seconds")
-    return command
 
 
-def _add_drain(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> argparse.ArgumentParser:
-    command = commands.add_parser("drain", help="let proxies notice, then return")
+def _add_drain(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_drain)
-    command.add_argument("--drain-seconds", type=float, default=5.0)
-    return command
+    command.add_argument("--drain-seconds", type=float, default=Options.drain_seconds)
 
 
 def _add_ports(command: argparse.ArgumentParser) -> None:

@@ -12,25 +12,27 @@ finish other requests meanwhile:
                  (never while draining, nor when Triton itself says it is not ready)
 """
 
-import base64
 import http.client
 import json
 import re
-import struct
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import StartError
-from server.health import ENSEMBLE, canary_request, check_canary
+from server.health import ENSEMBLE, Probe, canary_request, check_canary
 
 WORKERS = ("sam3_image_encoder", "sam3_prompt_decoder")
 """The models that every request about a new image passes."""
 
 FILE_ENSEMBLE = "sam3_interactive_file"
 """Where it is served its canary is the one to send: it passes the reader and the writer as well."""
+
+BLACK_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAADElEQVR4nGNgoA4AAABIAAEuuDx+AAAAAElFTkSuQmCC"
+)
+"""8×8 pixels, in base64, as the file ensemble takes it too."""
 
 RETRY_SECONDS = 0.5
 _SUCCESSES = re.compile(r'^nv_inference_request_success\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
@@ -127,15 +129,9 @@ PROBES: Mapping[str, Callable[[Target, float], str]] = {
 
 def _canary(target: Target, timeout: float) -> None:
     """Raises _Unanswered, or ProbeFailed where waiting will not help."""
-    name, (header, pixels) = _canary_of_served_ensemble(target, timeout)
-    status, answer = _request(
-        target,
-        target.http_port,
-        f"/v2/models/{name}/infer",
-        timeout,
-        body=header + pixels,
-        headers={"Inference-Header-Content-Length": str(len(header))},
-    )
+    name, inference = _canary_of_served_ensemble(target, timeout)
+    path = f"/v2/models/{name}/infer"
+    status, answer = _request(target, target.http_port, path, timeout, inference)
     if status == http.client.SERVICE_UNAVAILABLE:
         raise _Unanswered(f"the canary was refused: {answer[:200]!r}", busy=True)
     try:
@@ -158,35 +154,16 @@ def _canary_of_served_ensemble(target: Target, timeout: float) -> tuple[str, tup
 
 
 def file_canary() -> tuple[bytes, bytes]:
-    """One click in the middle of a black PNG of 8×8 pixels."""
+    """One click in the middle of a black picture."""
     header = {
         "inputs": [
-            {
-                "name": "encoded_image",
-                "datatype": "BYTES",
-                "shape": [1, 1],
-                "data": [base64.b64encode(_black_png(8)).decode()],
-            },
+            {"name": "encoded_image", "datatype": "BYTES", "shape": [1, 1], "data": [BLACK_PNG]},
             {"name": "points", "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [4.0, 4.0]},
             {"name": "point_labels", "datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
         ],
         "outputs": [{"name": "scores"}],
     }
     return json.dumps(header).encode(), b""
-
-
-def _black_png(side: int) -> bytes:
-    """Greyscale, 8 bits."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (side + 1)))  # each begins with its filter, none
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def _finished(target: Target, timeout: float) -> dict[str, float]:
@@ -205,20 +182,13 @@ def _request(
     port: int,
     path: str,
     timeout: float,
-    *,
-    body: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
+    inference: tuple[bytes, bytes] | None = None,
 ) -> tuple[int, bytes]:
     """Raises ProbeFailed where nobody listens, _Unanswered where no answer came in time."""
-    connection = http.client.HTTPConnection(target.host, port, timeout=max(timeout, 0.001))
     try:
-        connection.request("POST" if body else "GET", path, body=body, headers=dict(headers or {}))
-        response = connection.getresponse()
-        return response.status, response.read()
+        return Probe(target.host, port).request(path, max(timeout, 0.001), inference)
     except ConnectionRefusedError as error:
         raise ProbeFailed(f"nobody listens on port {port}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except OSError as error:
         reason = f"no answer from {path} ({type(error).__name__})"
         raise _Unanswered(reason, busy=isinstance(error, TimeoutError)) from error
-    finally:
-        connection.close()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -196,40 +196,17 @@ class _Server:
             backend_directory=found.backend_directory,
             extra_args=arguments(options),
         )
-        return self._start_keeper(without_model_control(command), work_dir, found.environment)
-
-    def _start_keeper(
-        self, command: Sequence[str], work_dir: Path, environment: Mapping[str, str]
-    ) -> "subprocess.Popen[str]":
-        read_end, write_end = os.pipe()
-        with os.fdopen(read_end) as report:
-            try:
-                process = subprocess.Popen(
-                    [*self._keeper_command(write_end, work_dir), "--", *command],
-                    cwd=work_dir,  # the stubs put it first on sys.path: nothing may lie there
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                    env={**MEMORY, **os.environ, **environment},
-                    pass_fds=(write_end,),
-                    start_new_session=True,
-                )
-            finally:
-                os.close(write_end)
+        process, report = keeper.spawn(
+            without_model_control(command),
+            shm_prefix=self._shm_prefix,
+            work_dir=work_dir,
+            grace=options.exit_seconds + KILL_AFTER_SECONDS,
+            output=subprocess.PIPE,
+            environment={**MEMORY, **os.environ, **found.environment},
+        )
+        with report:
             report.read()  # tritonserver's process id; the keeper waits for a reader
         return process
-
-    def _keeper_command(self, report_fd: int, work_dir: Path) -> list[str]:
-        return [
-            *(sys.executable, "-I", "-S", str(Path(keeper.__file__).resolve())),
-            f"--caller={os.getpid()}",
-            f"--grace={self._options.exit_seconds + KILL_AFTER_SECONDS}",
-            f"--shm-prefix={self._shm_prefix}",
-            f"--work-dir={work_dir}",
-            f"--report-fd={report_fd}",
-        ]
 
     def _say(self, message: str, level: str = "info") -> None:
         logs.write(logs.event("entrypoint", message, level), sys.stdout)

@@ -19,6 +19,7 @@ from benchmarks.faults.resources import removing_regions
 from benchmarks.faults.stand import variant
 from benchmarks.faults.trial import Result, Truth, last_trouble, truth
 from benchmarks.faults.watching import Size, Slope, Verdict, slope
+from export.repository import DECODER, read_config
 from server import TritonServer
 from triton_sam3 import Client, DeadlineExceeded, Overloaded, ServerError, ServerUnreachable
 
@@ -112,15 +113,17 @@ def test_slopes_are_of_the_last_server_alone() -> None:
     assert slope([*old, *new[:3]], lambda size: size.private) is None
 
 
-def test_a_variant_changes_what_it_says_and_its_copy_alone(
-    repository: Path, tmp_path: Path
-) -> None:
-    change = {"sam3_image_encoder": {"max_batch_size: 8": "max_batch_size: 2"}}
-    copy = variant(repository, tmp_path, change)
-    assert "max_batch_size: 2\n" in (copy / "sam3_image_encoder/config.pbtxt").read_text()
-    assert "max_batch_size: 8\n" in (repository / "sam3_image_encoder/config.pbtxt").read_text()
-    with pytest.raises(ValueError, match="does not say"):
-        variant(repository, tmp_path / "other", {"sam3_image_encoder": {"no such": "text"}})
+def test_a_variant_bounds_kept_images_in_its_copy_alone(repository: Path, tmp_path: Path) -> None:
+    before = read_config(repository, DECODER)
+    copy = variant(repository, tmp_path, 12345)
+    assert read_config(repository, DECODER) == before
+    changed = read_config(copy, DECODER)
+    assert changed.parameters["kept_images_bytes"].string_value == "12345"
+    changed.parameters["kept_images_bytes"].CopyFrom(before.parameters["kept_images_bytes"])
+    assert changed == before
+    (copy / DECODER / "config.pbtxt").write_text("")
+    with pytest.raises(ValueError, match="does not bound kept images"):
+        variant(copy, tmp_path / "other", 12345)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from triton_sam3 import Client
 from triton_sam3.block import BLOCK_TYPE, run_block
 from triton_sam3.errors import PromptError
 from triton_sam3.geometry import ImageLike, load_image
-from triton_sam3.prompts import Box, Prompt, to_prompts
+from triton_sam3.parsing import Box
+from triton_sam3.prompts import Prompt, to_prompts
 from triton_sam3.results import Segmentation
 
 SIDE = 64

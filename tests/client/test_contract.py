@@ -1,15 +1,15 @@
 """The client's declaration against the model configurations it is meant for."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
+from tests.conftest import ROOT
 from triton_sam3 import contract
 
-REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+REPOSITORY = ROOT / "model_repository"
 
 
 def config(model: str) -> Any:

@@ -18,7 +18,6 @@ from triton_sam3.formats import (
     index_mask,
     mask_to_polygons,
     mask_to_rle,
-    polygons_to_mask,
     to_roboflow_ring,
 )
 
@@ -35,6 +34,14 @@ def ring_with_island() -> NDArray[np.bool_]:
     mask[10:28, 12:38] = False
     mask[16:22, 20:30] = True
     return mask
+
+
+def polygons_to_mask(polygons: tuple[Polygon, ...], width: int, height: int) -> NDArray[np.bool_]:
+    canvas = np.zeros((height, width), np.uint8)
+    for polygon in polygons:
+        # Even-odd filling paints every ring's own pixels, which belong to the region.
+        cv2.fillPoly(canvas, [polygon.outer, *polygon.holes], 1)
+    return canvas.view(np.bool_)
 
 
 @pytest.mark.semantic(

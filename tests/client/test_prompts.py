@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_sam3.errors import PromptError
-from triton_sam3.prompts import Box, Point, Prompt, pack, parse_boxes, to_prompts
+from triton_sam3.parsing import Box, Point
+from triton_sam3.prompts import Prompt, pack, parse_boxes, to_prompts
 
 WIDTH, HEIGHT, MASK_SIDE = 640, 480, 12
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,18 +9,17 @@ from demo import measure
 from demo.model import ARCHITECTURE, Answer
 from export import checkpoint
 from export.architecture import InteractiveModel
-
-WEIGHTS = Path(__file__).parents[2] / "demo" / "checkpoint.pt"
+from tests.conftest import DEMO_CHECKPOINT
 
 
 @pytest.fixture(scope="module")
 def model() -> InteractiveModel:
-    return checkpoint.load(WEIGHTS)
+    return checkpoint.load(DEMO_CHECKPOINT)
 
 
 def test_the_weights_are_of_the_declared_architecture_and_small(model: InteractiveModel) -> None:
     assert model.architecture == ARCHITECTURE
-    assert WEIGHTS.stat().st_size <= 20 * 2**20
+    assert DEMO_CHECKPOINT.stat().st_size <= 20 * 2**20
 
 
 def test_every_object_is_asked_for_by_every_kind_of_prompt(model: InteractiveModel) -> None:

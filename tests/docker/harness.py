@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.container import Container, Process, free_ports
+from benchmarks.faults.container import Container, free_ports
+from tests.conftest import ROOT
 
-__all__ = ["CHART", "DOCKER", "ROOT", "Container", "Process", "free_ports", "run"]
+__all__ = ["CHART", "DOCKER", "Container", "free_ports", "run"]
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 CHART = DOCKER / "helm" / "triton-sam3"
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from docker.entrypoint.__main__ import parse
-from tests.docker.harness import CHART, DOCKER, ROOT, run
+from tests.conftest import ROOT
+from tests.docker.harness import CHART, DOCKER, run
 from tests.docker.test_helm import render, server
 
 OPS = "pip install '.[ops]'"

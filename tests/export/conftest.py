@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.export import ExportedProgram
 
 from export import checkpoint
 from export.architecture import InteractiveModel
+from export.repository import DECODER
 from tests.export import tiny
 
 
@@ -29,6 +32,12 @@ def exported(run_folder: Path) -> tiny.Export:
 @pytest.fixture(scope="session")
 def exported_fp16(run_folder: Path) -> tiny.Export:
     return tiny.export_once(run_folder / "tiny-fp16", "fp16")
+
+
+@pytest.fixture(scope="session")
+def program(exported: tiny.Export) -> ExportedProgram:
+    """Of the exported decoder."""
+    return torch.export.load(exported.repository / DECODER / "1" / "decoder.pt2")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """Requests that meet in a queue: whoever waits must not wait for nothing."""
 
-from pathlib import Path
-
 import pytest
 
 from export.repository import read_config
+from tests.conftest import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+REPOSITORY = ROOT / "model_repository"
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 
 

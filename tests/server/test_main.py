@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.server import tiny
 from tests.server.tiny import Traces
 
@@ -28,7 +29,7 @@ def running(repository: Path) -> Iterator["subprocess.Popen[str]"]:
     """The command in a process group of its own, as a terminal starts it."""
     with subprocess.Popen(
         command(repository),
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,7 +121,7 @@ def test_a_server_that_dies_is_reported(working: Path) -> None:
 
 def run(repository: Path, *options: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        command(repository, *options), cwd=tiny.ROOT, capture_output=True, text=True, check=False
+        command(repository, *options), cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from server import StartError, TritonServer
 from tests.client.statistics import STANDS_STILL_SECONDS
+from tests.conftest import ROOT
 from tests.server import tiny
 
 Array = npt.NDArray[Any]
@@ -241,7 +242,7 @@ def backend() -> Iterator[ModuleType]:
     pytriton = importlib.util.find_spec("pytriton")
     assert pytriton and pytriton.origin
     folders = [
-        tiny.ROOT / "server/backends/onnxruntime",
+        ROOT / "server/backends/onnxruntime",
         Path(pytriton.origin).parent / "tritonserver/backends/python",
     ]
     with pytest.MonkeyPatch.context() as patch:

@@ -30,6 +30,7 @@ from server import (
     ports,
 )
 from server.command import MEMORY, Address
+from tests.conftest import ROOT
 from tests.server import tiny
 from tests.server.conftest import Start
 from tests.server.tiny import Traces
@@ -206,7 +207,7 @@ def caller(working: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Another Python with a server of its own, in a process group as a terminal makes it."""
     with subprocess.Popen(
         [sys.executable, "-c", CALLER, str(working)],
-        cwd=tiny.ROOT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         start_new_session=True,
     ) as process:

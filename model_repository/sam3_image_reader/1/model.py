@@ -49,15 +49,11 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            rows = [
-                self._read(file, points, labels)
-                for file, points, labels in zip(
-                    _array(request, "encoded_image").ravel(),
-                    _array(request, "points"),
-                    _array(request, "point_labels"),
-                    strict=True,
-                )
-            ]
+            files, points, labels = (
+                pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+                for name in ("encoded_image", "points", "point_labels")
+            )
+            rows = [self._read(*row) for row in zip(files.ravel(), points, labels, strict=True)]
         except (InvalidFile, InvalidPoint) as error:
             return _refuse(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
@@ -77,11 +73,6 @@ class TritonPythonModel:
         height, width = picture.shape[:2]
         coords = to_coords(points, labels, width, height)
         return resize(picture, self._side), coords, np.array([width, height], np.int32)
-
-
-def _array(request: Any, name: str) -> NDArray[Any]:
-    array: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-    return array
 
 
 def _refuse(sentence: str, code: int) -> Any:
