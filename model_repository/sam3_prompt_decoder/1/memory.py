@@ -12,7 +12,7 @@ LARGEST_TENSOR = 32 * 2**20
 no more."""
 
 FREE_BYTES = 512 * 2**20
-"""How much may lie idle."""
+"""How much may lie idle at the heap's end, and as much again of images forgotten within it."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
@@ -26,3 +26,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, FREE_BYTES)
         # Arenas of the threads that launch side by side would go back whole once they are empty.
         mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back_freed_memory() -> None:
+    """All that is free, also between what is not, which the C library never gives back by itself.
+
+    Half a gigabyte takes a tenth of a second, in which a decode may have to wait.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

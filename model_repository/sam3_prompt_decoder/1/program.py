@@ -69,14 +69,18 @@ def _check_intact(path: Path) -> None:
     """Compare checksums, which torch does not: a damaged weight would only make masks wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            member = archive.testzip()
+        damage = member and f"{member} in it is not what was written"
+    except PermissionError as error:
+        raise ProgramError(
+            f"the server's user may not read {path.name}; let it, as with chmod o+r"
+        ) from error
     except (OSError, zipfile.BadZipFile, zlib.error):
         return  # the reader says so, and better
-    if damaged is not None:
-        raise ProgramError(
-            f"{path.name} is damaged: {damaged} in it is not what was written; copy it again, or "
-            "export it again"
-        )
+    except Exception as error:  # a damaged table of contents can break zipfile anywhere
+        damage = first_line(error)
+    if damage:
+        raise ProgramError(f"{path.name} is damaged: {damage}; copy it again, or export it again")
 
 
 def _read(path: Path) -> ExportedProgram:

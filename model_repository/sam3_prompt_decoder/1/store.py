@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from memory import FREE_BYTES, give_back_freed_memory
 from torch import Tensor
 
 ID_BYTES = 16
@@ -80,6 +81,8 @@ class ImageStore:
     clock: Callable[[], float] = time.monotonic
     counts: Counts = field(default_factory=Counts)
     nbytes: int = 0
+    _most_bytes: int = 0
+    """Since memory was given back, as sweeps saw it."""
     _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -125,9 +128,18 @@ class ImageStore:
             return entry.features
 
     def sweep(self) -> None:
-        """Forget idle images now rather than at the next request."""
+        """Forget idle images now rather than at the next request.
+
+        Their memory is given back once it is much; until then it waits for images to come.
+        """
         with self._lock:
+            self._most_bytes = max(self._most_bytes, self.nbytes)
             self._forget_idle()
+            much = self._most_bytes - self.nbytes >= FREE_BYTES
+            if much:
+                self._most_bytes = self.nbytes
+        if much:
+            give_back_freed_memory()
 
     def _forget_idle(self) -> None:
         """Entries stand in the order of their last use, so the idle ones come first."""

@@ -1,4 +1,4 @@
-"""Freed memory is used again rather than made anew: counted in page faults, in a process apart."""
+"""Freed memory is used again rather than made anew, but not kept for good: processes apart."""
 
 from __future__ import annotations
 
@@ -25,15 +25,46 @@ for _ in range(10):
     del tensors
 print(faults() - before)
 """
+FORGET = """
+import sys
+import store, torch
+from memory import keep_freed_memory
+from store import Features, ImageStore
+
+def resident():
+    with open("/proc/self/statm") as counts:
+        return int(counts.read().split()[1]) * 4096 >> 20
+
+now = 0.0
+keep_freed_memory()
+store.FREE_BYTES = int(sys.argv[1]) * 2**20
+shelf = ImageStore(2**30, max_idle_seconds=10, clock=lambda: now)
+sent = Features(*(torch.ones(8, 512, 512) for _ in range(3)))
+for _ in range(6):
+    shelf.keep(sent)
+now = 8.0
+shelf.keep(sent)  # stays, at the heap's end
+shelf.sweep()
+before = resident()
+now = 12.0
+shelf.get(shelf.keep(sent))  # forgets the others before a sweep does
+shelf.sweep()
+print(before - resident())
+"""
+FORGOTTEN = 6 * 3 * 8
+"""MiB"""
+
 PAGES = 10 * 72 * 2**20 // 4096
 
 
-def faults(mode: str) -> int:
-    folder = Path(memory.__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT, mode], cwd=folder, capture_output=True, text=True, check=True
-    )
+def told(script: str, argument: str) -> int:
+    folder, command = Path(memory.__file__).parent, [sys.executable, "-c", script, argument]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return int(run.stdout)
+
+
+def faults(mode: str) -> int:
+    return told(COUNT, mode)
 
 
 def test_freed_memory_stays_with_the_process() -> None:
@@ -42,3 +73,12 @@ def test_freed_memory_stays_with_the_process() -> None:
 
 def test_it_would_not_otherwise() -> None:
     assert faults("as it is") > PAGES / 3
+
+
+def test_forgotten_images_are_given_back_when_they_are_much() -> None:
+    """But for the place of the one image kept meanwhile."""
+    assert told(FORGET, "64") > FORGOTTEN - 32
+
+
+def test_little_stays_for_the_images_to_come() -> None:
+    assert abs(told(FORGET, "512")) < 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -63,6 +65,34 @@ def test_a_damaged_weight(program: Path, tmp_path: Path) -> None:
     path.write_bytes(whole)
     sentence = refused(path)
     assert f"decoder.pt2 is damaged: {weights.filename} in it" in sentence
+
+
+@pytest.mark.parametrize(("byte", "bits"), [(6, 0x40), (8, 0x01), (10, 0x40), (50, 0xFF)], ids=str)
+def test_a_damaged_table_of_contents(program: Path, tmp_path: Path, byte: int, bits: int) -> None:
+    """In its first entry: another version of zip, encrypted, another compression, no UTF-8."""
+    path = tmp_path / "decoder.pt2"
+    whole = bytearray(program.read_bytes())
+    with zipfile.ZipFile(program) as archive:
+        whole[archive.start_dir + byte] ^= bits
+    path.write_bytes(whole)
+    assert refused(path).startswith("decoder.pt2 is damaged: ")
+
+
+def test_a_program_that_may_not_be_read(program: Path) -> None:
+    """As in a container, whose user is not who exported it: it is not called damaged."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders let no other user through
+        path = Path(name, "decoder.pt2")
+        path.write_bytes(program.read_bytes())
+        path.chmod(0)
+        Path(name).chmod(0o711)
+        if os.getuid() == 0:
+            os.seteuid(65534)
+        try:
+            assert refused(path) == (
+                "the server's user may not read decoder.pt2; let it, as with chmod o+r"
+            )
+        finally:
+            os.seteuid(os.getuid())
 
 
 def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> None:
