@@ -61,9 +61,11 @@ class Prompt:
     refine: bool = False
 
 
+GRID = tuple((x / 6, y / 6) for y in range(1, 6) for x in range(1, 6))
 PROMPTS = (
     Prompt("point", ((0.45, 0.55),), (1,)),
     Prompt("points", ((0.45, 0.55), (0.6, 0.4), (0.1, 0.9)), (1, 1, 0)),
+    Prompt("many points", GRID, (1, 0) * 12 + (1,)),  # the way of many tokens (mask_decoder.py)
     Prompt("box", ((0.25, 0.2), (0.8, 0.75)), (2, 3)),
     Prompt("box and points", ((0.25, 0.2), (0.8, 0.75), (0.5, 0.5), (0.3, 0.7)), (2, 3, 1, 0)),
     Prompt("refined mask", ((0.45, 0.55),), (1,), refine=True),
