@@ -5,6 +5,7 @@ demo/checkpoint.pt ─export─► build/demo/models ─server─► tritonserve
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import time
@@ -48,6 +49,11 @@ class Example:
 
 def main() -> int:
     """Export, serve, segment and draw; the server ends with this program, however it ends."""
+    argparse.ArgumentParser(
+        prog="python -m demo",
+        description=f"Export the small trained model, serve it, and draw what it finds in pictures "
+        f"to {OUTPUT}. A few minutes; it takes no arguments.",
+    ).parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         models = OUTPUT / "models"
@@ -150,7 +156,7 @@ def _report(rows: list[Row]) -> None:
     for what, command in (
         (
             "keep the demo model served",
-            f"{tools}/python -m server {OUTPUT / 'models'} --grpc-port 8001",
+            f"{tools}/python -m server {OUTPUT / 'models'}",
         ),
         (
             "segment a picture of yours",

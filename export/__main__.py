@@ -35,7 +35,7 @@ try:
     from export.signatures import SignatureError
 except ModuleNotFoundError as missing:
     print(
-        f"error: the module {missing.name} is missing: pip install 'triton-sam3[export]', on Linux "
+        f"error: the module {missing.name} is missing: pip install '.[export]', on Linux "
         "(sam3 needs triton, which torch brings there alone)",
         file=sys.stderr,
     )

@@ -70,7 +70,7 @@ def _pytriton() -> Path:
     if spec is None or spec.origin is None:
         raise TritonNotFoundError(
             "No tritonserver found: none is on PATH and nvidia-pytriton is not installed. "
-            "Install it with: pip install 'triton-sam3[server]'"
+            "Install it with: pip install '.[server]'"
         )
     return Path(spec.origin).parent
 

@@ -22,7 +22,7 @@ from benchmarks.faults.trial import Result  # noqa: E402
 from benchmarks.results import write_section  # noqa: E402
 
 console = Console(highlight=False, soft_wrap=True)
-app = typer.Typer(invoke_without_command=True, help=__doc__)
+app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
 @app.callback()

@@ -6,10 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import docker.entrypoint
 from docker.entrypoint import drain
 from docker.entrypoint.probes import PROBES, ProbeFailed, Target
 from docker.entrypoint.serve import Options, serve
 from server.command import Address
+
+DRAIN_SECONDS = "for proxies to notice, in seconds"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,36 +65,60 @@ def _drain(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="docker.entrypoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="docker.entrypoint",
+        description=docker.entrypoint.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True)
     told = "run tritonserver until SIGTERM; its own arguments after --"
     _add_serve(commands.add_parser("serve", help=told))
     _add_probe(commands.add_parser("probe", help="ask a running server"))
     _add_drain(commands.add_parser("drain", help="let proxies notice, then return"))
     for command in commands.choices.values():
-        command.add_argument("--drain-mark", type=Path, default=Path("/tmp/draining"))
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        command.add_argument(
+            "--drain-mark",
+            type=Path,
+            default=Path("/tmp/draining"),
+            help="file that is there while draining",
+        )
     return parser
 
 
 def _add_serve(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_serve)
-    command.add_argument("repository", type=Path)
+    command.add_argument("repository", type=Path, help="folder of the exported models")
     command.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     _add_ports(command)
-    command.add_argument("--grpc-port", type=int, default=8001)
+    command.add_argument("--grpc-port", type=int, default=8001, help="port")
     command.add_argument(
-        "--drain-seconds", type=float, default=Options.drain_seconds, help="proxies notice in"
+        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS
     )
     command.add_argument(
-        "--exit-seconds", type=int, default=Options.exit_seconds, help="for requests in flight"
+        "--exit-seconds",
+        type=int,
+        default=Options.exit_seconds,
+        help="then, for requests in flight",
     )
     command.add_argument(
-        "--watch-seconds", type=float, default=Options.watch_seconds, help="0: do not watch"
+        "--watch-seconds",
+        type=float,
+        default=Options.watch_seconds,
+        help="between looks at whether it is alive; three failures end it; 0: do not look",
     )
-    command.add_argument("--watch-timeout", type=float, default=Options.watch_timeout)
-    command.add_argument("--otlp-url", help="http://collector:4318/v1/traces")
     command.add_argument(
-        "--trace-rate", type=int, default=Options.trace_rate, help="one in so many; 0: none"
+        "--watch-timeout",
+        type=float,
+        default=Options.watch_timeout,
+        help="seconds a look may take: more than an image's encoding",
+    )
+    command.add_argument("--otlp-url", help="where traces go: http://collector:4318/v1/traces")
+    command.add_argument(
+        "--trace-rate",
+        type=int,
+        default=Options.trace_rate,
+        help="trace one in so many requests that bring no trace of their own; 0: none of them",
     )
 
 
@@ -99,17 +126,19 @@ def _add_probe(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_probe)
     command.add_argument("question", choices=sorted(PROBES))
     _add_ports(command)
-    command.add_argument("--timeout", type=float, default=10.0, help="seconds")
+    command.add_argument("--timeout", type=float, default=10.0, help="in seconds")
 
 
 def _add_drain(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_drain)
-    command.add_argument("--drain-seconds", type=float, default=Options.drain_seconds)
+    command.add_argument(
+        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS
+    )
 
 
 def _add_ports(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--http-port", type=int, default=8000)
-    command.add_argument("--metrics-port", type=int, default=8002)
+    command.add_argument("--http-port", type=int, default=8000, help="port")
+    command.add_argument("--metrics-port", type=int, default=8002, help="port")
 
 
 if __name__ == "__main__":

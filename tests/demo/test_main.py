@@ -78,6 +78,14 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     assert "python -m export --checkpoint sam3.pt" in said
 
 
+def test_help_starts_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "demo", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert said.startswith("usage: python -m demo")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("after", ["", "✓ exporting", "http://"])
 def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path) -> None:
     """While it exports, while tritonserver loads, while it segments."""

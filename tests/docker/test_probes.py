@@ -28,6 +28,19 @@ def test_a_working_server_passes_all(container: Container) -> None:
         assert probe(container.target, 60.0) == "the canary was answered"
 
 
+@pytest.mark.parametrize("command", ["serve", "probe", "drain"])
+def test_the_commands_and_their_options_are_explained(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"python3 -m docker.entrypoint {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = capsys.readouterr().out.partition("--help")[2]
+    assert options.count("(default:") == options.count("\n  --")
+
+
 def test_the_command_says_why_and_exits_with_0_or_1(
     container: Container, capsys: pytest.CaptureFixture[str]
 ) -> None:
