@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from benchmarks import load
 from benchmarks.peers import Peer, whole
 from benchmarks.peers.in_process import InProcess
-from benchmarks.peers.ours import Ours
 from benchmarks.stage import (
-    EMBEDDINGS,
-    HTTP,
     IN_PROCESS,
     OURS,
     PLACE,
@@ -22,7 +19,6 @@ from benchmarks.stage import (
     Stage,
 )
 from benchmarks.timing import Meter, Sample, alternate, difference, ratio, stopwatch
-from benchmarks.wire import Wire
 from triton_sam3.geometry import resize
 
 
@@ -41,9 +37,8 @@ def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Samp
     asks: dict[str, Callable[[], object]] = {
         name: partial(open_and_click, peer) for name, peer in stage.peers.items()
     }
-    ours, other = stage.peers[OURS], stage.peers.get(WHOLE)
-    assert isinstance(ours, Ours)
-    asks[OURS] = lambda: ours.client.segment(stage.photo, points=[PLACE])
+    other = stage.peers.get(WHOLE)
+    asks[OURS] = lambda: stage.ours.client.segment(stage.photo, points=[PLACE])
     if isinstance(other, whole.WholeInTriton):
         asks[WHOLE] = lambda: other.ask(*PLACE, stage.photo)
     meters = {name: stopwatch(ask) for name, ask in asks.items()}
@@ -52,32 +47,28 @@ def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Samp
 
 def one_shot(stage: Stage, rounds: int, *, warmup: int = 0) -> Sample:
     """Seconds of our request that brings the photo along and keeps nothing."""
-    ours = stage.peers[OURS]
-    assert isinstance(ours, Ours)
-    ask = partial(ours.client.segment, stage.photo, points=[PLACE])
+    ask = partial(stage.ours.client.segment, stage.photo, points=[PLACE])
     return alternate({OURS: stopwatch(ask)}, rounds, warmup=warmup)[OURS]
 
 
-def encoding(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Sample]:
-    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`."""
-    wire = Wire(stage.url)
+def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
+    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`.
+
+    budget: seconds after which no further round begins.
+    """
     meta = stage.peers[IN_PROCESS]
     assert isinstance(meta, InProcess)
     meters = {
-        OURS: stopwatch(lambda: wire.encode(resize(stage.photo, wire.side)[None])),
+        OURS: stopwatch(lambda: stage.wire.encode(resize(stage.photo, stage.wire.side)[None])),
         IN_PROCESS: stopwatch(lambda: meta.predictor.set_image(stage.photo)),
     }
-    samples = alternate(meters, rounds, warmup=warmup)
-    wire.close()
-    return samples
+    return alternate(meters, rounds, warmup=0, budget=budget)
 
 
 def boxes_together(stage: Stage, rounds: int, count: int = 32) -> Sample:
     """Ratio: `count` boxes in one request to as many requests of one box each."""
-    ours = stage.peers[OURS]
-    assert isinstance(ours, Ours)
     boxes = _boxes(stage, count)
-    with ours.client.open(stage.photo) as view:
+    with stage.ours.client.open(stage.photo) as view:
         samples = alternate(
             {
                 "together": stopwatch(lambda: view.segment(boxes=boxes)),
@@ -97,56 +88,46 @@ def _boxes(stage: Stage, count: int) -> NDArray[np.float32]:
 
 def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
     """Seconds: a click as the wire sees it, the decoder's own compute, and what lies between."""
-    wire = Wire(stage.url)
-    kept = {"image_id": wire.keep(resize(stage.photo, wire.side))}
+    kept = stage.keep_photo()
     samples = alternate(
         {
-            "click": stopwatch(lambda: wire.click(kept)),
+            "click": stopwatch(lambda: stage.wire.click(kept)),
             "compute": stage.engine.decode,
         },
         rounds,
         warmup=3,
     )
-    wire.close()
     return {**samples, "server": difference(samples["click"], samples["compute"])}
 
 
 def objects_in_a_click(stage: Stage, counts: list[int], rounds: int) -> dict[int, Sample]:
     """Seconds of one request with a number of objects on a kept image, without finishing masks."""
-    wire = Wire(stage.url)
-    kept = {"image_id": wire.keep(resize(stage.photo, wire.side))}
+    kept = stage.keep_photo()
     meters: dict[int, Meter] = {
-        count: stopwatch(partial(wire.click, kept, objects=count)) for count in counts
+        count: stopwatch(partial(stage.wire.click, kept, objects=count)) for count in counts
     }
-    samples = alternate(meters, rounds)
-    wire.close()
-    return samples
+    return alternate(meters, rounds)
 
 
 def batches(stage: Stage, sizes: list[int], rounds: int) -> dict[int, Sample]:
     """Seconds to encode a batch of images in one request."""
-    wire = Wire(stage.url)
-    image = resize(stage.photo, wire.side)
+    image = resize(stage.photo, stage.wire.side)
     meters: dict[int, Meter] = {
-        size: stopwatch(partial(wire.encode, np.stack([image] * size))) for size in sizes
+        size: stopwatch(partial(stage.wire.encode, np.stack([image] * size))) for size in sizes
     }
-    samples = alternate(meters, rounds)
-    wire.close()
-    return samples
+    return alternate(meters, rounds)
 
 
 def photo_sides(stage: Stage, sides: list[int], rounds: int) -> dict[int, dict[str, Sample]]:
     """Seconds of a first mask and of a click on square photos of a number of sides."""
-    ours = stage.peers[OURS]
-    assert isinstance(ours, Ours)
     found = {}
     for side in sides:
         photo = resize(stage.photo, side)
         place = (side / 2, side / 2)
-        click = ours.open(photo)
+        click = stage.ours.open(photo)
         found[side] = alternate(
             {
-                "first mask": stopwatch(partial(ours.client.segment, photo, points=[place])),
+                "first mask": stopwatch(partial(stage.ours.client.segment, photo, points=[place])),
                 "click": stopwatch(partial(click, *place)),
             },
             rounds,
@@ -163,7 +144,3 @@ def concurrent_clients(
     return {
         count: load.measure(stage.makers[name], stage.photo, count, duration) for count in counts
     }
-
-
-REMOTE = (OURS, EMBEDDINGS, HTTP)
-"""Peers that several callers with photos of their own can use at once."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -20,7 +21,10 @@ from benchmarks.peers.embeddings import EmbeddingsOverTheWire
 from benchmarks.peers.http import OverHttp
 from benchmarks.peers.in_process import InProcess
 from benchmarks.peers.ours import Ours
+from benchmarks.wire import Wire
 from server import TritonServer
+from triton_sam3 import contract
+from triton_sam3.geometry import resize
 
 OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS = (
     "ours",
@@ -52,7 +56,7 @@ class Stage:
 
     artifacts: Artifacts
     photo: Photo
-    url: str
+    wire: Wire
     engine: Engine
     makers: dict[str, Callable[[], Peer]]
     """How to make another caller of the same servers; picklable, but for the one in process."""
@@ -60,6 +64,17 @@ class Stage:
     clicks: dict[str, Click]
     agreement: dict[str, float]
     """Mask IoU of each peer's click with Meta's predictor's."""
+
+    @property
+    def ours(self) -> Ours:
+        """The first of the peers."""
+        peer = self.peers[OURS]
+        assert isinstance(peer, Ours)
+        return peer
+
+    def keep_photo(self) -> dict[str, NDArray[Any]]:
+        """Have our server keep the photo; the input that stands for it."""
+        return {contract.IMAGE_ID.name: self.wire.keep(resize(self.photo, self.wire.side))}
 
 
 @contextmanager
@@ -99,7 +114,9 @@ def stage(
             cleanup.callback(made[name].close)
         clicks = _opened(artifacts.name, photo, made, progress)
         agreements = _check_agreement(clicks, agreement)
-        yield Stage(artifacts, photo, server.grpc_url, engine, makers, made, clicks, agreements)
+        wire = Wire(server.grpc_url)
+        cleanup.callback(wire.close)
+        yield Stage(artifacts, photo, wire, engine, makers, made, clicks, agreements)
 
 
 def _opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -86,18 +87,26 @@ def stopwatch(call: Callable[[], object]) -> Meter:
 
 
 def alternate(
-    meters: Mapping[Key, Meter], rounds: int, *, warmup: int = 1, pause: float = 0.0
+    meters: Mapping[Key, Meter],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    pause: float = 0.0,
+    budget: float = math.inf,
 ) -> dict[Key, Sample]:
     """Read every meter once a round, in an order that is shuffled each time, the same every run.
 
     Were one always read after the same other, it alone would bear what that one leaves behind:
     threads that still spin, caches full of its own. `warmup` rounds come first and are not counted;
-    `pause`, in seconds, comes before each reading.
+    `pause`, in seconds, comes before each reading. After `budget` seconds no further round begins.
     """
+    started = time.monotonic()
     names = list(meters)
     shuffle = random.Random(0).shuffle
     values: dict[Key, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
+        if number > warmup and time.monotonic() - started > budget:
+            break
         shuffle(names)
         for name in names:
             time.sleep(pause)

@@ -66,3 +66,8 @@ def test_alternate_takes_turns_and_puts_none_always_behind_the_same_other() -> N
     behind = Counter(pair for pair in pairwise(order) if pair[1] == "a")
     assert min(behind["b", "a"], behind["c", "a"]) > 15
     assert list(samples) == ["a", "b", "c"]
+
+
+def test_no_round_begins_when_the_time_is_spent() -> None:
+    samples = alternate({name: partial(float, 1) for name in "ab"}, 60, warmup=2, budget=0)
+    assert {name: len(sample.values) for name, sample in samples.items()} == {"a": 1, "b": 1}
