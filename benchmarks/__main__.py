@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -15,16 +13,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-# sam3 and the exporters warn about calls of their own, which nobody here can do anything about.
-warnings.filterwarnings("ignore")
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-from benchmarks import anatomy, artifacts, cpu, cuda, pages  # noqa: E402
-from benchmarks.anatomy import Anatomy  # noqa: E402
-from benchmarks.environment import Provenance, provenance  # noqa: E402
-from benchmarks.figures import rich_table  # noqa: E402
-from benchmarks.findings import Findings  # noqa: E402
-from benchmarks.stage import PLACE, load_photo  # noqa: E402
+from benchmarks import anatomy, artifacts, cpu, cuda, pages
+from benchmarks.anatomy import Anatomy
+from benchmarks.environment import Provenance, provenance
+from benchmarks.figures import rich_table
+from benchmarks.findings import Findings
+from benchmarks.stage import PLACE, load_photo
 
 console = Console(highlight=False)
 

@@ -10,27 +10,24 @@ import json
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-warnings.filterwarnings("ignore")  # sam3 warns about machines without a GPU
+import threads  # noqa: F401 - before torch, as the served decoder does
+import torch
+from decoder import Decoder, Job
+from prompts import Limits, parse_prompts
+from store import Features, ImageStore
+from torch import Tensor
 
-import threads  # noqa: E402, F401 - before torch, as the served decoder does
-import torch  # noqa: E402
-from decoder import Decoder, Job  # noqa: E402
-from prompts import Limits, parse_prompts  # noqa: E402
-from store import Features, ImageStore  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from benchmarks.accuracy import worst_mask_iou  # noqa: E402
-from benchmarks.encoders import Encoder, OnnxRuntimeEncoder, pytorch_encoder  # noqa: E402
-from benchmarks.figures import reason  # noqa: E402
-from export import check  # noqa: E402
-from export.architecture import InteractiveModel  # noqa: E402
-from export.checkpoint import load  # noqa: E402
-from export.encoder import FEATURES  # noqa: E402
-from export.repository import DECODER, ENCODER, read_config  # noqa: E402
+from benchmarks.accuracy import worst_mask_iou
+from benchmarks.encoders import Encoder, OnnxRuntimeEncoder, pytorch_encoder
+from benchmarks.figures import reason
+from export import check
+from export.architecture import InteractiveModel
+from export.checkpoint import load
+from export.encoder import FEATURES
+from export.repository import DECODER, ENCODER, read_config
 
 
 class Worker:

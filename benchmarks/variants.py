@@ -7,7 +7,6 @@ within the gate may be served, the others are listed with what they would gain.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,20 +22,18 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
 
-warnings.filterwarnings("ignore")  # sam3 warns about machines without a GPU
-
-from benchmarks import artifacts  # noqa: E402
-from benchmarks.accuracy import GATE_TRAINED, worst_mask_iou  # noqa: E402
-from benchmarks.environment import provenance  # noqa: E402
-from benchmarks.figures import markdown_table, quantity, reason  # noqa: E402
-from benchmarks.results import write_section  # noqa: E402
-from benchmarks.timing import Sample, alternate, ratio, stopwatch  # noqa: E402
-from export import check  # noqa: E402
-from export.accelerator import Accelerator  # noqa: E402
-from export.check import Features  # noqa: E402
-from export.checkpoint import load  # noqa: E402
-from export.encoder import FEATURES  # noqa: E402
-from export.repository import ENCODER  # noqa: E402
+from benchmarks import artifacts
+from benchmarks.accuracy import GATE_TRAINED, worst_mask_iou
+from benchmarks.environment import provenance
+from benchmarks.figures import markdown_table, quantity, reason
+from benchmarks.results import write_section
+from benchmarks.timing import Sample, alternate, ratio, stopwatch
+from export import check
+from export.accelerator import Accelerator
+from export.check import Features
+from export.checkpoint import load
+from export.encoder import FEATURES
+from export.repository import ENCODER
 
 SECTION = "cpu-variants"
 ROUNDS = 30

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
-import warnings
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-# sam3 warns about calls of its own, which nobody here can do anything about.
-warnings.filterwarnings("ignore")
-
-from benchmarks import artifacts  # noqa: E402
-from benchmarks.environment import provenance  # noqa: E402
-from benchmarks.faults import report, scenarios, soak  # noqa: E402
-from benchmarks.faults.bench import VIEWS_SECONDS  # noqa: E402
-from benchmarks.faults.load import Kind  # noqa: E402
-from benchmarks.faults.trial import Result  # noqa: E402
-from benchmarks.results import write_section  # noqa: E402
+from benchmarks import artifacts
+from benchmarks.environment import provenance
+from benchmarks.faults import report, scenarios, soak
+from benchmarks.faults.bench import VIEWS_SECONDS
+from benchmarks.faults.load import Kind
+from benchmarks.faults.trial import Result
+from benchmarks.results import write_section
 
 console = Console(highlight=False, soft_wrap=True)
 app = typer.Typer(invoke_without_command=True, add_completion=False)
