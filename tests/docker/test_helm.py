@@ -281,7 +281,8 @@ def test_a_new_server_is_found_before_the_old_one_ends() -> None:
     (container,) = server(render())["containers"]
     for cluster in envoy()["static_resources"]["clusters"][1:]:
         (check,) = cluster["health_checks"]
-        looks = (cluster["dns_refresh_rate"], check["interval"], check["timeout"])
+        dns = cluster["cluster_type"]["typed_config"]
+        looks = (dns["dns_refresh_rate"], check["interval"], check["timeout"])
         seconds = sum(int(look.removesuffix("s")) for look in looks)
         assert parse(container["args"]).drain_seconds > 2 + 2 * 5 + seconds
 
