@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 MINUTES ?= 30
-WORKERS ?= 3
+WORKERS ?= 2
 
 .PHONY: demo test test-full bench perf fuzz faults soak sbom lint install clean
 
