@@ -8,6 +8,7 @@ from benchmarks.timing import Sample
 
 ENCODE = Asked("encode", "ms", Target(12, 10))
 CLICK = Asked("click", "ms")
+CLICKS = Asked("clicks per second", "1/s", Target(2000, 8000, more_is_better=True))
 
 
 def test_what_fails_takes_only_its_own_figures_away_and_each_is_told() -> None:
@@ -19,10 +20,13 @@ def test_what_fails_takes_only_its_own_figures_away_and_each_is_told() -> None:
         raise FileNotFoundError("no tritonserver")
 
     found.collect([CLICK, ENCODE], fails_half_way)
-    assert [figure.verdict for figure in found.figures] == ["aim met", "not measured"]
+    found.collect([CLICKS], lambda: found.add(CLICKS.measured(Sample((100.0,)))))
+    verdicts = [figure.verdict for figure in found.figures]
+    assert verdicts == ["aim met", "not measured", "missed by 95%"]
     assert told == [
         "encode: 9 ms, aim met",
         "click: —, not measured, FileNotFoundError: no tritonserver",
+        "clicks per second: 100 1/s, missed by 95%",
     ]
 
 

@@ -6,7 +6,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from triton_sam3 import contract
 from triton_sam3.errors import ServerError
-from triton_sam3.flow import Array
+from triton_sam3.flow import Array, Infer, InSharedMemory
 from triton_sam3.prompts import PackedPrompts, Prompt, pack
 from triton_sam3.protocol import (
     Flags,
@@ -69,23 +69,26 @@ def test_only_needed_outputs_are_asked_for() -> None:
     assert set(click_request(b"id", "d", packed(POINT), Flags()).outputs) == logits
 
 
+def arrays(request: Infer) -> dict[str, Array]:
+    """Its inputs; none lies in shared memory."""
+    return {name: v for name, v in request.inputs.items() if not isinstance(v, InSharedMemory)}
+
+
 def test_a_click_carries_no_image() -> None:
     click = click_request(b"x" * 32, "d", packed(POINT), Flags(multimask_output=False))
     assert click.model == contract.DECODER
-    assert set(click.inputs) == {
-        "image_id",
-        "point_coords",
-        "point_labels",
-        "best_only",
-        "multimask_output",
-    }
+    sizes = {name: value.nbytes for name, value in arrays(click).items() if name != "image_id"}
+    # one token of x, y and label, two flags
+    assert sizes == {"point_coords": 8, "point_labels": 4, "best_only": 1, "multimask_output": 1}
+    assert arrays(click)["image_id"].tolist() == [[b"x" * 32]]
 
 
 def test_a_refining_click_carries_one_plane_of_logits_and_no_image() -> None:
     plain = click_request(b"x" * 32, "d", packed(POINT), Flags())
     refining = click_request(b"x" * 32, "d", packed(REFINED), Flags())
     assert set(refining.inputs) - set(plain.inputs) == {"mask_input"}
-    assert refining.inputs["mask_input"].shape == (1, 1, M, M)
+    assert arrays(refining)["mask_input"].shape == (1, 1, M, M)
+    assert arrays(refining)["mask_input"].nbytes == M * M * 2
 
 
 @pytest.mark.parametrize("prompts", [[POINT], [REFINED]])

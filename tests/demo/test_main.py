@@ -89,7 +89,7 @@ def test_help_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", ["", "✓ exporting", "http://"])
 def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path) -> None:
     """While it exports, while tritonserver loads, while it segments."""
-    with demo(tmp_path) as (process, _):
+    with demo(tmp_path) as (process, prefixes):
         assert process.stdout is not None
         if after:
             for line in process.stdout:
@@ -103,6 +103,7 @@ def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path) -> None:
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "nothing is left running" in said
+    assert prefixes or after != "http://"  # a server that answers has been seen
 
 
 def _wait_until_exporting(pid: int, folder: Path) -> None:

@@ -45,9 +45,9 @@ def test_a_start_includes_one_click_on_a_blank_image(tmp_path: Path) -> None:
     server = TritonServer(repository_with(tmp_path, "0.5"))
     try:
         server.start()
-        assert 'nv_inference_request_success{model="sam3_interactive",version="1"} 1' in (
-            tiny.get(server.metrics_url)
-        )
+        once = 'nv_inference_request_success{model="sam3_interactive",version="1"} 1\n'
+        # Triton counts a request a moment after its answer.
+        assert tiny.wait_for(lambda: once in tiny.get(server.metrics_url), seconds=10)
     finally:
         server.kill()
 
