@@ -6,12 +6,16 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from filelock import FileLock
 
 from server import TritonServer
+
+if TYPE_CHECKING:
+    from tests.export import tiny  # with Meta's code: seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
@@ -53,6 +57,22 @@ def repository(run_folder: Path) -> Path:
         if not output.exists():
             export_repository(DEMO_CHECKPOINT, output)
     return output
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder: Path) -> tiny.Export:
+    """The tiny model, exported in FP32."""
+    from tests.export import tiny
+
+    return tiny.export_once(run_folder / "tiny-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_fp16(run_folder: Path) -> tiny.Export:
+    """In FP16."""
+    from tests.export import tiny
+
+    return tiny.export_once(run_folder / "tiny-fp16", "fp16")
 
 
 @pytest.fixture(scope="session")

@@ -25,16 +25,6 @@ def signals() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def exported(run_folder: Path) -> tiny.Export:
-    return tiny.export_once(run_folder / "tiny-fp32", "fp32")
-
-
-@pytest.fixture(scope="session")
-def exported_fp16(run_folder: Path) -> tiny.Export:
-    return tiny.export_once(run_folder / "tiny-fp16", "fp16")
-
-
-@pytest.fixture(scope="session")
 def program(exported: tiny.Export) -> ExportedProgram:
     """Of the exported decoder."""
     return torch.export.load(exported.repository / DECODER / "1" / "decoder.pt2")
