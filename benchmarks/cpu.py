@@ -138,7 +138,10 @@ def _demo_size(found: Findings) -> None:
 
 def _tell_server_cost(found: Findings, stage: Stage) -> None:
     cost = measures.server_cost(stage, rounds=60)
-    note = "click over gRPC, decoder alone: " + _milliseconds(cost["click"], cost["compute"])
+    note = (
+        f"click over gRPC, decoder alone: {_milliseconds(cost['click'], cost['compute'])}; a click "
+        f"that is refused, after as long a rest: {cost['trip'].median * 1000:.1f} ms"
+    )
     found.add(SERVER_COST.measured(cost["server"].scaled(1000), note))
 
 

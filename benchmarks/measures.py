@@ -87,7 +87,11 @@ def _boxes(stage: Stage, count: int) -> NDArray[np.float32]:
 
 
 def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
-    """Seconds: a click as the wire sees it, the decoder's own compute, and what lies between."""
+    """Seconds: a click as the wire sees it, the decoder's own compute, and what lies between.
+
+    "trip" is there and back without decoding, after a rest as long as that: whatever a request
+    passes through sleeps by then.
+    """
     kept = stage.keep_photo()
     samples = alternate(
         {
@@ -97,7 +101,9 @@ def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
         rounds,
         warmup=3,
     )
-    return {**samples, "server": difference(samples["click"], samples["compute"])}
+    rest = samples["compute"].median
+    trip = alternate({"trip": stopwatch(stage.wire.refused_click)}, rounds, warmup=3, pause=rest)
+    return {**samples, **trip, "server": difference(samples["click"], samples["compute"])}
 
 
 def objects_in_a_click(stage: Stage, counts: list[int], rounds: int) -> dict[int, Sample]:

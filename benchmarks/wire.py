@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from triton_sam3 import contract
 
@@ -56,6 +56,15 @@ class Wire:
     def click(self, image: dict[str, NDArray[Any]], **prompt: Any) -> dict[str, NDArray[Any]]:
         """Masks and scores on an image given by its id or by its embeddings."""
         return self._infer(contract.DECODER, {**image, **click_inputs(**prompt)}, MASKS)
+
+    def refused_click(self) -> None:
+        """A click on an image that nobody keeps: there and back, with nothing decoded."""
+        nobody = {contract.IMAGE_ID.name: np.array([["nobody's"]], np.object_)}
+        try:
+            self.click(nobody)
+        except InferenceServerException:
+            return
+        raise RuntimeError("a click on an image that nobody keeps was answered")
 
     def close(self) -> None:
         self._client.close()

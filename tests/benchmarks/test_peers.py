@@ -48,6 +48,7 @@ def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Sta
     cost = measures.server_cost(everything, rounds=3)
     parts = zip(cost["click"].values, cost["compute"].values, strict=True)
     assert cost["server"].values == pytest.approx([click - compute for click, compute in parts])
+    assert 0 < cost["trip"].median < cost["click"].median  # nothing is decoded for it
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != IN_PROCESS])
