@@ -36,7 +36,7 @@ def meta_predictor(
     tracker.eval().requires_grad_(False).to(device)
     size = architecture.mask_size
     predictor = SAM3InteractiveImagePredictor(
-        tracker, max_hole_area=(size // HOLE_SIDE_FRACTION) ** 2
+        tracker, max_hole_area=size**2 // HOLE_SIDE_FRACTION**2
     )
     predictor._bb_feat_sizes = [(size, size), (size // 2, size // 2), (size // 4, size // 4)]
     return predictor
