@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-POSITIVE, NEGATIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PADDING = 1, 0, 2, 3, -1
-LABELS = (PADDING, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
+PADDING, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = range(-1, 4)
 
 
 class InvalidPrompt(ValueError):
@@ -59,24 +58,30 @@ def parse_prompts(
     _check_values(coords, labels)
     has_mask = _check_masks(masks, len(labels))
     _check_objects(labels, has_mask)
+    coords, labels, counts = _complete(coords, labels)
     return [
-        _object(coords[n], labels[n], masks[n] if masks is not None and has_mask[n] else None)
+        ObjectPrompt(
+            coords[n][counts[n]],
+            labels[n][counts[n]],
+            masks[n] if masks is not None and has_mask[n] else None,
+        )
         for n in range(len(labels))
     ]
 
 
-def _object(
-    coords: NDArray[np.float32], labels: NDArray[np.int32], mask: Tensor | None
-) -> ObjectPrompt:
-    """Without padding, but with the one not-a-point token SAM adds when there is a point or box."""
-    real = labels != PADDING
-    if not real.any():
-        return ObjectPrompt(coords[:0], labels[:0], mask)
-    return ObjectPrompt(
-        np.concatenate((coords[real], np.zeros((1, 2), np.float32))),
-        np.append(labels[real], np.int32(PADDING)),
-        mask,
-    )
+def _complete(
+    coords: NDArray[np.float32], labels: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.bool_]]:
+    """One token more for each object, and which of them count: all but the padding.
+
+    The last one is the not-a-point token that SAM adds where there is a point or a box.
+    """
+    objects = len(labels)
+    coords = np.concatenate((coords, np.zeros((objects, 1, 2), np.float32)), axis=1)
+    labels = np.concatenate((labels, np.full((objects, 1), PADDING, np.int32)), axis=1)
+    counts = labels != PADDING
+    counts[:, -1] = counts.any(axis=1)
+    return coords, labels, counts
 
 
 def _check_shapes(
@@ -113,7 +118,7 @@ def _check_shapes(
 
 def _check_values(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
     _refuse_first(
-        ~np.isin(labels, LABELS),
+        (labels < PADDING) | (labels > BOX_BOTTOM_RIGHT),
         lambda n, p: (
             f"point_labels[{n}, {p}] is {labels[n, p]}; accepted are 1 (positive point), "
             "0 (negative point), 2 and 3 (a box's top-left and bottom-right corner), -1 (padding)"
