@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import Resize, ToTensor
 
 from triton_sam3.errors import ImageError
-from triton_sam3.geometry import load_image, resize, to_fractions
+from triton_sam3.geometry import SMALL_PIXELS, load_image, resize, to_fractions
 
 ORIENTATION = 0x0112
 """EXIF tag; 1 upright … 8."""
@@ -255,9 +255,15 @@ def fine_strip() -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.tile(skimage.data.astronaut(), (2, 7, 1))[:900])
 
 
+def fine_pole() -> NDArray[np.uint8]:
+    """The same on its end."""
+    return np.ascontiguousarray(np.rot90(fine_strip()))
+
+
 @pytest.mark.parametrize("side", [1008, 336])
 @pytest.mark.parametrize(
-    "picture", [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea, fine_strip]
+    "picture",
+    [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea, fine_strip, fine_pole],
 )
 def test_resize_is_within_a_grey_level_of_torchvision(
     picture: Callable[[], NDArray[np.uint8]], side: int
@@ -270,6 +276,21 @@ def test_resize_is_within_a_grey_level_of_torchvision(
     difference = np.abs(ours - expected.permute(1, 2, 0).numpy())
     assert difference.max() <= 1.01  # each of two passes rounds to whole levels, half a level off
     assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "off"),
+    [(3024, 4032, 1008, 0), (3000, 4000, 224, 0), (1501, 1013, 336, 1), (40_009, 33, 10, 1)],
+)
+def test_resize_in_strips_comes_to_the_same_as_in_one(
+    height: int, width: int, side: int, off: int
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert height * width >= SMALL_PIXELS
+    whole = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    ours = resize(image, side)
+    assert ours.shape == (side, side, 3)
+    assert np.abs(ours - np.asarray(whole, np.int16)).max() <= off
 
 
 def test_resize_of_a_fitting_image_copies_nothing(photo: NDArray[np.uint8]) -> None:
