@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from triton_sam3 import (
     shared_memory,
 )
 from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
-from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name
+from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name, owner_is_dead
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
 from triton_sam3.steps import perform
@@ -49,7 +50,9 @@ def regions(server: TritonServer) -> list[str]:
 
 
 def files() -> list[str]:
-    return [path.name for path in SYSTEM_FOLDER.glob("sam3_client_*")]
+    """This process's regions, and those of processes that have ended; other tests' come and go."""
+    names = [path.name for path in SYSTEM_FOLDER.glob("sam3_client_*")]
+    return [name for name in names if f"_{os.getpid()}_" in name or owner_is_dead(name)]
 
 
 @pytest.fixture(autouse=True)

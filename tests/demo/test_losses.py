@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from demo.losses import answer_loss, mask_loss, pixel_loss, true_ious
+from demo.losses import OTHER_CANDIDATES, answer_loss, mask_loss, pixel_loss, true_ious
 from demo.model import Answer, build, encode
 
 SIZE = 112
@@ -34,15 +34,19 @@ def test_true_iou_counts_cells(truth: torch.Tensor) -> None:
     assert true_ious(-torch.ones_like(truth), truth).tolist() == [0, 0]
 
 
-def test_the_best_candidate_is_the_one_that_learns(truth: torch.Tensor) -> None:
+def test_every_candidate_learns_and_the_best_one_most(truth: torch.Tensor) -> None:
     logits = torch.zeros(2, 4, 8, 8)
-    logits[:, 2] = (truth - 0.5) * 4
+    logits[:, [0, 2]] = ((truth - 0.5) * 4)[:, None]  # alike; 1 and 3 are worse
     logits.requires_grad_()
     answer_loss(Answer(logits, torch.zeros(2, 4)), truth).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     shares = logits.grad.abs().mean((0, 2, 3))
-    assert shares[1] < 0.2 * shares[0]
-    assert shares[1] > 0
+    third = OTHER_CANDIDATES / 3
+    assert shares[2] == pytest.approx((1 + third) * shares[0])
+    alone = torch.zeros(2, 8, 8, requires_grad=True)
+    mask_loss(alone, truth).mean().backward()  # type: ignore[no-untyped-call]
+    assert alone.grad is not None
+    assert shares[1] == shares[3] == pytest.approx(third * alone.grad.abs().mean().item())
 
 
 def test_predicted_quality_is_pulled_to_the_true_one(truth: torch.Tensor) -> None:
