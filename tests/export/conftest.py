@@ -16,12 +16,17 @@ from export.repository import DECODER
 from tests.export import tiny
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """The command, run inside of the tests, sets a handler."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command, run inside of the tests, sets handlers where nothing is ignored.
+
+    Each test begins with nothing ignored, however pytest was started, as under nohup.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,25 +208,14 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_what_ends_an_export_does_so_as_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
-    with _handled(number, signal.SIG_DFL):
-        _refused(tmp_path / "sam3.pt", tmp_path / "models")
-        assert signal.getsignal(number) is signal.default_int_handler
+    _refused(tmp_path / "sam3.pt", tmp_path / "models")
+    assert signal.getsignal(number) is signal.default_int_handler
 
 
 def test_a_hang_up_that_nohup_ignores_ends_nothing(tmp_path: Path) -> None:
-    with _handled(signal.SIGHUP, signal.SIG_IGN):
-        _refused(tmp_path / "sam3.pt", tmp_path / "models")
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-@contextmanager
-def _handled(number: signal.Signals, how: signal.Handlers) -> Iterator[None]:
-    """A signal handled so at first, however this process was started, as under nohup."""
-    before = signal.signal(number, how)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _refused(tmp_path / "sam3.pt", tmp_path / "models")
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
