@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import threads  # noqa: F401 - before torch, as the served decoder does
+import environment  # noqa: F401 - before torch, as the served decoder does
 import torch
 from decoder import Decoder, Job
 from prompts import Limits, parse_prompts

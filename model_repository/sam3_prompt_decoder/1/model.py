@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import threads  # noqa: F401 - before torch
+import environment  # noqa: F401 - before torch
 import torch
 import triton_python_backend_utils as pb_utils
 from decoder import Decoder, Masks
