@@ -117,13 +117,14 @@ class Client:
         """Segment many images at once, and yield one `Outcome` for each.
 
         images: taken one by one, as many as are at work.
-        prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one such
-            mapping, or one list of `Prompt`, per image.
+        prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one per image:
+            such a mapping, a list of `Prompt`, or a `supervision.Detections`.
         concurrency: images at work at the same time.
         in_order: as the images come; false yields each as soon as it is done.
         progress: draw a bar on stderr.
 
-        An image that cannot be segmented is an outcome with its error and stops nothing. The
+        An image that cannot be segmented is an outcome with its error and stops nothing. What
+        `images` or `prompts` themselves raise comes after the outcomes of all images before. The
         images are not kept on the server.
         """
         options = Options(threshold, multimask_output)

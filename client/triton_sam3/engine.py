@@ -97,7 +97,9 @@ class Picture:
         """RGB [side, side, 3]. Made once; the original is let go, so later edits do no harm."""
         if self._pixels is None:
             assert self._source is not None
-            self._pixels = resize(self._source, side)
+            resized = resize(self._source, side)
+            # Of that very size already, it is still the caller's own array.
+            self._pixels = resized.copy() if resized is self._source else resized
             self._source = None
         return self._pixels
 
@@ -163,7 +165,7 @@ class Engine:
         if not prompts:
             return finish([], prompts, picture, options.threshold)
         served = yield from self.served()
-        limit = served.max_objects or len(prompts)
+        limit = served.max_objects
         if slot is None and len(prompts) > limit:
             slot = ImageSlot(self.make_lock())
         flags = Flags(multimask_output=options.multimask_output)
@@ -209,7 +211,7 @@ class Engine:
         try:
             if slot.image_id is None:
                 outputs = yield from self._infer(keep_request(pixels, picture.digest, packed))
-                slot.image_id = read_image_id(outputs) or None
+                slot.fill(read_image_id(outputs))
         finally:
             slot.lock.release()
 
@@ -234,23 +236,28 @@ def _by_id_or_pixels(
     by_pixels: Callable[[], Flow[Any]],
     timeout: float,
 ) -> Flow[Any]:
-    """Ask by id where there is one; otherwise one caller sends the pixels and the rest wait."""
+    """Ask by id where there is one; otherwise one caller sends the pixels and the rest wait.
+
+    On a server that keeps nothing there is nothing to wait for: each sends the pixels.
+    """
 
     def fill_slot() -> Flow[Any]:
         outputs = yield from by_pixels()
-        slot.image_id = read_image_id(outputs) or None
+        slot.fill(read_image_id(outputs))
         return outputs
 
     for _ in range(_TRIES_BY_ID):
         image_id = slot.image_id
-        if image_id is None:
+        if image_id is None and not slot.unkept:
             yield Acquire(slot.lock, timeout)
             try:
                 image_id = slot.image_id
-                if image_id is None:
+                if image_id is None and not slot.unkept:
                     return (yield from fill_slot())
             finally:
                 slot.lock.release()
+        if image_id is None:
+            break
         try:
             return (yield from by_id(image_id))
         except ImageNotKept:

@@ -16,7 +16,14 @@ class ImageSlot:
 
     def __init__(self, lock: Lock) -> None:
         self.image_id: bytes | None = None
+        self.unkept = False
+        """Whether the server, asked to keep the image, last said that it keeps none."""
         self.lock = lock
+
+    def fill(self, image_id: bytes) -> None:
+        """Note what the server answered: an id, or an empty one."""
+        self.image_id = image_id or None
+        self.unkept = not image_id
 
     def forget(self, image_id: bytes) -> None:
         """Drop a lost id, unless another caller has already put a new one in its place."""

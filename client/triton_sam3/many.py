@@ -3,7 +3,8 @@
     images, prompts ─► Job… ─► at most `concurrency` at work ─► Outcome…, in order or as completed
 
 An image that fails is an outcome with an error; the others go on. Images are taken from the
-iterable only as the window reaches them, and outcomes wait only within the window.
+iterable only as the window reaches them, and outcomes wait only within the window. An iterable that
+ends with an error does so once the window is empty: what was asked is answered first.
 """
 
 import asyncio
@@ -55,6 +56,8 @@ class Job:
 
     def prompts(self) -> Prompts:
         """The prompts of this image; PromptError for what cannot be read as such."""
+        if hasattr(self.asked, "xyxy"):  # a detector's boxes, without a word on points
+            return gather_prompts(None, self.asked, None)
         if isinstance(self.asked, Mapping):
             unknown = set(self.asked) - {"points", "boxes"}
             if unknown:
@@ -135,7 +138,7 @@ def run(
     executor = ThreadPoolExecutor(concurrency, thread_name_prefix="triton-sam3")
     window: dict[Future[Outcome], None] = {}  # a dict keeps the order of submission
     try:
-        for job in work:
+        while isinstance(job := _take(work), Job):
             window[executor.submit(attempt_one, job)] = None
             if len(window) >= concurrency:
                 yield from _finished(window, in_order)
@@ -143,6 +146,16 @@ def run(
             yield from _finished(window, in_order)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+    if not isinstance(job, StopIteration):
+        raise job
+
+
+def _take(work: Iterator[Job]) -> Job | Exception:
+    """The next job, or why there is none: `StopIteration`, or what images or prompts raised."""
+    try:
+        return next(work)
+    except Exception as error:
+        return error
 
 
 def _finished(window: dict[Future[Outcome], None], in_order: bool) -> Iterator[Outcome]:
@@ -162,7 +175,7 @@ async def run_async(
     """`run` with tasks instead of threads."""
     window: dict[asyncio.Future[Outcome], None] = {}
     try:
-        for job in work:
+        while isinstance(job := _take(work), Job):
             window[asyncio.ensure_future(attempt_one(job))] = None
             if len(window) >= concurrency:
                 for outcome in await _finished_async(window, in_order):
@@ -174,6 +187,8 @@ async def run_async(
         for future in window:
             future.cancel()
         await asyncio.gather(*window, return_exceptions=True)
+    if not isinstance(job, StopIteration):
+        raise job
 
 
 async def _finished_async(

@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A box in absolute pixels, x_min < x_max and y_min < y_max."""
+    """A box in absolute pixels, x_min ≤ x_max and y_min ≤ y_max."""
 
     x_min: float
     y_min: float
@@ -64,7 +64,8 @@ def parse_points(points: Any) -> tuple[Point, ...]:
 
     points: None, or a sequence whose items are {"x", "y", "positive"} (positive by default true),
     (x, y) or (x, y, positive); an array [n, 2] or [n, 3] too. Raises PromptError quoting the value
-    for a missing, boolean, NaN or infinite coordinate and for a wrong length.
+    for a missing, boolean, NaN or infinite coordinate, for a wrong length, and for a dict that has
+    other keys in place of "positive".
     """
     if points is None:
         return ()
@@ -75,6 +76,9 @@ def _parse_point(point: Any) -> Point:
     name = f"point {quote(point)}"
     if isinstance(point, Mapping):
         _require(point, ("x", "y"), name, POINT_FORMS)
+        unread = [key for key in point if key not in ("x", "y")]
+        if unread and "positive" not in point:  # what `label` means is anybody's guess
+            raise PromptError(f"{name} has {', '.join(map(quote, unread))}, and no positive")
         parts = [point["x"], point["y"], point.get("positive", True)]
     else:
         parts = _items(point) or []
@@ -103,7 +107,8 @@ def parse_threshold(value: Any) -> float:
 def parse_box(box: Any) -> Box:
     """Read one box: (x_min, y_min, x_max, y_max), or a dict of its corners or centre and size.
 
-    Raises PromptError quoting the value for NaN, a wrong length and a box without an area.
+    A box may be a line or a dot, as detectors round small ones. Raises PromptError quoting the
+    value for NaN, a wrong length and corners in the wrong order.
     """
     name = f"box {quote(box)}"
     if isinstance(box, Mapping):
@@ -113,8 +118,8 @@ def parse_box(box: Any) -> Box:
         if len(corners) != 4:
             raise PromptError(f"{quote(box)} is not a box: {BOX_FORMS}")
     parsed = Box(*corners)
-    if parsed.x_min >= parsed.x_max or parsed.y_min >= parsed.y_max:
-        raise PromptError(f"{name} has no area: x_min must be below x_max, y_min below y_max")
+    if parsed.x_min > parsed.x_max or parsed.y_min > parsed.y_max:
+        raise PromptError(f"{name}: x_min must not be above x_max, nor y_min above y_max")
     return parsed
 
 

@@ -114,7 +114,7 @@ def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
     boxes: None; an array or list [n, 4] of x_min, y_min, x_max, y_max; dicts with those keys
     (also xmin…, x0…y1, x1…y2) or with a centre x, y, width, height; Roboflow's response
     {"predictions": […]}; a `supervision.Detections`.
-    Raises PromptError quoting the value for NaN, a wrong length, and a box without an area.
+    Raises PromptError quoting the value for NaN, a wrong length, and corners in the wrong order.
     """
     if boxes is None:
         return ()
@@ -165,12 +165,15 @@ def _parse_box_prompt(box: Any) -> Prompt:
 
 
 def _from_detections(detections: Any) -> tuple[Prompt, ...]:
-    """Read a `supervision.Detections`, known by its fields so that it need not be installed."""
-    boxes = np.asarray(detections.xyxy)
-    data = getattr(detections, "data", None) or {}
+    """Read a `supervision.Detections`, or what else has its `xyxy`; it need not be installed."""
+    boxes = list(detections.xyxy)
+    data = getattr(detections, "data", None)
+    named = data if isinstance(data, Mapping) else {}  # other libraries' is an array
     class_id = getattr(detections, "class_id", None)
-    columns = (data.get("class_name"), class_id, data.get("detection_id"))
-    rows = [[None] * len(boxes) if column is None else column for column in columns]
+    columns = (named.get("class_name"), class_id, named.get("detection_id"))
+    rows = [[None] * len(boxes) if column is None else list(column) for column in columns]
+    if any(len(row) != len(boxes) for row in rows):
+        raise PromptError(f"{len(boxes)} boxes need as many class names, class and detection ids")
     described = list(zip(boxes, *rows, strict=True))
     return tuple(each(described, "boxes", lambda row: _box_prompt(*row)))
 
@@ -209,7 +212,7 @@ def _clip(box: Box, width: int, height: int) -> Box:
     clipped = Box(
         max(box.x_min, 0.0), max(box.y_min, 0.0), min(box.x_max, width), min(box.y_max, height)
     )
-    if clipped.x_min >= clipped.x_max or clipped.y_min >= clipped.y_max:
+    if clipped.x_min > clipped.x_max or clipped.y_min > clipped.y_max:
         raise PromptError(
             f"box {tuple(box)} is outside the image of {width}×{height} pixels altogether"
         )

@@ -18,15 +18,12 @@ from .prompts import PackedPrompts
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the server's model configuration says: sizes in pixels, limits per request.
-
-    `max_objects` and `max_tokens` are None where the configuration names no limit.
-    """
+    """What the server's model configuration says: sizes in pixels, limits per request."""
 
     image_side: int
     mask_side: int
-    max_objects: int | None = None
-    max_tokens: int | None = None
+    max_objects: int
+    max_tokens: int
 
     @classmethod
     def from_configs(
@@ -35,12 +32,11 @@ class ServedModel:
         """Read the sizes from the ensemble's configuration and the limits from the decoder's."""
         image = _dims(interactive, contract.IMAGE.name)
         mask = _dims(interactive, contract.MASK_INPUT.name)
-        parameters = decoder.get("parameters", {})
         return cls(
             image_side=image[0],
             mask_side=mask[-1],
-            max_objects=_limit(parameters, contract.MAX_OBJECTS),
-            max_tokens=_limit(parameters, contract.MAX_TOKENS),
+            max_objects=_limit(decoder, contract.MAX_OBJECTS),
+            max_tokens=_limit(decoder, contract.MAX_TOKENS),
         )
 
 
@@ -48,16 +44,21 @@ def _dims(config: Mapping[str, Any], name: str) -> list[int]:
     for tensor in config.get("input", ()):
         if tensor["name"] == name:
             return [int(size) for size in tensor["dims"]]
-    raise ServerError(
-        f"the server's model {config.get('name')!r} has no input {name!r}: it is not the "
-        f"{contract.INTERACTIVE} that this client speaks to; serve the repository `python -m "
-        "export` builds"
+    raise _stranger(config, f"input {name!r}")
+
+
+def _limit(config: Mapping[str, Any], name: str) -> int:
+    value = config.get("parameters", {}).get(name)
+    if value is None:
+        raise _stranger(config, f"parameter {name!r}")
+    return int(value["string_value"])
+
+
+def _stranger(config: Mapping[str, Any], lacks: str) -> ServerError:
+    return ServerError(
+        f"the server's model {config.get('name')!r} has no {lacks}: it is not the one that this "
+        "client speaks to; serve the repository `python -m export` builds"
     )
-
-
-def _limit(parameters: Mapping[str, Any], name: str) -> int | None:
-    value = parameters.get(name)
-    return None if value is None else int(value["string_value"])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Mask:
     score: predicted IoU, roughly 0 to 1.
     box: float32 [4], x_min, y_min, x_max, y_max of the mask in pixels, the maxima exclusive.
     logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`.
-    class_id, class_name, detection_id: of the prompt.
+    class_id, class_name, detection_id: of the prompt; prompt_index: its place among the prompts.
     """
 
     mask: NDArray[np.bool_]
@@ -62,6 +62,7 @@ class Mask:
     class_id: int
     class_name: str
     detection_id: str
+    prompt_index: int
 
     def __repr__(self) -> str:
         height, width = self.mask.shape
@@ -91,6 +92,8 @@ class Segmentation:
         zeros for an empty mask.
     logits: float16 [N, M, M], to refine with.
     class_ids: int64 [N]; class_names, detection_ids: N strings; all three of the prompts.
+    prompt_indices: int64 [N], the prompts' places among those asked: a threshold leaves gaps. With
+        boxes of a detector, `detections[result.prompt_indices]` are those that the masks answer.
     image_size: width and height of the caller's image in pixels.
     parent_id: the image's name, wherever a format asks what the masks belong to.
     """
@@ -102,11 +105,12 @@ class Segmentation:
     class_ids: NDArray[np.int64]
     class_names: tuple[str, ...]
     detection_ids: tuple[str, ...]
+    prompt_indices: NDArray[np.int64]
     image_size: tuple[int, int]
     parent_id: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("masks", "scores", "boxes", "logits", "class_ids"):
+        for name in ("masks", "scores", "boxes", "logits", "class_ids", "prompt_indices"):
             frozen = getattr(self, name).view()
             frozen.flags.writeable = False
             object.__setattr__(self, name, frozen)
@@ -138,6 +142,7 @@ class Segmentation:
             class_ids=np.array([prompt.class_id for prompt in chosen], np.int64),
             class_names=tuple(prompt.class_name for prompt in chosen),
             detection_ids=tuple(prompt.detection_id or str(uuid.uuid4()) for prompt in chosen),
+            prompt_indices=kept.astype(np.int64),
             image_size=image_size,
             parent_id=parent_id,
         )
@@ -152,6 +157,7 @@ class Segmentation:
                 class_ids=arrays["class_ids"],
                 class_names=tuple(arrays["class_names"].tolist()),
                 detection_ids=tuple(arrays["detection_ids"].tolist()),
+                prompt_indices=arrays["prompt_indices"],
                 image_size=(width, height),
                 parent_id=str(arrays["parent_id"]),
             )
@@ -187,6 +193,7 @@ class Segmentation:
                 int(self.class_ids[key]),
                 self.class_names[key],
                 self.detection_ids[key],
+                int(self.prompt_indices[key]),
             )
         rows = np.arange(len(self))[key]
         return Segmentation(
@@ -197,6 +204,7 @@ class Segmentation:
             class_ids=self.class_ids[key],
             class_names=tuple(self.class_names[row] for row in rows),
             detection_ids=tuple(self.detection_ids[row] for row in rows),
+            prompt_indices=self.prompt_indices[key],
             image_size=self.image_size,
             parent_id=self.parent_id,
         )
@@ -217,6 +225,7 @@ class Segmentation:
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`: xyxy, mask, confidence, class_id, and in data
         class_name, detection_id, parent_id, image_dimensions (height, width), prediction_type.
+        `mask` is read-only, as here; the rest are the caller's.
 
         Raises ImportError when supervision is not installed.
         """
@@ -228,10 +237,10 @@ class Segmentation:
             ) from error
         width, height = self.image_size
         return sv.Detections(
-            xyxy=self.boxes,
+            xyxy=self.boxes.copy(),
             mask=self.masks,
-            confidence=self.scores,
-            class_id=self.class_ids,
+            confidence=self.scores.copy(),
+            class_id=self.class_ids.copy(),
             data={
                 "class_name": np.array(self.class_names, np.str_),
                 "detection_id": np.array(self.detection_ids, np.str_),
@@ -321,6 +330,7 @@ class Segmentation:
             class_ids=self.class_ids,
             class_names=np.array(self.class_names, np.str_),
             detection_ids=np.array(self.detection_ids, np.str_),
+            prompt_indices=self.prompt_indices,
             image_size=np.array(self.image_size),
             parent_id=np.array(self.parent_id),
         )

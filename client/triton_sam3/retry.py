@@ -11,8 +11,9 @@ from typing import Any
 
 from .errors import Overloaded, SAM3Error, ServerUnreachable
 from .flow import Call, Flow, Infer, Query, Sleep
+from .translation import ModelGone
 
-RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded)
+RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
 """A refused prompt stays refused and a spent deadline stays spent; these may pass."""
 
 
@@ -58,7 +59,9 @@ class Retries:
             now = self.clock()
             try:
                 return (yield Call(request, max(deadline - now, 0.0), now - started))
-            except RETRYABLE:
+            except RETRYABLE as error:
+                if isinstance(error, ModelGone) and isinstance(request, Query):
+                    raise  # who asks about a model is told at once
                 longest = min(self.cap, self.base * 2**attempt)
                 pause = self.uniform(longest / 2, longest)
                 if attempt >= self.attempts or self.clock() + pause >= deadline:

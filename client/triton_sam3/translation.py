@@ -34,26 +34,6 @@ _KINDS: dict[str, type[SAM3Error]] = {
     "502": ServerUnreachable,
     "503": ServerUnreachable,
 }
-_IMAGE_LOST = re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}")
-_OVERLOADED = re.compile(
-    r"exceeds maximum queue size|queue .*full|too many requests|header with status: 429",
-    re.IGNORECASE,
-)
-"""In Triton's words, in those of the proxies' configurations, in gRPC's for an HTTP status."""
-_NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.IGNORECASE)
-_UNAVAILABLE_MODEL = re.compile(
-    r"unknown model|is not ready|not healthy|no available versions",
-    re.IGNORECASE,
-)
-
-
-_REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
-_REMEDIES: dict[str | type[SAM3Error], str] = {
-    **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
-    "413": "; a proxy's limit on request bodies is lower than an image's size",
-    Overloaded: "; the server is busy: try again later, or send less at a time",
-    ModelUnavailable: "; check `triton-sam3 status` and the server's log",
-}
 _OWN_DEADLINE = "Deadline Exceeded"
 """How gRPC speaks of the deadline it was given here; another one's limit comes in other words."""
 
@@ -61,8 +41,7 @@ _NOT_JSON = "an exception occurred in the client while decoding the response"
 """How tritonclient speaks of the page of a proxy."""
 
 _WRAPPING = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
-_REGION_LOST = re.compile(r"unable to find .*shared memory region", re.IGNORECASE)
-_REGION_IN_USE = re.compile(r"shared memory region .* currently in use", re.IGNORECASE)
+_NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.I)
 
 
 class RegionLost(ServerError):
@@ -74,6 +53,32 @@ class RegionInUse(ServerError):
 
     Triton 2.51 refuses to let go of such a region, for a moment even after it has answered.
     """
+
+
+class ModelGone(ModelUnavailable):
+    """The model has been unloaded: of a server that ends, whose gRPC outlives its models."""
+
+
+_SENTENCES: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
+    (re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}"), ImageNotKept),
+    (re.compile("unable to find .*shared memory region", re.I), RegionLost),
+    (re.compile("shared memory region .* currently in use", re.I), RegionInUse),
+    (re.compile("no available versions", re.I), ModelGone),
+    (re.compile("unknown model|is not ready|not healthy", re.I), ModelUnavailable),
+    (re.compile("exceeds maximum queue size|queue .*full|too many requests", re.I), Overloaded),
+    (re.compile("header with status: 429"), Overloaded),  # gRPC's words for an HTTP status
+    (_NO_SHARED_MEMORY, Overloaded),
+)
+"""Of Triton, of the proxies and of gRPC. Triton's codes are coarse, so these come first."""
+
+_REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_UNAVAILABLE = (ModelUnavailable, ModelGone)
+_REMEDIES: dict[str | type[SAM3Error], str] = {
+    **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
+    "413": "; a proxy's limit on request bodies is lower than an image's size",
+    Overloaded: "; the server is busy: try again later, or send less at a time",
+    **dict.fromkeys(_UNAVAILABLE, "; check `triton-sam3 status` and the server's log"),
+}
 
 
 def translate(error: Exception, url: str, waited: float) -> SAM3Error:
@@ -108,18 +113,9 @@ def _from_server(error: InferenceServerException, url: str, waited: float) -> SA
 
 
 def _kind(status: str, text: str) -> type[SAM3Error]:
-    """Triton's codes are coarse, so a few sentences of its own decide first."""
-    if _IMAGE_LOST.search(text):
-        return ImageNotKept
-    if _REGION_LOST.search(text):
-        return RegionLost
-    if _REGION_IN_USE.search(text):
-        return RegionInUse
-    if _UNAVAILABLE_MODEL.search(text):
-        return ModelUnavailable
-    if _OVERLOADED.search(text) or _NO_SHARED_MEMORY.search(text):
-        return Overloaded
-    return _KINDS.get(status, ServerError)
+    """By the first sentence known, or else by the code."""
+    said = (kind for sentence, kind in _SENTENCES if sentence.search(text))
+    return next(said, _KINDS.get(status, ServerError))
 
 
 def _unreachable(url: str, reason: str) -> ServerUnreachable:

@@ -136,7 +136,6 @@ def test_more_prompts_than_the_server_takes_are_split(fresh: Fresh, server: Trit
     with Client(server.grpc_url, remember_images=0) as client:
         served = client.status().served
         assert served is not None
-        assert served.max_objects is not None
         prompts = [Prompt(box=(x, x, x + 40, x + 40)) for x in (10, 60, 110)]
         few = client.segment(image, prompts=prompts, threshold=-1)
         many = served.max_objects // len(prompts) + 1
@@ -210,11 +209,10 @@ def test_what_the_server_refuses_is_said_in_its_words(url: str, coins: Pixels) -
     with Client(url) as client:
         served = client.status().served
         assert served is not None
-        assert served.max_tokens is not None
         too_many = [(5, 5)] * (served.max_tokens + 1)
         with pytest.raises(PromptError, match=f"at most {served.max_tokens}"):
             client.segment(coins, points=too_many)
-        client._engine._served = dataclasses.replace(served, max_tokens=None)
+        client._engine._served = dataclasses.replace(served, max_tokens=2 * served.max_tokens)
         with pytest.raises(InvalidRequest, match=str(served.max_tokens)):
             client.segment(coins, points=too_many)
         assert len(client.segment(coins, points=POINTS, threshold=-1)) == 1

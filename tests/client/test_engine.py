@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from triton_sam3 import contract
 from triton_sam3.engine import Engine, Options, Picture, gather_prompts
-from triton_sam3.errors import ImageNotKept, PromptError, SAM3Error
+from triton_sam3.errors import ImageNotKept, PromptError, SAM3Error, ServerError
 from triton_sam3.flow import Acquire, Array, Call, Flow, Infer, Query
 from triton_sam3.prompts import Prompt
+from triton_sam3.protocol import ServedModel
 from triton_sam3.retry import Retries
 from triton_sam3.steps import _perform, perform
 
@@ -26,7 +27,8 @@ POINT = Prompt(points=[(10, 20)])
 class Hand:
     """Answers requests as the served models would, and counts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        self.keeps = keeps
         self.kept: set[bytes] = set()
         self.requests: list[Infer] = []
         self.queries: list[Query] = []
@@ -47,7 +49,7 @@ class Hand:
             "iou_predictions": np.ones((1, objects, 1), np.float32),
         }
         if "keep_image" in inputs:
-            image_id = f"id-{len(self.requests)}".encode()
+            image_id = f"id-{len(self.requests)}".encode() if self.keeps else b""
             self.kept.add(image_id)
             outputs["image_id"] = np.array([[image_id]], object)
         return outputs
@@ -205,6 +207,18 @@ def test_two_callers_with_a_new_image_encode_it_once(hand: Hand) -> None:
     assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 1}
 
 
+def test_on_a_server_that_keeps_nothing_nobody_waits_for_another() -> None:
+    stingy, known = Hand(keeps=False), engine()
+    segment(stingy, known, POINT)
+    first, second = (known.segment(IMAGE, [POINT], Options()) for _ in range(2))
+    for flow in (first, second):  # both on the way, neither has been answered
+        assert isinstance(_advance(flow, stingy), Call)
+    stingy.keeps = True
+    for _ in range(2):
+        segment(stingy, known, POINT)
+    assert stingy.models == {contract.INTERACTIVE: 2, contract.DECODER: 1}
+
+
 def _advance(flow: Flow[Any], hand: Hand) -> Any:
     """Run to the first inference, or to a lock that another flow holds."""
     step = next(flow)
@@ -248,6 +262,19 @@ def test_an_open_image_is_asked_about_by_id_whatever_is_remembered(
     hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
     hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
     assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 4}
+
+
+def test_later_edits_of_an_array_of_the_servers_size_do_no_harm() -> None:
+    frame = np.zeros((S, S, 3), np.uint8)
+    pixels = Picture(frame).pixels(S)
+    frame[:] = 7
+    assert not pixels.any()
+
+
+def test_a_model_without_its_limits_is_none_of_ours(hand: Hand) -> None:
+    bare = {name: value for name, value in hand.config().items() if name != "parameters"}
+    with pytest.raises(ServerError, match="has no parameter 'max_objects'"):
+        ServedModel.from_configs(bare, bare)
 
 
 def test_prompts_are_given_one_way_or_the_other() -> None:

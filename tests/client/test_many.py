@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import supervision as sv
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,6 +34,12 @@ def test_one_mapping_goes_with_every_image() -> None:
 def test_each_image_may_have_its_own_prompts() -> None:
     prompts: list[Any] = [POINT, [Prompt(box=(0, 0, 5, 5)), Prompt(points=[(1, 1)])], {"boxes": []}]
     assert [len(job.prompts()) for job in jobs(list("abc"), prompts, 1)] == [1, 2, 0]
+
+
+def test_a_detectors_boxes_may_be_an_images_prompts() -> None:
+    found = sv.Detections(xyxy=np.array([[0.0, 0, 5, 5], [1, 1, 9, 9]]), class_id=np.array([3, 4]))
+    prompts = [job.prompts() for job in jobs(list("ab"), [found, sv.Detections.empty()], 1)]
+    assert [[prompt.class_id for prompt in asked] for asked in prompts] == [[3, 4], []]
 
 
 def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
@@ -118,6 +125,26 @@ async def test_at_most_so_many_are_at_work_and_none_is_lost(in_order: bool) -> N
         assert sorted(seen) == list(range(20))
         assert (seen == sorted(seen)) is in_order
         assert shop.most == 4
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+async def test_what_was_asked_is_answered_before_the_images_source_fails(in_order: bool) -> None:
+    def images() -> Iterator[ImageLike]:
+        yield from "abcdef"
+        raise OSError("the folder is gone")
+
+    for asynchronous in (False, True):
+        shop = Workshop(0)
+        work = jobs(images(), POINT, 4)
+        seen = []
+        with pytest.raises(OSError, match="the folder is gone"):
+            if asynchronous:
+                async for outcome in run_async(work, shop.attempt_async, 4, in_order):
+                    seen.append(outcome.index)
+            else:
+                for outcome in run(work, shop.attempt, 4, in_order):
+                    seen.append(outcome.index)
+        assert sorted(seen) == list(range(6))
 
 
 async def test_stopping_early_takes_no_further_images() -> None:

@@ -18,6 +18,7 @@ A_BOX = (
     "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
     "centre as x, y and its width and height, in pixels"
 )
+IN_ORDER = "x_min must not be above x_max, nor y_min above y_max"
 
 coordinates = st.floats(-1e6, 1e6)
 points = st.builds(Point, coordinates, coordinates, st.booleans())
@@ -50,6 +51,11 @@ def test_points_are_positive_unless_told() -> None:
     expected = (Point(1, 2, True), Point(3, 4, True))
     assert parse_points(pairs) == expected
     assert parse_points([(1, 2), {"x": 3, "y": 4}]) == expected
+
+
+def test_what_else_a_point_carries_is_its_own_business() -> None:
+    drawn = {"x": 3, "y": 4, "positive": False, "id": 7}
+    assert parse_points([drawn]) == (Point(3, 4, False),)
 
 
 def test_parsed_points_are_plain_numbers() -> None:
@@ -92,6 +98,14 @@ def test_no_points() -> None:
             {"x": 1, "y": 2},
             f"points must be a list, even of one, got {{'x': 1, 'y': 2}}: {A_POINT}",
         ),
+        (
+            [{"x": 1, "y": 2, "label": 0}],
+            "point {'label': 0, 'x': 1, 'y': 2} has 'label', and no positive",
+        ),
+        (
+            [{"x": 1, "y": 2, "postive": False}],
+            "point {'postive': False, 'x': 1, 'y': 2} has 'postive', and no positive",
+        ),
         (np.array(4), f"points must be a list, even of one, got 4: {A_POINT}"),
         ("ab", f"points must be a list, even of one, got 'ab': {A_POINT}"),
     ],
@@ -128,18 +142,10 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        (
-            [5, 5, 5, 9],
-            "box [5, 5, 5, 9] has no area: x_min must be below x_max, y_min below y_max",
-        ),
-        (
-            (9, 1, 5, 4),
-            "box (9, 1, 5, 4) has no area: x_min must be below x_max, y_min below y_max",
-        ),
+        ((9, 1, 5, 4), f"box (9, 1, 5, 4): {IN_ORDER}"),
         (
             {"x": 5, "y": 5, "width": -1, "height": 3},
-            "box {'height': 3, 'width': -1, 'x': 5, 'y': 5} has no area: "
-            "x_min must be below x_max, y_min below y_max",
+            f"box {{'height': 3, 'width': -1, 'x': 5, 'y': 5}}: {IN_ORDER}",
         ),
         (
             np.array([1, 2, np.nan, 4]),

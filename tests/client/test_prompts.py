@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import supervision as sv
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -182,7 +183,9 @@ def test_boxes_that_overshoot_are_clipped() -> None:
     np.testing.assert_array_equal(packed.point_coords[0], [[0, 0], [1, 1]])
 
 
-@pytest.mark.parametrize("box", [(-9, 0, 0, 9), (640, 0, 700, 9), (0, 480, 9, 500), (0, -9, 9, 0)])
+@pytest.mark.parametrize(
+    "box", [(-9, 0, -1, 9), (641, 0, 700, 9), (0, 481, 9, 500), (0, -9, 9, -1)]
+)
 def test_boxes_outside_are_errors(box: Any) -> None:
     with pytest.raises(PromptError, match=r"^box \(.*\) is outside the image of 640×480 pixels"):
         pack([Prompt(box=box)], WIDTH, HEIGHT)
@@ -255,14 +258,46 @@ def test_a_prompts_tokens_do_not_depend_on_its_neighbours(prompts: list[Prompt],
     assert (together.point_labels[row, tokens:] == -1).all()
 
 
+@pytest.mark.parametrize(
+    ("box", "corners"),
+    [
+        ((64, 48, 64, 96), [[0.1, 0.1], [0.1, 0.2]]),
+        ((640, 48, 700, 96), [[1, 0.1], [1, 0.2]]),
+        ((-9, -9, 0, 0), [[0, 0], [0, 0]]),
+    ],
+)
+def test_a_box_may_be_a_line_or_a_dot(box: Any, corners: list[list[float]]) -> None:
+    packed = pack([Prompt(box=box)], WIDTH, HEIGHT)
+    np.testing.assert_allclose(packed.point_coords[0], corners)
+
+
 @pytest.mark.parametrize("wrong", [(5, 5, 1, 1), (5, 5), (float("nan"), 0, 1, 1)])
 def test_of_several_boxes_the_wrong_one_is_named_by_its_place(wrong: tuple[float, ...]) -> None:
     with pytest.raises(PromptError, match=r"^boxes\[1\]: "):
         parse_boxes([(0, 0, 5, 5), wrong, (0, 0, 5, 5)])
     fine = np.array([(0, 0, 5, 5)] * 3)
-    fine[2] = 0
-    with pytest.raises(PromptError, match=r"^boxes\[2\]: .* has no area"):
+    fine[2] = 9, 9, 5, 5
+    with pytest.raises(PromptError, match=r"^boxes\[2\]: .*: x_min must not be above"):
         parse_boxes(sv.Detections(xyxy=fine))
+
+
+class Boxes:
+    """As other libraries have them: corners in a tensor, and a `data` of their own."""
+
+    def __init__(self) -> None:
+        self.data = torch.tensor([[0, 0, 5, 5, 0.9, 3], [1, 1, 9, 9, 0.8, 4]])
+        self.xyxy = self.data[:, :4]
+
+
+def test_boxes_of_other_libraries_are_known_by_their_corners() -> None:
+    assert [prompt.box for prompt in parse_boxes(Boxes())] == [(0, 0, 5, 5), (1, 1, 9, 9)]
+
+
+def test_as_many_names_as_boxes() -> None:
+    found = as_supervision()
+    found.data["class_name"] = np.array(["cat"])
+    with pytest.raises(PromptError, match="2 boxes need as many class names"):
+        parse_boxes(found)
 
 
 def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:

@@ -161,20 +161,24 @@ def test_image_id_is_bytes_whatever_the_transport_makes_of_it(
     assert read_image_id({} if ids is None else {"image_id": ids}) == expected
 
 
+DECODER = {
+    "parameters": {"max_objects": {"string_value": "7"}, "max_tokens": {"string_value": "9"}}
+}
+
+
 def interactive(image: list[object], mask: list[object]) -> dict[str, object]:
     inputs = [{"name": "image", "dims": image}, {"name": "mask_input", "dims": mask}]
     return {"name": "sam3_interactive", "input": inputs}
 
 
 def test_sizes_and_limits_are_read_from_the_configuration() -> None:
-    decoder = {"parameters": {"max_objects": {"string_value": "7"}}}
-    served = ServedModel.from_configs(interactive([S, S, 3], [-1, M, M]), decoder)
-    assert served == ServedModel(S, M, max_objects=7, max_tokens=None)
+    served = ServedModel.from_configs(interactive([S, S, 3], [-1, M, M]), DECODER)
+    assert served == ServedModel(S, M, max_objects=7, max_tokens=9)
 
 
 def test_grpc_gives_numbers_as_text() -> None:
-    served = ServedModel.from_configs(interactive(["56", "56", "3"], ["-1", "16", "16"]), {})
-    assert served == ServedModel(56, 16)
+    served = ServedModel.from_configs(interactive(["56", "56", "3"], ["-1", "16", "16"]), DECODER)
+    assert (served.image_side, served.mask_side) == (56, 16)
 
 
 def test_another_model_is_named() -> None:

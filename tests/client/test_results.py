@@ -99,6 +99,8 @@ def test_threshold_drops_before_and_after(segmentation: Segmentation) -> None:
         threshold=0.75,
     )
     assert early.class_names == ("a", "c")
+    assert early.prompt_indices.tolist() == kept.prompt_indices.tolist() == [0, 2]
+    assert (early[1:].prompt_indices.tolist(), early[1].prompt_index) == ([2], 2)
     np.testing.assert_array_equal(early.masks, kept.masks)
 
 
@@ -158,6 +160,14 @@ def test_supervision_round_trip(segmentation: Segmentation) -> None:
     assert tuple(prompt.class_name for prompt in prompts) == segmentation.class_names
     assert [prompt.class_id for prompt in prompts] == segmentation.class_ids.tolist()
     assert tuple(prompt.detection_id for prompt in prompts) == segmentation.detection_ids
+
+
+def test_what_supervision_is_given_may_be_written_to(segmentation: Segmentation) -> None:
+    detections = segmentation.to_supervision()
+    detections.xyxy[:] = 0
+    detections.class_id[:] = 1
+    detections.confidence[:] = 1
+    assert segmentation.boxes.any()
 
 
 def test_without_supervision(segmentation: Segmentation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,11 @@ from triton_sam3.errors import (
     SAM3Error,
     ServerUnreachable,
 )
-from triton_sam3.flow import Call, Query, Sleep
+from triton_sam3.flow import Call, Infer, Query, Sleep
 from triton_sam3.retry import Retries
+from triton_sam3.translation import ModelGone
 
-REQUEST = Query("is_server_ready")
+REQUEST = Infer("sam3_prompt_decoder", {}, ())
 
 
 class Clock:
@@ -41,10 +42,10 @@ def shortest(low: float, high: float) -> float:
 
 
 def drive(
-    retries: Retries, clock: Clock, answer: Callable[[Call], Any]
+    retries: Retries, clock: Clock, answer: Callable[[Call], Any], request: Infer | Query = REQUEST
 ) -> tuple[Any, list[Call], list[float]]:
     """Run a flow to its end; the answer, what was sent, how long it slept in between."""
-    flow = retries.send(REQUEST)
+    flow = retries.send(request)
     calls, pauses = [], []
     step = next(flow)
     try:
@@ -78,7 +79,7 @@ def failing(error: type[SAM3Error], times: int) -> Callable[[Call], str]:
     return answer
 
 
-@pytest.mark.parametrize("error", [ServerUnreachable, Overloaded])
+@pytest.mark.parametrize("error", [ServerUnreachable, Overloaded, ModelGone])
 def test_what_may_pass_is_tried_again(error: type[SAM3Error]) -> None:
     clock = Clock()
     retries = Retries(4, 60.0, clock=clock, uniform=longest)
@@ -101,6 +102,12 @@ def test_what_will_not_pass_is_not_tried_again(error: type[SAM3Error]) -> None:
     with pytest.raises(error):
         drive(Retries(4, 60.0, clock=clock), clock, answer)
     assert len(seen) == 1
+
+
+def test_who_asks_about_a_model_is_told_at_once_that_it_is_gone() -> None:
+    clock = Clock()
+    with pytest.raises(ModelGone):
+        drive(Retries(4, 60.0), clock, failing(ModelGone, 1), Query("get_model_metadata"))
 
 
 def test_attempts_end() -> None:
