@@ -72,15 +72,16 @@ def run_block(
 
     definition: the step's JSON. A string such as "$inputs.points" or "$steps.detector.predictions"
         stands for a value of `inputs`.
-    images: one image, or a list of them; without, the step's own "images" is looked up.
+    images: one image, or a list of them; without, the step's own "images" is looked up. Arrays are
+        RGB, as everywhere here; a workflow's own are BGR.
     inputs: values by selector ("$steps.detector.predictions"), those of the workflow's inputs also
         by name alone ("points"). Boxes are a batch, a list with one value per image (anything
         `parse_boxes` takes, or None); a single value goes with every image, as points do.
     serialize_results: false gives `supervision.Detections`, true the JSON-ready dict.
 
     Returns a list of {"predictions": …}, one per image. Masks without a pixel are left out, as the
-    block does. Raises PromptError for a step that is not this block's, a selector without a value,
-    and all that `segment` raises.
+    block does; boxes end where a mask does, a pixel beyond the block's. Raises PromptError for a
+    step that is not this block's, a selector without a value, and all that `segment` raises.
     """
     results = []
     for call in block_calls(definition, images, inputs):
@@ -124,7 +125,7 @@ def block_calls(
         for image, its_boxes, parent in zip(batch, boxes, parents, strict=True)
     ]
     for call in calls:
-        to_prompts(call.points, call.boxes)  # all that is wrong shows before the first image goes
+        to_prompts(call.points, call.boxes)  # what cannot be read shows before the first image goes
     return calls
 
 
