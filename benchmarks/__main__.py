@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -20,7 +19,7 @@ from benchmarks.figures import rich_table
 from benchmarks.findings import Findings
 from benchmarks.stage import PLACE, load_photo
 
-console = Console(highlight=False)
+console = Console(highlight=False, log_path=False)
 
 
 class Device(str, Enum):
@@ -67,30 +66,22 @@ def main(
         _cpu(write)
 
 
-class _Progress:
-    """A line for each step, with the minutes gone."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, step: str) -> None:
-        gone = time.monotonic() - self._started
-        console.print(f"[dim]{int(gone) // 60:2}:{int(gone) % 60:02}[/dim] {escape(step)}")
+def _progress(step: str) -> None:
+    console.log(escape(step))
 
 
 def _cpu(write: bool) -> None:
     origin = provenance("make bench")
-    progress = _Progress()
-    found = [measure(progress) for measure in CPU_PARTS.values()]
+    found = [measure(_progress) for measure in CPU_PARTS.values()]
     _report("cpu", found, origin, write)
-    anatomies = _dissect(progress)
+    anatomies = _dissect()
     if write:
         pages.publish_anatomy("cpu", anatomies, origin)
 
 
 def _cuda(part: Part, write: bool) -> None:
     origin = provenance(f"python -m benchmarks --device cuda --only {part.value}")
-    _report(f"cuda-{part.value}", [CUDA_PARTS[part](_Progress())], origin, write)
+    _report(f"cuda-{part.value}", [CUDA_PARTS[part](_progress)], origin, write)
 
 
 def _report(run: str, found: Sequence[Findings], origin: Provenance, write: bool) -> None:
@@ -108,12 +99,11 @@ def _report(run: str, found: Sequence[Findings], origin: Provenance, write: bool
 
 
 def _part(part: Part) -> None:
-    progress = _Progress()
     if part is Part.ANATOMY:
-        for dissected in _dissect(progress):
+        for dissected in _dissect():
             console.print(dissected.table())
         return
-    found = CPU_PARTS[part](progress)
+    found = CPU_PARTS[part](_progress)
     console.print(rich_table("measured in this run", found.figures))
     for comparison in found.comparisons:
         console.print(comparison.markdown(), markup=False)
@@ -121,9 +111,9 @@ def _part(part: Part) -> None:
         console.print(f"\n{growth.title} ({growth.unit})\n{growth.markdown()}", markup=False)
 
 
-def _dissect(progress: _Progress) -> list[Anatomy]:
-    progress("demo: where a request's time goes")
-    repository = artifacts.demo(progress=progress).repository
+def _dissect() -> list[Anatomy]:
+    _progress("demo: where a request's time goes")
+    repository = artifacts.demo(progress=_progress).repository
     with TemporaryDirectory(prefix="triton-sam3-bench-") as folder:
         return anatomy.dissect(repository, load_photo(), PLACE, Path(folder))
 

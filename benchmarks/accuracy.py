@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from export import check
@@ -15,12 +14,7 @@ GATE_RANDOM = 0.98
 """The same with random weights, whose logits crowd around zero."""
 
 
-def worst_mask_iou(
-    model: InteractiveModel,
-    ours: Features,
-    theirs: Features,
-    prompts: Sequence[Prompt] = check.PROMPTS,
-) -> float:
+def worst_mask_iou(model: InteractiveModel, ours: Features, theirs: Features) -> float:
     """Smallest mask IoU over all prompts' answers, both embeddings decoded in FP32."""
 
     def candidates(features: Features, prompt: Prompt) -> Candidates:
@@ -30,5 +24,5 @@ def worst_mask_iou(
     side = model.architecture.image_size
     return min(
         check.answer_iou(candidates(ours, prompt), candidates(theirs, prompt), side)
-        for prompt in prompts
+        for prompt in check.PROMPTS
     )

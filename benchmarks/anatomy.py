@@ -48,11 +48,9 @@ class Anatomy:
     """The phases of one kind of request, in order."""
 
     title: str
+    milliseconds: float
+    """Of whole requests, on the median, which is not the sum of the phases' medians."""
     phases: tuple[Phase, ...]
-
-    @property
-    def milliseconds(self) -> float:
-        return sum(phase.milliseconds for phase in self.phases)
 
     def table(self) -> Table:
         table = Table("where", "what", "ms", title=f"{self.title}: {self.milliseconds:.1f} ms")
@@ -200,10 +198,11 @@ def read_trace(events: Sequence[dict[str, Any]]) -> Moments:
 
 
 def summarise(title: str, recordings: Sequence[Recording]) -> Anatomy:
-    """Medians of each phase over requests of one kind."""
+    """Medians of the whole and of each phase over requests of one kind."""
     every = [recording.phases() for recording in recordings]
     return Anatomy(
         title,
+        statistics.median(r.returned - r.called for r in recordings) / 1e6,
         tuple(
             Phase(where, what, statistics.median(phases[i][2] for phases in every) / 1e6)
             for i, (where, what, _) in enumerate(every[0])

@@ -1,21 +1,25 @@
 """Checkpoints and model repositories that benchmarks measure, built from seeds and kept.
 
-Everything goes to `build/benchmarks/`, under a key made of the sources it was built by: changed
-code builds anew, unchanged code costs nothing.
+Everything goes to `build/benchmarks/`, under a key made of the sources it was built by and of what
+is installed: what changed is built anew, what did not costs nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, versions
 from benchmarks.random_weights import save_random_checkpoint
 from export import repository
 from export.accelerator import Accelerator
@@ -46,10 +50,9 @@ def full_size(
     """SAM 3 at its published size with seeded random weights."""
     folder = _folder("full-size", ())
     checkpoint = folder / "sam3.pt"
-    with _one_builder():
+    with _one_builder(folder):
         if not checkpoint.exists():
             progress("seeding full-size weights")
-            folder.mkdir(parents=True, exist_ok=True)
             _write_whole(checkpoint, lambda to: save_random_checkpoint(Architecture(), to, SEED))
     return _exported("full size", checkpoint, folder, dtype, None, progress, accelerator)
 
@@ -78,7 +81,7 @@ def _exported(
     chosen += [str(image_size)] if image_size else []
     chosen += [accelerator.value] if accelerator else []
     output = folder / "-".join(["models", *chosen])
-    with _one_builder():
+    with _one_builder(folder):
         if not output.exists():
             progress(f"exporting the {name} model: {', '.join(chosen)}")
             _export(checkpoint, output, dtype, image_size, accelerator)
@@ -99,21 +102,43 @@ def _export(
 
 def _folder(name: str, inputs: Iterable[Path]) -> Path:
     files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if path.is_file()]
-    state = hashlib.sha256(torch.__version__.encode())
+    state = hashlib.sha256(versions().encode())
     for path in (*files, *inputs):
         if "__pycache__" not in path.parts:
             state.update(path.read_bytes())
-    folder = BUILD / f"{name}-{state.hexdigest()[:12]}"
-    for old in BUILD.glob(f"{name}-*"):
-        if old != folder:
-            shutil.rmtree(old)
-    return folder
+    return BUILD / f"{name}-{state.hexdigest()[:12]}"
 
 
-def _one_builder() -> FileLock:
-    """Of two runs at once, benchmarks or tests, the second waits for what the first builds."""
+@contextmanager
+def _one_builder(folder: Path) -> Iterator[None]:
+    """Of two runs at once, benchmarks or tests, the second waits for what the first builds.
+
+    What others built under the same name goes, unless a process that has it still runs.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
-    return FileLock(BUILD / ".lock")
+    with FileLock(BUILD / ".lock"):
+        folder.mkdir(exist_ok=True)
+        _hold(folder)
+        for old in BUILD.glob(f"{folder.name.rpartition('-')[0]}-*"):
+            _delete_unless_held(old)
+        yield
+
+
+@cache
+def _hold(folder: Path) -> None:
+    """Keep others from deleting a folder for as long as this process lives."""
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+
+
+def _delete_unless_held(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(opened)
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:

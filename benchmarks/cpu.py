@@ -5,10 +5,7 @@ Absolute seconds mean little on a CPU; what counts are ratios of things measured
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
 
 from benchmarks import artifacts, growth, measures
 from benchmarks.artifacts import Artifacts
@@ -16,7 +13,7 @@ from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.figures import Asked, Target
 from benchmarks.findings import Findings, Progress
 from benchmarks.growth import Growth
-from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, PEERS, WHOLE, Stage, stage
+from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, Stage, stage
 from benchmarks.timing import Sample, ratio
 from demo.model import ARCHITECTURE
 
@@ -82,7 +79,7 @@ def run_demo_size(progress: Progress) -> Findings:
 def _full_size(found: Findings) -> None:
     built = artifacts.full_size(progress=found.progress)
     # The other two servers would hold two more copies of Meta's predictor in memory.
-    with _staged(built, (OURS, EMBEDDINGS, IN_PROCESS), found.progress) as s:
+    with stage(built, (OURS, EMBEDDINGS, IN_PROCESS), progress=found.progress) as s:
         found.progress("full size: clicks")
         clicks = measures.clicks(s, rounds=15)
         pair = clicks[OURS], clicks[IN_PROCESS]
@@ -93,10 +90,14 @@ def _full_size(found: Findings) -> None:
         found.progress("full size: encoding")
         encoding = measures.encoding(s, ENCODER_ROUNDS, ENCODER_SECONDS)
         _tell_encoding(found, encoding[OURS], encoding[IN_PROCESS])
-        first = {name: sample.plus(clicks[name].median) for name, sample in encoding.items()}
-        found.comparisons.append(Comparison("full size", first, clicks, rested))
         found.progress("full size: one-shot requests")
         one_shot = measures.one_shot(s, ONE_SHOT_ROUNDS)
+    first = {
+        OURS: one_shot,
+        EMBEDDINGS: encoding[OURS].plus(clicks[EMBEDDINGS].median),
+        IN_PROCESS: encoding[IN_PROCESS].plus(clicks[IN_PROCESS].median),
+    }
+    found.comparisons.append(Comparison("full size", first, clicks, rested))
     click = clicks[OURS].median
     shares = Sample(tuple(click / seconds for seconds in one_shot.values))
     found.add(
@@ -116,7 +117,7 @@ def _tell_encoding(found: Findings, ours: Sample, eager: Sample) -> None:
 
 def _demo_size(found: Findings) -> None:
     built = artifacts.demo(progress=found.progress)
-    with _staged(built, PEERS, found.progress) as s:
+    with stage(built, progress=found.progress) as s:
         found.progress("demo: clicks")
         clicks = measures.clicks(s, rounds=30)
         rested = measures.clicks(s, rounds=15, pause=PAUSE)
@@ -130,7 +131,7 @@ def _demo_size(found: Findings) -> None:
         found.growths.append(growth.batch(s, growth.BATCHES, rounds=5))
         found.growths.append(growth.photo_side(s, growth.PHOTO_SIDES, rounds=3))
         found.progress("demo: growing crowds")
-        peers = [OURS, EMBEDDINGS, WHOLE, HTTP]
+        peers = [OURS, EMBEDDINGS, HTTP]
         crowds = growth.clients(s, peers, growth.CLIENTS, LOAD_SECONDS, found.progress)
         found.growths += crowds
         _tell_crowd(found, crowds[0].curves[OURS])
@@ -156,17 +157,8 @@ def _growing_models(progress: Progress) -> Growth:
         other = None if side == ARCHITECTURE.image_size else side
         return artifacts.demo(image_size=other, progress=progress)
 
-    return growth.model_side(build, growth.MODEL_SIDES, rounds=5, device="cpu")
+    return growth.model_side(build, growth.MODEL_SIDES, rounds=5)
 
 
 def _milliseconds(ours: Sample, theirs: Sample) -> str:
     return f"{ours.median * 1000:.1f} ms and {theirs.median * 1000:.1f} ms"
-
-
-@contextmanager
-def _staged(built: Artifacts, names: Sequence[str], progress: Progress) -> Iterator[Stage]:
-    with (
-        TemporaryDirectory(prefix="triton-sam3-bench-") as folder,
-        stage(built, names, work_dir=Path(folder), progress=progress) as everything,
-    ):
-        yield everything

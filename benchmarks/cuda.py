@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -23,8 +21,7 @@ from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.engine import Engine
 from benchmarks.figures import Asked, Target
 from benchmarks.findings import Findings, Progress
-from benchmarks.growth import Growth
-from benchmarks.stage import EMBEDDINGS, HTTP, IN_PROCESS, OURS, WHOLE, Stage, stage
+from benchmarks.stage import HTTP, OURS, Stage, stage
 from benchmarks.timing import Meter, Sample, alternate
 from export.accelerator import Accelerator
 
@@ -63,8 +60,6 @@ MEMORY = Asked("kept images in 80 GB", "images", Target(7_000, 7_500, more_is_be
 IN_PROCESS_FIGURES = (ACCURACY, ENCODE, SATURATION, DECODE, DECODES, MEMORY)
 SERVED_FIGURES = (CLICK_P50, CLICK_P99, CLICKS)
 
-PEERS = (OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS)
-BATCHES = [1, 2, 4, 8]
 TOGETHER = [1, 2, 4, 8, 16, 32, 64]
 """Clicks on as many images that reach the decoder at once."""
 TOGETHER_TITLE = "clicks decoded together"
@@ -125,7 +120,7 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
         found.progress(f"{encoder}: checking the 16-bit encoder")
         tell(ACCURACY, Sample((engine.mask_iou(),)))
         found.progress(f"{encoder}: timing")
-        batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in BATCHES}
+        batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in growth.BATCHES}
         tell(ENCODE, batches[1].scaled(MILLISECONDS))
         tell(SATURATION, _best_rate(batches))
         decodes = {n: _repeat(partial(engine.decode, images=n), 200) for n in TOGETHER}
@@ -134,9 +129,10 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
         each = engine.keep(images=KEPT) / KEPT
         note = f"{each / 2**20:.1f} MiB each, model not counted"
         tell(MEMORY, Sample((BUDGET_BYTES // each,)), note)
-    found.growths.append(_curve(f"{encoder}: images encoded together", "images", batches))
+    title = f"{encoder}: images encoded together"
+    found.growths.append(growth.together(title, "images", batches))
     if all(curve.title != TOGETHER_TITLE for curve in found.growths):  # the same with each
-        found.growths.append(_curve(TOGETHER_TITLE, "images", decodes))
+        found.growths.append(growth.together(TOGETHER_TITLE, "images", decodes))
 
 
 def _load_tensorrt() -> None:
@@ -153,19 +149,10 @@ def _load_tensorrt() -> None:
 def _served(found: Findings) -> None:
     _require_gpu()
     built = artifacts.full_size(torch.float16, progress=found.progress)
-    with (
-        TemporaryDirectory(prefix="triton-sam3-bench-") as folder,
-        stage(
-            *(built, PEERS),
-            device=DEVICE,
-            work_dir=Path(folder),
-            progress=found.progress,
-            agreement=AGREEMENT,
-        ) as s,
-    ):
+    with stage(built, device=DEVICE, progress=found.progress, agreement=AGREEMENT) as s:
         _clicks(s, found)
         found.progress("growing crowds")
-        crowds = growth.clients(s, [OURS, WHOLE, HTTP], CROWDS, 4.0, found.progress)
+        crowds = growth.clients(s, [OURS, HTTP], CROWDS, 4.0, found.progress)
     found.growths += crowds
     most = max(rate.median for rate in crowds[0].curves[OURS].values())
     found.add(CLICKS.measured(Sample((most,))))
@@ -196,9 +183,3 @@ def _best_rate(samples: dict[int, Sample]) -> Sample:
     """Per second, at the amount that does best."""
     amount = max(samples, key=lambda n: n / samples[n].median)
     return Sample(tuple(amount / seconds for seconds in samples[amount].values))
-
-
-def _curve(title: str, work: str, samples: dict[int, Sample]) -> Growth:
-    together = {n: s.scaled(MILLISECONDS) for n, s in samples.items()}
-    each = {n: s.scaled(MILLISECONDS / n) for n, s in samples.items()}
-    return Growth(title, work, "ms", {"together": together, "each": each})

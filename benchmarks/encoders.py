@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -27,12 +26,13 @@ NUMPY_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8
 class OnnxRuntimeEncoder:
     """`model.onnx` in ONNX Runtime, input and outputs bound where they are: nothing is copied.
 
+    side: S of its input [B, S, S, 3].
     tensorrt: let TensorRT compile it, for batches of 1 to MAX_BATCH; on a GPU alone.
 
     Raises RuntimeError where this ONNX Runtime has no provider for the device.
     """
 
-    def __init__(self, path: Path, device: torch.device, *, tensorrt: bool = False) -> None:
+    def __init__(self, path: Path, device: torch.device, side: int, *, tensorrt: bool) -> None:
         provider = TENSORRT if tensorrt else CUDA if device.type == "cuda" else CPU
         if provider not in ort.get_available_providers():
             raise RuntimeError(f"this onnxruntime was built without {provider}")
@@ -41,7 +41,7 @@ class OnnxRuntimeEncoder:
         self._device = device
         # One of its own: PyTorch's usual stream has the number 0, which says "none" here.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        providers = _providers(path, device, self._stream, tensorrt=tensorrt)
+        providers = _providers(side, device, self._stream, tensorrt=tensorrt)
         self._session = ort.InferenceSession(path, providers=providers)
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime could not load its {provider}")
@@ -83,21 +83,15 @@ class OnnxRuntimeEncoder:
 
 
 def _providers(
-    path: Path, device: torch.device, stream: torch.cuda.Stream | None, *, tensorrt: bool
+    side: int, device: torch.device, stream: torch.cuda.Stream | None, *, tensorrt: bool
 ) -> list[object]:
     if stream is None:
         return [CPU]
     options = {"device_id": device.index or 0, "user_compute_stream": str(stream.cuda_stream)}
     if not tensorrt:
         return [(CUDA, options), CPU]
-    compiled = {**options, **batch_profile(_image_size(path))}
+    compiled = {**options, **batch_profile(side)}
     return [(TENSORRT, compiled), (CUDA, options), CPU]
-
-
-def _image_size(path: Path) -> int:
-    """Of a graph's input [B, S, S, 3]."""
-    (image,) = onnx.load(path, load_external_data=False).graph.input
-    return int(image.type.tensor_type.shape.dim[1].dim_value)
 
 
 def pytorch_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Encoder:

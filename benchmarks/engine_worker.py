@@ -45,7 +45,6 @@ class Worker:
         # As the server does at its start: what comes after is no longer held to the traced shapes.
         self._decoder.check({n: tuple(t.shape) for n, t in self._features._asdict().items()})
         self._limits = Limits(1024, 1024, self._features.high_res_feats_0.shape[-1])
-        self._kept: list[ImageStore] = []
 
     def encode(self, batch: int) -> float:
         shape = (batch, self._side, self._side, 3)
@@ -65,16 +64,11 @@ class Worker:
         return time.perf_counter() - started
 
     def keep(self, images: int) -> float:
-        if self._device.type != "cuda":
-            return float(images * self._features.nbytes)
         before = self._taken()
         store = ImageStore(max_bytes=sys.maxsize, max_idle_seconds=3600)
         for _ in range(images):
             store.keep(self._features)
-        self._kept.append(store)
-        taken = self._taken() - before
-        self._kept.clear()
-        return float(taken)
+        return float(self._taken() - before)
 
     def _taken(self) -> int:
         """What is lost to others, the gaps between tensors included."""
@@ -95,7 +89,7 @@ class Worker:
         config = read_config(repository, ENCODER)
         if encoder != "pytorch":
             graph, compiled = repository / ENCODER / "1" / "model.onnx", encoder == "tensorrt"
-            return OnnxRuntimeEncoder(graph, self._device, tensorrt=compiled)
+            return OnnxRuntimeEncoder(graph, self._device, self._side, tensorrt=compiled)
         types = {10: torch.float16, 11: torch.float32}  # TYPE_FP16, TYPE_FP32
         return pytorch_encoder(self._checkpoint, types[config.output[0].data_type], self._device)
 

@@ -16,6 +16,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnx",
+    "onnxscript",
     "sam3",
     "tritonclient",
     "nvidia-pytriton",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from benchmarks import artifacts, measures
+import numpy as np
+
+from benchmarks import load
+from benchmarks.artifacts import Artifacts
 from benchmarks.engine import Engine
 from benchmarks.figures import markdown_table, quantity, reason
-from benchmarks.load import Throughput
 from benchmarks.stage import OURS, Stage
-from benchmarks.timing import Sample, alternate
+from benchmarks.timing import Sample, alternate, stopwatch
+from triton_sam3.geometry import resize
 
 OBJECTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 BATCHES = [1, 2, 4, 8]
@@ -46,39 +50,52 @@ def _milliseconds(curve: Mapping[int, Sample]) -> dict[int, Sample]:
     return {amount: s.scaled(1000) for amount, s in curve.items()}
 
 
+def together(title: str, work: str, seconds: Mapping[int, Sample]) -> Growth:
+    """What a number of pieces of work take that are done at once, and each of them."""
+    each = {n: s.scaled(1 / n) for n, s in seconds.items()}
+    curves = {"together": _milliseconds(seconds), "each": _milliseconds(each)}
+    return Growth(title, work, "ms", curves)
+
+
 def objects(stage: Stage, counts: list[int], rounds: int) -> Growth:
-    found = measures.objects_in_a_click(stage, counts, rounds)
-    each = {n: s.scaled(1 / n) for n, s in found.items()}
-    curves = {"request": _milliseconds(found), "per object": _milliseconds(each)}
-    return Growth(f"{stage.artifacts.name}: objects in a request", "objects", "ms", curves)
+    """One request with a number of objects on a kept image, without finishing masks."""
+    kept = stage.keep_photo()
+    meters = {n: stopwatch(partial(stage.wire.click, kept, objects=n)) for n in counts}
+    title = f"{stage.artifacts.name}: objects in a request"
+    return together(title, "objects", alternate(meters, rounds))
 
 
 def batch(stage: Stage, sizes: list[int], rounds: int) -> Growth:
-    found = measures.batches(stage, sizes, rounds)
-    each = {n: s.scaled(1 / n) for n, s in found.items()}
-    curves = {"request": _milliseconds(found), "per image": _milliseconds(each)}
-    return Growth(f"{stage.artifacts.name}: images encoded together", "images", "ms", curves)
+    """A number of images encoded in one request."""
+    image = resize(stage.photo, stage.wire.side)
+    meters = {n: stopwatch(partial(stage.wire.encode, np.stack([image] * n))) for n in sizes}
+    title = f"{stage.artifacts.name}: images encoded together"
+    return together(title, "images", alternate(meters, rounds))
 
 
 def photo_side(stage: Stage, sides: list[int], rounds: int) -> Growth:
-    found = measures.photo_sides(stage, sides, rounds)
-    curves = {
-        kind: _milliseconds({side: samples[kind] for side, samples in found.items()})
-        for kind in ("first mask", "click")
-    }
+    """A first mask and a click on square photos."""
+    first: dict[int, Sample] = {}
+    click: dict[int, Sample] = {}
+    for side in sides:
+        photo = resize(stage.photo, side)
+        place = (side / 2, side / 2)
+        one_shot = partial(stage.ours.client.segment, photo, points=[place])
+        on_kept = partial(stage.ours.open(photo), *place)
+        found = alternate({"first": stopwatch(one_shot), "click": stopwatch(on_kept)}, rounds)
+        first[side], click[side] = found["first"], found["click"]
+    curves = {"first mask": _milliseconds(first), "click": _milliseconds(click)}
     title = f"{stage.artifacts.name}: side of the caller's square photo"
     return Growth(title, "pixels", "ms", curves)
 
 
-def model_side(
-    build: Callable[[int], artifacts.Artifacts], sides: list[int], rounds: int, device: str
-) -> Growth:
-    """Encoder and decoder without a server, exported for other image sizes."""
+def model_side(build: Callable[[int], Artifacts], sides: list[int], rounds: int) -> Growth:
+    """Encoder and decoder without a server on a CPU, exported for other image sizes."""
     encode: dict[int, Sample] = {}
     decode: dict[int, Sample] = {}
     for side in sides:
         built = build(side)
-        with Engine(built.repository, device) as engine:
+        with Engine(built.repository, "cpu") as engine:
             found = alternate({"encode": engine.encode, "decode": engine.decode}, rounds)
         encode[side], decode[side] = found["encode"], found["decode"]
     curves = {"encode": _milliseconds(encode), "decode": _milliseconds(decode)}
@@ -94,15 +111,19 @@ def clients(
 ) -> list[Growth]:
     """Clicks per second, and the latency of a click, as more people click at once.
 
+    Each has a photo of their own, so `names` must not hold WHOLE: its server keeps the last photo
+    alone, and would answer everyone about that.
+
     A peer that fails under a crowd has an empty curve, and the reason is told. Raises RuntimeError
     where ours fails.
     """
     rates: dict[str, dict[int, Sample]] = {}
     latencies: dict[str, dict[int, Sample]] = {}
     for name in names:
-        found: Mapping[int, Throughput] = {}
+        found: dict[int, load.Throughput] = {}
+        make = stage.makers[name]
         try:
-            found = measures.concurrent_clients(stage, name, counts, seconds)
+            found = {n: load.measure(make, stage.photo, n, seconds) for n in counts}
         except RuntimeError as error:
             if name == OURS:
                 raise

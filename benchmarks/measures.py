@@ -8,17 +8,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import load
 from benchmarks.peers import Peer, whole
 from benchmarks.peers.in_process import InProcess
-from benchmarks.stage import (
-    IN_PROCESS,
-    OURS,
-    PLACE,
-    WHOLE,
-    Stage,
-)
-from benchmarks.timing import Meter, Sample, alternate, difference, ratio, stopwatch
+from benchmarks.stage import IN_PROCESS, OURS, PLACE, WHOLE, Stage
+from benchmarks.timing import Sample, alternate, difference, ratio, stopwatch
 from triton_sam3.geometry import resize
 
 
@@ -28,7 +21,7 @@ def clicks(stage: Stage, rounds: int, *, pause: float = 0.0) -> dict[str, Sample
     return alternate(meters, rounds, pause=pause)
 
 
-def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Sample]:
+def first_masks(stage: Stage, rounds: int) -> dict[str, Sample]:
     """Seconds from a photo that nobody has seen to its first mask, by peer."""
 
     def open_and_click(peer: Peer) -> object:
@@ -42,13 +35,13 @@ def first_masks(stage: Stage, rounds: int, *, warmup: int = 1) -> dict[str, Samp
     if isinstance(other, whole.WholeInTriton):
         asks[WHOLE] = lambda: other.ask(*PLACE, stage.photo)
     meters = {name: stopwatch(ask) for name, ask in asks.items()}
-    return alternate(meters, rounds, warmup=warmup)
+    return alternate(meters, rounds)
 
 
-def one_shot(stage: Stage, rounds: int, *, warmup: int = 0) -> Sample:
+def one_shot(stage: Stage, rounds: int) -> Sample:
     """Seconds of our request that brings the photo along and keeps nothing."""
     ask = partial(stage.ours.client.segment, stage.photo, points=[PLACE])
-    return alternate({OURS: stopwatch(ask)}, rounds, warmup=warmup)[OURS]
+    return alternate({OURS: stopwatch(ask)}, rounds, warmup=0)[OURS]
 
 
 def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
@@ -104,49 +97,3 @@ def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
     rest = samples["compute"].median
     trip = alternate({"trip": stopwatch(stage.wire.refused_click)}, rounds, warmup=3, pause=rest)
     return {**samples, **trip, "server": difference(samples["click"], samples["compute"])}
-
-
-def objects_in_a_click(stage: Stage, counts: list[int], rounds: int) -> dict[int, Sample]:
-    """Seconds of one request with a number of objects on a kept image, without finishing masks."""
-    kept = stage.keep_photo()
-    meters: dict[int, Meter] = {
-        count: stopwatch(partial(stage.wire.click, kept, objects=count)) for count in counts
-    }
-    return alternate(meters, rounds)
-
-
-def batches(stage: Stage, sizes: list[int], rounds: int) -> dict[int, Sample]:
-    """Seconds to encode a batch of images in one request."""
-    image = resize(stage.photo, stage.wire.side)
-    meters: dict[int, Meter] = {
-        size: stopwatch(partial(stage.wire.encode, np.stack([image] * size))) for size in sizes
-    }
-    return alternate(meters, rounds)
-
-
-def photo_sides(stage: Stage, sides: list[int], rounds: int) -> dict[int, dict[str, Sample]]:
-    """Seconds of a first mask and of a click on square photos of a number of sides."""
-    found = {}
-    for side in sides:
-        photo = resize(stage.photo, side)
-        place = (side / 2, side / 2)
-        click = stage.ours.open(photo)
-        found[side] = alternate(
-            {
-                "first mask": stopwatch(partial(stage.ours.client.segment, photo, points=[place])),
-                "click": stopwatch(partial(click, *place)),
-            },
-            rounds,
-        )
-    return found
-
-
-def concurrent_clients(
-    stage: Stage, name: str, counts: list[int], duration: float
-) -> dict[int, load.Throughput]:
-    """Clicks per second of a number of people clicking at once, each on a photo of their own."""
-    if name == IN_PROCESS:
-        raise ValueError("Meta's predictor in process has one caller")
-    return {
-        count: load.measure(stage.makers[name], stage.photo, count, duration) for count in counts
-    }

@@ -59,8 +59,8 @@ def publish_anatomy(run: str, anatomies: Sequence[Anatomy], origin: Provenance) 
         largest = anatomy.largest
         share = largest.milliseconds / anatomy.milliseconds
         sentence = (
-            f"{anatomy.title.capitalize()}: {anatomy.milliseconds:.1f} ms on the median, of which "
-            f"{share:.0%} are {largest.where}: {largest.what}."
+            f"{anatomy.title.capitalize()}: {anatomy.milliseconds:.1f} ms on the median. Longest "
+            f"is {largest.where}: {largest.what}, whose median is {share:.0%} of that."
         )
         parts += [sentence, _image(picture, anatomy.title)]
     _publish(f"{run}-anatomy", "Where a request's time goes", origin, *parts)

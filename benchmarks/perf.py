@@ -1,15 +1,9 @@
-"""`make perf`: NVIDIA's perf_analyzer against the demo model, its own words on the results page.
-
-python -m benchmarks.perf                                 starts a server itself
-python -m benchmarks.perf --url grpc://… --http-url http://…   measures one that runs
-"""
+"""`make perf`: NVIDIA's perf_analyzer against the demo model, its own words on the results page."""
 
 from __future__ import annotations
 
 import csv
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,7 +116,7 @@ def run_case(analyzer: PerfAnalyzer, case: Case, grpc_url: str, http_url: str) -
 HEADER = ("request", "transport", "clients", "per second", "p50", "p99")
 
 
-def section(runs: list[Run], origin: str, version: str, model: str) -> str:
+def section(runs: list[Run], origin: str, version: str) -> str:
     """The section of the results page."""
     details = [
         f"<details><summary>{run.case.what}, {run.case.transport}, {run.case.clients} "
@@ -134,50 +128,35 @@ def section(runs: list[Run], origin: str, version: str, model: str) -> str:
         [
             "## perf_analyzer",
             origin,
-            f"{version}; {model}. One photo and prompts of every kind in turns (points, a box, "
-            "two objects); input files by `python -m benchmarks.perf_inputs`.",
+            f"{version}; the demo model. {len(perf_inputs.PHOTOS)} photos, or one where embeddings "
+            "are sent, and prompts of every kind in turns (points, a box, two objects); input "
+            "files by `python -m benchmarks.perf_inputs`.",
             markdown_table(HEADER, [run.row() for run in runs]),
             *details,
         ]
     )
 
 
-@contextmanager
-def _server(url: str | None, http_url: str | None) -> Iterator[tuple[str, str, str]]:
-    """URLs of the server that runs, or of one started on the demo model; and what it serves."""
-    if url and http_url:
-        yield url, http_url, f"the server at {url}"
-        return
-    with TritonServer(artifacts.demo().repository) as server:
-        yield server.grpc_url, server.http_url, "the demo model"
-
-
 def main(
-    url: Annotated[str | None, typer.Option(help="A running server: grpc://host:port.")] = None,
-    http_url: Annotated[
-        str | None, typer.Option(help="The same server's http://host:port.")
-    ] = None,
     write: Annotated[bool, typer.Option(help="Rewrite the results page's section.")] = True,
 ) -> None:
-    """Run perf_analyzer on every kind of request, on a server that runs or on the demo model."""
+    """Run perf_analyzer on every kind of request to the demo model."""
     console = Console(highlight=False, soft_wrap=True)
-    if (url is None) != (http_url is None):
-        raise typer.BadParameter("give both --url and --http-url, or neither")
     origin = provenance("make perf").markdown()
     try:
         analyzer = find()
-        with _server(url, http_url) as (grpc, http, model):
-            perf_inputs.write(grpc, FOLDER)
+        with TritonServer(artifacts.demo().repository) as server:
+            perf_inputs.write(server.grpc_url, FOLDER)
             runs = []
             for case in cases():
-                run = run_case(analyzer, case, grpc, http)
+                run = run_case(analyzer, case, server.grpc_url, server.http_url)
                 runs.append(run)
                 console.print("  ".join(run.row()))
     except PerfAnalyzerError as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from error
     if write:
-        write_section(SECTION, section(runs, origin, analyzer.version, model))
+        write_section(SECTION, section(runs, origin, analyzer.version))
 
 
 if __name__ == "__main__":

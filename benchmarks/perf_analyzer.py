@@ -25,7 +25,7 @@ LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.s
 
 
 class PerfAnalyzerError(Exception):
-    """There is no perf_analyzer that runs here; the message says why."""
+    """No perf_analyzer runs here, or a run of it failed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,20 @@ class PerfAnalyzer:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, arguments: list[str], timeout: float = 300) -> str:
-        """Its output; raises PerfAnalyzerError with the output when it fails."""
-        done = subprocess.run(
-            [self.executable, *arguments],
-            env={**os.environ, **self.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        """Its output; raises PerfAnalyzerError, with the output, when it fails or takes longer."""
+        try:
+            done = subprocess.run(
+                [self.executable, *arguments],
+                env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            said = (error.stdout or b"").decode(errors="replace").strip()[-1000:]
+            raise PerfAnalyzerError(f"no end within {timeout:g} s: {said}") from error
         if done.returncode:
             raise PerfAnalyzerError(f"status {done.returncode}: {done.stdout.strip()[-1000:]}")
         return done.stdout
@@ -108,6 +112,6 @@ def _link_libraries() -> Path:
 def _checked(executable: str, environment: dict[str, str]) -> PerfAnalyzer:
     try:
         answer = PerfAnalyzer(executable, "", environment).run(["--version"], timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise PerfAnalyzerError(f"{executable} does not run: {error}") from error
     return PerfAnalyzer(executable, answer.strip(), environment)

@@ -84,7 +84,7 @@ def _panel(axes: Axes, growth: Growth) -> None:
 
 
 def waterfall(path: Path, anatomy: Anatomy) -> None:
-    """A request's phases one below the other, each where it falls in time."""
+    """A request's phases one below the other, each where the one before it ends."""
     phases = anatomy.phases
     picture, axes = plt.subplots(figsize=(9, 0.32 * len(phases) + 1.2))
     start = 0.0
@@ -96,8 +96,8 @@ def waterfall(path: Path, anatomy: Anatomy) -> None:
     axes.set_yticks(range(len(phases)), [f"{p.where}: {p.what}" for p in phases], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * start)
-    axes.set_xlabel("milliseconds since the call")
-    axes.set_title(f"{anatomy.title}: {start:.1f} ms", loc="left")
+    axes.set_xlabel("milliseconds: the phases' medians, end to end")
+    axes.set_title(f"{anatomy.title}: {anatomy.milliseconds:.1f} ms on the median", loc="left")
     _save(picture, path)
 
 

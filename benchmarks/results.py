@@ -7,21 +7,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 def write_section(name: str, markdown: str, page: Path = RESULTS) -> None:
     """Put `markdown` between the markers of section `name`; a new section goes to the end.
 
-    Raises ValueError for a name that is not lower-case words joined by hyphens, for markdown that
-    holds a marker of this section, and for a page whose markers of it do not pair up.
+    Raises ValueError for markdown that holds a marker of this section, and for a page whose markers
+    of it do not pair up.
     """
-    if not NAME.fullmatch(name):
-        raise ValueError(f"section name {name!r}: use lower-case words joined by hyphens")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start in markdown or end in markdown:
         raise ValueError(f"section {name} must not contain its own markers")

@@ -95,14 +95,15 @@ def markdown(rows: list[tuple[str, ...]], origin: str) -> str:
 
 
 def main(
-    full_size: Annotated[bool, typer.Option(help="With SAM 3's own size, many minutes.")] = True,
     write: Annotated[bool, typer.Option(help="Rewrite the section of RESULTS.md.")] = True,
 ) -> None:
-    """Check every rule of interactive segmentation and print the table; status 1 if one fails."""
+    """Check every rule of interactive segmentation and print the table; status 1 if one fails.
+
+    SAM 3's own size takes many minutes of it.
+    """
     origin = provenance("python -m benchmarks.semantics").markdown()
-    chosen = "semantic" if full_size else "semantic and not full_size"
     collector = Collector()
-    arguments = ["-q", "--disable-warnings", "-m", chosen, str(ROOT / "tests")]
+    arguments = ["-q", "--disable-warnings", "-m", "semantic", str(ROOT / "tests")]
     pytest.main(arguments, plugins=[collector])
     rows = list(collector.rows())
     table = Table(*COLUMNS, title="what a request means")

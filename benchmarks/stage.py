@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,6 @@ def stage(
     names: Sequence[str] = PEERS,
     *,
     device: str = "cpu",
-    work_dir: Path,
     progress: Callable[[str], None] = lambda _: None,
     agreement: float = AGREEMENT,
 ) -> Iterator[Stage]:
@@ -101,7 +101,8 @@ def stage(
             IN_PROCESS: partial(InProcess, artifacts.checkpoint, device),
         }
         if WHOLE in names:
-            repository = whole.write_repository(work_dir, artifacts.checkpoint, device)
+            folder = cleanup.enter_context(TemporaryDirectory(prefix="triton-sam3-bench-"))
+            repository = whole.write_repository(Path(folder), artifacts.checkpoint, device)
             other = cleanup.enter_context(TritonServer(repository))
             makers[WHOLE] = partial(whole.WholeInTriton, other.grpc_url)
         if HTTP in names:

@@ -35,9 +35,15 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that in the end no worker has one to itself."""
+    """Long files first, so that in the end no worker has one to itself; a rule is one row."""
     long = {ROOT / "tests" / name for name in LONG}
     items.sort(key=lambda item: item.path not in long)
+    rules: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        for mark in item.iter_markers("semantic"):
+            _, rule, _ = mark.args
+            if rules.setdefault(rule, mark.args) != mark.args:
+                raise pytest.UsageError(f"{item.nodeid}: the rule {rule!r} stands in two rows")
 
 
 @pytest.fixture(scope="session")

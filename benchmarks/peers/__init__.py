@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from demo import prompts
+
 Photo = NDArray[np.uint8]
 """RGB [H, W, 3]."""
 Mask = NDArray[np.bool_]
@@ -42,7 +44,4 @@ def best(masks: NDArray[Any], scores: NDArray[np.float32]) -> Mask:
     return chosen
 
 
-def mask_iou(ours: Mask, theirs: Mask) -> float:
-    """Intersection over union; two empty masks agree fully."""
-    union = np.count_nonzero(ours | theirs)
-    return np.count_nonzero(ours & theirs) / union if union else 1.0
+mask_iou = prompts.iou

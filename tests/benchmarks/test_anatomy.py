@@ -69,12 +69,13 @@ def test_between_two_models_time_belongs_to_the_server() -> None:
     assert ("server", "between the models", MS) in recording.phases()
 
 
-def test_a_summary_takes_each_phases_median() -> None:
+def test_a_summary_takes_the_median_of_each_phase_and_of_the_whole() -> None:
     recordings = [
-        Recording(100 * MS, 101 * MS, 140 * MS, finish * MS, read_trace(CLICK))
-        for finish in (141, 150, 142)
+        Recording(called * MS, 101 * MS, 140 * MS, finish * MS, read_trace(CLICK))
+        for called, finish in ((90, 141), (99, 150), (100, 142))
     ]
     anatomy = summarise("a click", recordings)
-    assert anatomy.phases[-1].milliseconds == 2
+    assert anatomy.phases[0].milliseconds == anatomy.phases[-1].milliseconds == 2
     assert anatomy.largest.what == "answer to the client"
-    assert anatomy.milliseconds == 42
+    assert sum(phase.milliseconds for phase in anatomy.phases) == 43
+    assert anatomy.milliseconds == 51

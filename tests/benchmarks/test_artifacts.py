@@ -14,22 +14,35 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "export" / "encoder.py"
 
 
-def test_changed_sources_build_anew_and_the_old_go(sources: Path) -> None:
+def test_what_other_sources_built_goes_when_it_is_built_anew(sources: Path) -> None:
     first = artifacts._folder("demo", ())
-    first.mkdir(parents=True)
+    first.mkdir(parents=True)  # by a process that has ended
+    other = artifacts._folder("full-size", ())
+    other.mkdir()
     assert artifacts._folder("demo", ()) == first
     sources.write_text("two")
     second = artifacts._folder("demo", ())
     assert second != first
-    assert not first.exists()
+    assert first.exists()  # another run may be building it
+    with artifacts._one_builder(second):
+        assert second.exists()
+        assert not first.exists()
+        assert other.exists()
 
 
-def test_another_models_artifacts_stay(sources: Path) -> None:
-    other = artifacts._folder("full-size", ())
-    other.mkdir(parents=True)
+def test_what_a_running_process_measures_stays(sources: Path) -> None:
+    first = artifacts._folder("demo", ())
+    with artifacts._one_builder(first):
+        pass
     sources.write_text("two")
-    artifacts._folder("demo", ())
-    assert other.exists()
+    with artifacts._one_builder(artifacts._folder("demo", ())):
+        assert first.exists()
+
+
+def test_other_packages_build_anew(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = artifacts._folder("demo", ())
+    monkeypatch.setattr(artifacts, "versions", lambda: "onnxscript 99")
+    assert artifacts._folder("demo", ()) != first
 
 
 def test_an_interrupted_write_leaves_nothing_under_the_name(tmp_path: Path) -> None:

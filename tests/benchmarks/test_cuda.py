@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
 from benchmarks import cuda
+from benchmarks.artifacts import Artifacts
+from benchmarks.findings import Findings
 from benchmarks.timing import Sample
 
 
@@ -25,10 +29,21 @@ def test_without_a_gpu_every_figure_is_listed_with_the_reason(
     assert all("GPU" in figure.note for figure in figures)
 
 
-def test_tensorrt_is_looked_for_before_its_graph_is_made() -> None:
-    """Where it is missing, as here, with its libraries' names."""
+def test_tensorrt_is_looked_for_before_its_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    def graphs() -> Artifacts:
+        made.append("graph")
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(RuntimeError, match=r"no TensorRT \(libnvinfer"):
-        cuda._load_tensorrt()
+        cuda._in_process(graphs, "tensorrt", Findings(untold))
+    assert not made
 
 
 def test_the_best_rate_is_that_of_the_best_amount() -> None:

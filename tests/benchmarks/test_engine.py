@@ -23,10 +23,6 @@ def test_encoding_and_decoding_take_time(engine: Engine) -> None:
     assert engine.decode(objects=3, images=2) > 0
 
 
-def test_keeping_an_image_takes_its_embeddings_bytes(engine: Engine) -> None:
-    assert engine.keep(images=6) == 2 * engine.keep(images=3) > 0
-
-
 def test_the_exported_encoder_is_within_the_gate(engine: Engine) -> None:
     assert engine.mask_iou() >= GATE_TRAINED
 

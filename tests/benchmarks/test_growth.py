@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from benchmarks import growth, measures
+from benchmarks import growth, load
 from benchmarks.load import Throughput
+from benchmarks.peers import Peer, Photo
 from benchmarks.stage import HTTP, OURS, Stage
 from benchmarks.timing import Sample
 
-STAGE = cast(Stage, SimpleNamespace(artifacts=SimpleNamespace(name="demo")))
+STAGE = cast(
+    Stage,
+    SimpleNamespace(
+        artifacts=SimpleNamespace(name="demo"), makers={OURS: "ours", HTTP: "http"}, photo=None
+    ),
+)
 
 
 def crowds_without(failing: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tables of a crowd's growth in which one peer fails, and what was told."""
 
-    def clients(stage: Stage, name: str, counts: list[int], _: float) -> dict[int, Throughput]:
-        if name == failing:
+    def measure(make: Callable[[], Peer], photo: Photo, clients: int, _: float) -> Throughput:
+        if make == STAGE.makers[failing]:
             raise RuntimeError("a caller failed: connection reset")
-        return {count: Throughput(count, 10.0 * count, Sample((0.1,))) for count in counts}
+        return Throughput(10.0 * clients, Sample((0.1,)))
 
-    monkeypatch.setattr(measures, "concurrent_clients", clients)
+    monkeypatch.setattr(load, "measure", measure)
     told: list[str] = []
     growths = growth.clients(STAGE, [OURS, HTTP], [1, 16], 1.0, told.append)
     return [growths[0].markdown(), *told]
@@ -43,3 +50,11 @@ def test_a_peer_that_fails_under_a_crowd_leaves_ours_its_curve(
 def test_without_ours_there_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="connection reset"):
         crowds_without(OURS, monkeypatch)
+
+
+def test_work_done_together_is_shown_by_the_piece_too() -> None:
+    seconds = {1: Sample((0.010,)), 4: Sample((0.020,))}
+    table = growth.together("clicks", "images", seconds).markdown()
+    assert "| images → | 1 | 4 |" in table
+    assert "| together | 10 ms | 20 ms |" in table
+    assert "| each | 10 ms | 5 ms |" in table

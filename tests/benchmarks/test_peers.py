@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +13,15 @@ import pytest
 
 from benchmarks import load, measures
 from benchmarks.artifacts import Artifacts
-from benchmarks.peers import Peer, mask_iou
-from benchmarks.stage import AGREEMENT, IN_PROCESS, OURS, PEERS, PLACE, Stage, stage
+from benchmarks.peers import Click, Mask, Photo, mask_iou
+from benchmarks.stage import AGREEMENT, IN_PROCESS, OURS, PEERS, WHOLE, Stage, load_photo, stage
 from tests.conftest import DEMO_CHECKPOINT
 
 
 @pytest.fixture(scope="module")
-def everything(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def everything(repository: Path) -> Iterator[Stage]:
     built = Artifacts("demo", DEMO_CHECKPOINT, repository)
-    with stage(built, PEERS, work_dir=tmp_path_factory.mktemp("whole")) as running:
+    with stage(built) as running:
         yield running
 
 
@@ -51,20 +54,49 @@ def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Sta
     assert 0 < cost["trip"].median < cost["click"].median  # nothing is decoded for it
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != IN_PROCESS])
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in (IN_PROCESS, WHOLE)])
 def test_a_crowd_is_answered(name: str, everything: Stage) -> None:
     found = load.measure(everything.makers[name], everything.photo, clients=3, duration=2.0)
-    assert found.clients == 3
-    assert found.per_second == len(found.latency.values) / 2.0
+    assert found.per_second > 0
 
 
-def test_a_caller_that_fails_is_an_error(everything: Stage) -> None:
-    with pytest.raises(RuntimeError, match="no server there"):
-        load.measure(_no_server, everything.photo, clients=2, duration=0.1)
+class _ToldLast(ConnectionError):
+    """Takes its words from a file, which another caller writes, and a moment more."""
+
+    def __str__(self) -> str:
+        path: Path = self.args[0]
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        return path.read_text()
 
 
-def _no_server() -> Peer:
-    raise ConnectionError("no server there")
+@dataclass
+class _RefusesOne:
+    """Answers about every photo but the first caller's."""
+
+    path: Path
+
+    def open(self, photo: Photo) -> Click:
+        if np.array_equal(photo, load_photo()):
+            raise _ToldLast(self.path)
+        return self.click
+
+    def click(self, *_: float) -> Mask:
+        self.path.write_text("no server there")
+        return np.ones((1, 1), np.bool_)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_failed_is_told_and_not_that_others_waited_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(load, "_shares", lambda clients: [1] * clients)
+    refusing = partial(_RefusesOne, tmp_path / "words")
+    with pytest.raises(RuntimeError, match=r"failed: _ToldLast: no server there$"):
+        load.measure(refusing, load_photo(), clients=2, duration=0.1)
 
 
 def test_callers_share_processes_and_none_is_forgotten() -> None:
@@ -79,9 +111,3 @@ def test_another_photo_has_the_same_pixels_in_other_places(everything: Stage) ->
     assert other.shape == everything.photo.shape
     assert not np.array_equal(other, everything.photo)
     assert other.sum() == everything.photo.sum()
-
-
-def test_the_click_is_inside_the_photo(everything: Stage) -> None:
-    height, width = everything.photo.shape[:2]
-    assert 0 <= PLACE[0] < width
-    assert 0 <= PLACE[1] < height

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
 from pathlib import Path
 
 import pytest
-from tritonclient.grpc import InferenceServerClient
 
 from benchmarks import perf, perf_analyzer, perf_inputs
 from benchmarks.perf import GRPC, HTTP, SHARED_MEMORY, Case, Run, cases, run_case, section
@@ -23,34 +22,34 @@ def analyzer() -> PerfAnalyzer:
 
 
 @pytest.fixture
-def inputs(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def inputs(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perf, "FOLDER", tmp_path)
     monkeypatch.setattr(perf, "WINDOW_MILLISECONDS", 500)
     monkeypatch.setattr(perf, "STABLE_PERCENT", 999)  # the machine may be busy
     perf_inputs.write(server.grpc_url, tmp_path)
-    yield
-    # perf_analyzer asks once, right after the last answer, which Triton 2.51 refuses now and then.
-    with InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
-        client.unregister_system_shared_memory()
 
 
 @pytest.mark.usefixtures("inputs")
-@pytest.mark.parametrize(
-    ("model", "file", "transport"),
-    [
-        ("sam3_prompt_decoder", perf_inputs.MIXED, GRPC),
-        ("sam3_interactive", perf_inputs.ENSEMBLE, HTTP),
-        ("sam3_interactive", perf_inputs.ALL_INPUTS, SHARED_MEMORY),
-    ],
-)
-def test_perf_analyzer_takes_the_files(
-    model: str, file: str, transport: str, server: TritonServer, analyzer: PerfAnalyzer
+def test_a_run_is_read_and_told_as_it_was(
+    server: TritonServer, analyzer: PerfAnalyzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case("a request", model, file, transport)
+    """That every transport takes its files, the README's own commands show in a test of theirs."""
+    typed: list[str] = []
+    run_as_typed = PerfAnalyzer.run
+
+    def note(self: PerfAnalyzer, arguments: list[str]) -> str:
+        typed.extend(arguments)
+        return run_as_typed(self, arguments)
+
+    monkeypatch.setattr(PerfAnalyzer, "run", note)
+    case = Case("a request", "sam3_prompt_decoder", perf_inputs.MIXED, GRPC)
     run = run_case(analyzer, case, server.grpc_url, server.http_url)
     assert run.per_second > 0
     assert 0 < run.p50 <= run.p99
     assert "Request concurrency: 1" in run.output
+    _, *shown = shlex.split(run.command)
+    pairs = zip(typed, typed[1:], shown[1:], strict=False)
+    assert {option for option, real, told in pairs if real != told} == {"-u", "-f"}
 
 
 @pytest.mark.usefixtures("inputs")
@@ -70,16 +69,14 @@ def test_every_model_is_driven_over_every_transport_it_takes() -> None:
     assert driven == wanted - {("sam3_prompt_decoder", SHARED_MEMORY)}
 
 
-def test_the_command_on_the_page_is_the_one_that_ran() -> None:
-    case = Case("encode", "sam3_image_encoder", "encoder.json", SHARED_MEMORY)
-    words = case.arguments("127.0.0.1:8001", "127.0.0.1:8000", Path("report.csv"))
-    assert words[words.index("-u") + 1] == "127.0.0.1:8001"
-    assert words[words.index("-m") + 1] == "sam3_image_encoder"
-    assert "--shared-memory" in words
+def test_a_run_without_end_is_a_failure_too() -> None:
+    endless = ["-c", "echo warming up; exec sleep 60"]
+    with pytest.raises(PerfAnalyzerError, match=r"within 1 s: warming up"):
+        PerfAnalyzer("sh", "").run(endless, timeout=1)
 
 
 def test_the_section_keeps_every_output() -> None:
     runs = [Run(case, "perf_analyzer …", "its words", 10.0, 1.0, 2.0) for case in cases()]
-    text = section(runs, "where and with what", "version", "the demo model")
+    text = section(runs, "where and with what", "version")
     assert text.count("its words") == len(runs)
     assert text.count("<details>") == text.count("</details>") == len(runs)

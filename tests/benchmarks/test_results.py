@@ -29,12 +29,6 @@ def test_rewriting_leaves_everything_else_as_it_was(tmp_path: Path) -> None:
     assert page.read_text() == before
 
 
-@pytest.mark.parametrize("name", ["", "Two Words", "a--b", "-a", "a\n"])
-def test_a_bad_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower-case words"):
-        write_section(name, "text", tmp_path / "RESULTS.md")
-
-
 @pytest.mark.parametrize(
     "text",
     ["<!-- a -->\nx\n", "x\n<!-- /a -->\n", "<!-- /a -->\nx\n<!-- a -->\n", "<!-- a -->\n" * 2],
