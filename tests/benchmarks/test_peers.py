@@ -56,7 +56,7 @@ def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Sta
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name not in (IN_PROCESS, WHOLE)])
 def test_a_crowd_is_answered(name: str, everything: Stage) -> None:
-    found = load.measure(everything.makers[name], everything.photo, clients=3, duration=2.0)
+    found = load.measure(everything.makers[name], everything.photo, clients=3, duration=1.0)
     assert found.per_second > 0
 
 
