@@ -2,17 +2,25 @@
 # Segment with curl alone: a photo and a point in pixels in, a finished mask (COCO RLE) out.
 # The photo is kept on the server, so that the second click names it instead of sending it.
 #
-#   sh examples/curl.sh photo.jpg 320 240
+#   sh examples/curl.sh photo.jpg 320 240          (through a proxy: TRITON_SAM3_TOKEN=… before it)
 set -eu
 # Without it curl would say that this is a form, and Triton 2.51 does not survive a large one.
 json='Content-Type: application/json'
 models=${TRITON_SAM3_HTTP_URL:-http://127.0.0.1:8000}/v2/models
 photo=$1 x=$2 y=$3
+# A proxy hashes it, so that both requests reach the server that keeps the photo.
+image="x-sam3-image: $(sha256sum < "$photo" | cut -c1-64)"
+token=${TRITON_SAM3_TOKEN:+"authorization: Bearer $TRITON_SAM3_TOKEN"}
+
+ask() {
+  curl --silent --show-error --fail-with-body "$models/$1/infer" --data @- \
+    --header "$json" --header "$image" ${token:+--header "$token"}
+}
 
 # What an output's "data" holds in the answer on stdin.
 output() { sed "s/.*\"name\":\"$1\"[^]]*\][^[]*\[\([^]]*\)\].*/\1/"; }
 
-first=$(curl --silent --show-error --fail-with-body "$models/sam3_interactive_file/infer" --header "$json" --data @- <<JSON
+first=$(ask sam3_interactive_file <<JSON
 {"inputs": [
   {"name": "encoded_image", "datatype": "BYTES", "shape": [1, 1], "data": ["$(base64 < "$photo" | tr -d '\n')"]},
   {"name": "points", "datatype": "FP32", "shape": [1, 1, 1, 2], "data": [$x, $y]},
@@ -24,7 +32,7 @@ id=$(printf %s "$first" | output image_id) size=$(printf %s "$first" | output im
 echo "the object at $x, $y of $size pixels: box $(printf %s "$first" | output boxes)"
 
 # The same point, and background in the image's top left corner; points are fractions here.
-curl --silent --show-error --fail-with-body "$models/sam3_click_rle/infer" --header "$json" --data @- <<JSON
+ask sam3_click_rle <<JSON
 {"inputs": [
   {"name": "image_id", "datatype": "BYTES", "shape": [1, 1], "data": [$id]},
   {"name": "image_size", "datatype": "INT32", "shape": [1, 2], "data": [$size]},
