@@ -27,6 +27,7 @@ class Metrics:
         self._launches = 0
         self._seconds = 0.0
         self._requests: deque[int] = deque()
+        self._failed = False
         self._numbers = self._declare(store)
         for name, number in self._numbers.items():
             number.open(name, labels)
@@ -75,8 +76,19 @@ class Metrics:
     def _run(self) -> None:
         while not self._stopped.wait(PERIOD_SECONDS):
             self._store.sweep()
-            for number in self._numbers.values():
+            self._publish()
+
+    def _publish(self) -> None:
+        """What fails, as for want of shared memory, is tried again the next time."""
+        failed = ""
+        for number in self._numbers.values():
+            try:
                 number.publish()
+            except Exception as error:  # of Triton's own kinds
+                failed = str(error)
+        if failed and not self._failed:  # once, not every second
+            pb_utils.Logger.log_warn(f"metrics are not up to date: {failed}")
+        self._failed = bool(failed)
 
 
 class _Number:

@@ -1,8 +1,8 @@
 """A click on a GPU as one launch: starting its kernels one by one takes longer than they do.
 
-The first click of each shape is recorded as a CUDA graph, later ones are copied into what was
-recorded and replayed. What is no click (several objects, many tokens) runs as it is: there the
-kernels' own time counts.
+The first click of each shape is recorded as a CUDA graph, as long as that is wanted; later ones are
+copied into what was recorded and replayed. What is no click (several objects, many tokens) runs as
+it is: there the kernels' own time counts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class ClickReplay:
         self._image: dict[str, Tensor] = {}
         # One for all: an answer is copied before the next replay may write over it.
         self._pool = torch.cuda.graph_pool_handle()
+        self.records = True
+        """Whether shapes not seen before are recorded, for which everyone at work has to wait."""
         self.refusal = ""
         """Why clicks of some shape run as they are."""
 
@@ -39,9 +41,9 @@ class ClickReplay:
         if objects > 1 or tokens > MAX_TOKENS:
             return self._program(**inputs)
         shapes = tuple(tensor.shape for tensor in inputs.values())
-        if shapes not in self._recordings:
+        if self.records and shapes not in self._recordings:
             self._recordings[shapes] = self._record(inputs)
-        return self._recordings[shapes](**inputs)
+        return self._recordings.get(shapes, self._program)(**inputs)
 
     def _record(self, inputs: dict[str, Tensor]) -> Program:
         """A recording, or the program itself for what cannot be recorded."""

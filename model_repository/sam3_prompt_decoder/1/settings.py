@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from program import first_line
 from prompts import Limits
 
 PROGRAM = "decoder.pt2"
@@ -70,11 +71,13 @@ def _number(
 def _device(kind: str, number: str) -> torch.device:
     if kind != "GPU":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA; no GPU, an old driver
         raise SettingError(
-            f"config.pbtxt asks for a GPU (KIND_GPU), but torch {torch.__version__} finds none; "
-            "install a torch built for CUDA, or use KIND_CPU"
-        )
+            f"config.pbtxt asks for a GPU (KIND_GPU), but torch {torch.__version__} has none: "
+            f"{first_line(error)}; mend that, or use KIND_CPU"
+        ) from error
     if number != "0":
         raise SettingError(
             f"an instance for GPU {number}: an image is kept by one instance, so that a server has "

@@ -42,10 +42,10 @@ class Inputs:
     def __init__(self, request: Any) -> None:
         self._given = {tensor.name(): tensor for tensor in request.inputs()}
 
-    def tensor(self, name: str, device: torch.device) -> Tensor | None:
-        """An input where it is, without a copy unless it must change devices."""
+    def tensor(self, name: str) -> Tensor | None:
+        """An input where it is, without a copy."""
         given = self._given.get(name)
-        return None if given is None else from_dlpack(given.to_dlpack()).to(device)
+        return None if given is None else from_dlpack(given.to_dlpack())
 
     def array(self, name: str) -> NDArray[Any] | None:
         """A small input in host memory."""
@@ -73,15 +73,15 @@ def read_question(
     for features, image_id, keep in zip(images, image_ids, keep_image, strict=True):
         if keep and not image_id and store.max_bytes:
             store.check_size(features)
-    return Question(_read_jobs(inputs, images, limits, device), image_ids, keep_image)
+    return Question(_read_jobs(inputs, images, limits), image_ids, keep_image)
 
 
 def _read_images(
     inputs: Inputs, store: ImageStore, device: torch.device
 ) -> tuple[list[str], list[Features]]:
     """The images of a request's batch, embedded by the encoder or kept from an earlier call."""
-    tensors = [inputs.tensor(name, device) for name in Features._fields]
-    present = [tensor for tensor in tensors if tensor is not None]
+    tensors = [inputs.tensor(name) for name in Features._fields]
+    present = [tensor.to(device) for tensor in tensors if tensor is not None]
     given_ids = inputs.array("image_id")
     if given_ids is not None and not present:
         # Whatever is not an id's spelling is no id's spelling: it will not be found.
@@ -95,13 +95,11 @@ def _read_images(
     )
 
 
-def _read_jobs(
-    inputs: Inputs, images: Sequence[Features], limits: Limits, device: torch.device
-) -> list[Job]:
+def _read_jobs(inputs: Inputs, images: Sequence[Features], limits: Limits) -> list[Job]:
     coords, labels = inputs.array("point_coords"), inputs.array("point_labels")
     if coords is None or labels is None:
         raise InvalidPrompt("point_coords and point_labels are required")
-    masks = inputs.tensor("mask_input", device)
+    masks = inputs.tensor("mask_input")  # checked where it is; a launch takes it to the device
     if masks is not None and masks.shape[1] == 0:
         masks = None  # masks of no object: what a caller sends whose requests all look alike
     multimask_output = inputs.flags("multimask_output", len(images), default=True)

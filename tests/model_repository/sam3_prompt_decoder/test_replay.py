@@ -17,3 +17,11 @@ def test_what_is_no_click_runs_as_it_is(shape: tuple[int, int]) -> None:
     labels, embed = ClickReplay(program)(**given)
     assert labels is given["point_labels"]
     assert embed is given["image_embed"]
+
+
+def test_once_closed_a_click_of_another_shape_runs_as_it_is() -> None:
+    replay = ClickReplay(lambda **inputs: (inputs["point_labels"], inputs["point_labels"]))
+    replay.records = False
+    given = torch.ones(1, 2)
+    labels, _ = replay(point_labels=given)
+    assert labels is given
