@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 import skimage.data
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from demo.prompts import box, interior, iou
 from demo.scenes import generate
 from server import ServerError, TritonServer
-from triton_sam3 import Client, Prompt
+from triton_sam3 import Client, Prompt, SAM3Error
 
 CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
 OUTPUT = Path("build/demo")
@@ -45,6 +46,10 @@ class Example:
     image: NDArray[np.uint8]
     prompts: list[Prompt]
     truth: NDArray[np.bool_] | None = None
+
+
+class ExportFailed(Exception):
+    """The demo model could not be exported; the message says why."""
 
 
 def main() -> int:
@@ -66,7 +71,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("\nstopped; the server is down and nothing is left running")
         return 130
-    except ServerError as error:
+    except (ExportFailed, ServerError, SAM3Error, OSError) as error:
         console.print(f"error: {error}", markup=False)
         return 1
     return 0
@@ -74,9 +79,13 @@ def main() -> int:
 
 def _export(models: Path) -> None:
     warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
-    from export.pipeline import export_repository  # noqa: PLC0415 - imports torch: seconds
+    from export.pipeline import ToleranceError, export_repository  # noqa: PLC0415 - torch: seconds
+    from export.repository import OutputError  # noqa: PLC0415
 
-    export_repository(CHECKPOINT, models, overwrite=True)
+    try:
+        export_repository(CHECKPOINT, models, overwrite=True)
+    except (OutputError, ToleranceError) as error:
+        raise ExportFailed(str(error)) from error
 
 
 @contextmanager
@@ -135,7 +144,7 @@ def _segment(client: Client, example: Example) -> Row:
     elapsed = time.monotonic() - started
     path = OUTPUT / f"{example.name}.png"
     drawn = result.draw(example.image, prompts=example.prompts)
-    cv2.imwrite(str(path), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+    Image.fromarray(drawn).save(path)
     return Row(
         path,
         len(result),

@@ -7,7 +7,6 @@ candidates the one with the highest predicted IoU counts, as for the client.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,21 +102,17 @@ def main(
     pictures: Annotated[int, typer.Option(help="held-out pictures")] = 500,
     threads: Annotated[int, typer.Option(help="torch's threads")] = 2,
 ) -> None:
-    """Print the mean IoU by kind of prompt, as a table, as JSON, and as a Markdown row."""
+    """Print the mean IoU by kind of prompt."""
     torch.set_num_threads(threads)
     ious = measure(checkpoint.load(path), range(pictures), progress=True)
-    means = {kind: float(np.mean(values)) for kind, values in ious.items()}
     objects = len(ious[CLICK])
     table = Table(title=f"{objects} objects in {pictures} held-out pictures")
     for column in ("prompt", "mean IoU", "median", "share above 0.5"):
         table.add_column(column)
     for kind, values in ious.items():
         above = np.mean(np.array(values) > 0.5)
-        table.add_row(kind, f"{means[kind]:.3f}", f"{np.median(values):.3f}", f"{above:.3f}")
+        table.add_row(kind, f"{np.mean(values):.3f}", f"{np.median(values):.3f}", f"{above:.3f}")
     Console().print(table)
-    print(json.dumps({"pictures": pictures, "objects": objects, "mean_iou": means}))
-    print("| " + " | ".join(means) + " |")
-    print("| " + " | ".join(f"{mean:.3f}" for mean in means.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def _train(settings: Settings) -> None:
         train_step(run, images, objects, progress, rng)
         if run.step % STATE_EVERY == 0 or progress >= 1:
             _report(run, progress)
-            _save(run, saved, settings.output)
+            _save(run, saved, settings)
 
 
 def _resumed(settings: Settings, shown: pictures.Pictures) -> Run:
@@ -276,6 +276,11 @@ def _resumed(settings: Settings, shown: pictures.Pictures) -> Run:
         start_from(model, np.stack([image[::2, ::2] for image in shown.images[0]]))
         return start(model)
     state = torch.load(saved, weights_only=False)
+    if state["start"] != _beginning(settings):
+        raise typer.BadParameter(
+            f"{saved} is of a run that began with {state['start'] or 'nothing'}, and would go on; "
+            "give another --work, or delete it"
+        )
     side = math.isqrt(state["model"]["trunk.pos_embed"].shape[1] - 1)
     run = start(build(settings.seed, side * ARCHITECTURE.patch_size))
     run.restore(state)
@@ -290,13 +295,21 @@ def _progress(run: Run, settings: Settings) -> float:
     return begin + (1 - begin) * spent / limit
 
 
-def _save(run: Run, state: Path, output: Path) -> None:
-    partial = state.with_suffix(".partial")
-    torch.save(run.state(), partial)
-    partial.replace(state)
+def _beginning(settings: Settings) -> str:
+    return "" if settings.start is None else str(settings.start.resolve())
+
+
+def _save(run: Run, state: Path, settings: Settings) -> None:
+    """Both beside their places first: whoever ends this program finds them whole."""
+    output = settings.output
     output.parent.mkdir(parents=True, exist_ok=True)
     full_size = resized(run.average, ARCHITECTURE.image_size)
-    checkpoint.save(full_size, output, dtype=torch.float16)
+    partial = output.with_suffix(".partial")
+    checkpoint.save(full_size, partial, dtype=torch.float16)
+    partial.replace(output)
+    partial = state.with_suffix(".partial")
+    torch.save({**run.state(), "start": _beginning(settings)}, partial)
+    partial.replace(state)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from rich.table import Table
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
-import torch  # noqa: E402
-
 try:
+    import torch
+
     from export.accelerator import Accelerator
     from export.architecture import SizeError
     from export.check import Check
@@ -37,6 +37,13 @@ except ModuleNotFoundError as missing:
     print(
         f"error: the module {missing.name} is missing: pip install '.[export]', on Linux "
         "(sam3 needs triton, which torch brings there alone)",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+except RuntimeError as mismatch:  # operators of torchvision that this torch does not have
+    print(
+        f"error: torch and torchvision do not fit together ({mismatch}); install both from the "
+        "same index",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from export.repository import ENCODER
 
 Features = tuple[Tensor, Tensor, Tensor]
 Candidates = tuple[Tensor, Tensor]
-"""The three candidates of an object: mask logits [3, M, M] and predicted IoU [3]."""
+"""K candidates of an object, three or with `multimask_output` false one: mask logits [K, M, M] and
+predicted IoU [K]."""
 Decode = Callable[[Tensor, Tensor, Tensor | None], Candidates]
 
 FEATURE_TOLERANCE = 1e-4
@@ -86,6 +88,7 @@ def check_values(
 
     Mask IoU is that of the answer: the candidate with the highest predicted IoU, at the image's
     resolution. `exact` demands the relative errors of an FP32 export as well, of every candidate.
+    Each prompt is asked with and without `multimask_output`; what is told is the worst.
     """
     session = ort.InferenceSession(repository / ENCODER / "1" / "model.onnx")
     decoder = program.module()
@@ -97,9 +100,11 @@ def check_values(
         exported, reference = run_encoder(session, image), encode_reference(model, image)
         for name, a, b in zip(FEATURES, exported, reference, strict=True):
             errors[f"{name}: relative error", FEATURE_TOLERANCE].append(relative_error(a, b))
-        for prompt in PROMPTS:
-            ours = decode(prompt, partial(run_decoder, decoder, exported))
-            theirs = decode(prompt, partial(decode_reference, model, reference))
+        for prompt, multimask in product(PROMPTS, (True, False)):
+            ours = decode(prompt, partial(run_decoder, decoder, exported, multimask=multimask))
+            theirs = decode(
+                prompt, partial(decode_reference, model, reference, multimask=multimask)
+            )
             logits = f"{prompt.name}: logits' relative error"
             errors[logits, LOGIT_TOLERANCE] += map(relative_error, ours[0], theirs[0])
             ious[f"{prompt.name}: mask IoU"].append(answer_iou(ours, theirs, side=len(image)))
@@ -127,6 +132,8 @@ def run_decoder(
     coords: Tensor,
     labels: Tensor,
     mask: Tensor | None,
+    *,
+    multimask: bool = True,
 ) -> Candidates:
     """Run an exported decoder on one object."""
     size = features[1].shape[-1]
@@ -137,7 +144,8 @@ def run_decoder(
         mask_input=torch.empty(0, size, size) if mask is None else mask[None],
         mask_index=torch.arange(0 if mask is None else 1),
     )
-    return masks[0, 1:], ious[0, 1:]
+    chosen = slice(1, None) if multimask else slice(0, 1)
+    return masks[0, chosen], ious[0, chosen]
 
 
 @torch.inference_mode()
@@ -149,7 +157,13 @@ def encode_reference(model: InteractiveModel, image: NDArray[np.uint8]) -> Featu
 
 @torch.inference_mode()
 def decode_reference(
-    model: InteractiveModel, features: Features, coords: Tensor, labels: Tensor, mask: Tensor | None
+    model: InteractiveModel,
+    features: Features,
+    coords: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    *,
+    multimask: bool = True,
 ) -> Candidates:
     """Meta's prompt encoder and mask decoder on one object."""
     sparse, dense = model.prompt_encoder(
@@ -162,7 +176,7 @@ def decode_reference(
         image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
-        multimask_output=True,
+        multimask_output=multimask,
         repeat_image=False,
         high_res_features=list(features[1:]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,15 +87,23 @@ def save(model: InteractiveModel, path: Path, dtype: torch.dtype = torch.float32
 
 
 def _unpickle(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: {found}; give the path of a SAM 3 checkpoint (sam3.pt)")
+    _check_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(f"{path}: holds no weights by name; expected {WANTED}")
     named = ((k, v) for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor))
     return dict(named)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_file():
+            return
+        found = "is a folder" if path.is_dir() else "no such file"
+    except OSError as error:  # a path too long, a folder closed to this user
+        found = f"cannot be read ({error.strerror})"
+    raise CheckpointError(f"{path}: {found}; give the path of a SAM 3 checkpoint (sam3.pt)")
 
 
 def _read_torch(path: Path) -> object:
@@ -107,8 +116,8 @@ def _read_torch(path: Path) -> object:
     except pickle.UnpicklingError as error:
         reason = "it holds Python objects beside the weights, which are not loaded, or is damaged"
         raise CheckpointError(_unreadable(path, reason)) from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        reason = "damaged or incomplete; copy or download it again"
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "damaged or incomplete, or another kind of zip archive"
         raise CheckpointError(_unreadable(path, reason)) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

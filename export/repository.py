@@ -55,7 +55,10 @@ def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
             yield folder
             _replace(output, folder, aside=Path(scratch) / "old")
     except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+        raise OutputError(
+            f"{output} cannot be written: {error.strerror or error}; it is built in "
+            f"{output.parent}, which must be writable and have room"
+        ) from error
     finally:
         for folder in missing:
             with suppress(OSError):  # not empty: the export succeeded
@@ -77,6 +80,13 @@ def _replace(output: Path, folder: Path, aside: Path) -> None:
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise `OutputError` if something stands at `output` that is not to be replaced."""
+    try:
+        _check_replaceable(output, overwrite=overwrite)
+    except OSError as error:  # a path too long, a folder closed to this user
+        raise OutputError(f"{output} cannot be looked at: {error.strerror}") from error
+
+
+def _check_replaceable(output: Path, *, overwrite: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():

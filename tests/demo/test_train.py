@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 from demo import pictures, train
 from demo.batches import batches
@@ -60,6 +61,9 @@ def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Pa
     before = torch.load(tmp_path / "state.pt", weights_only=False)["step"]
     train._train(settings(tmp_path, before + 2))
     assert torch.load(tmp_path / "state.pt", weights_only=False)["step"] > before
+    other = replace(settings(tmp_path, before + 4), start=tmp_path / "model.pt")
+    with pytest.raises(typer.BadParameter, match="began with nothing, and would go on"):
+        train._train(other)
 
 
 def test_a_checkpoint_goes_on_at_full_size_with_rates_that_fall(few: None, tmp_path: Path) -> None:

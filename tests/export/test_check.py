@@ -91,6 +91,12 @@ def test_a_wrong_decoder_is_found(exported: tiny.Export, program: ExportedProgra
     assert not checks["point: logits' relative error"].passed
 
 
+def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
+    """What is answered without `multimask_output` has weights of its own."""
+    own = "mask_decoder.output_hypernetworks_mlps.0.layers.2.bias"
+    assert not _values(exported, program, own, 0.5)["box: logits' relative error"].passed
+
+
 def test_only_the_refinement_finds_a_wrong_mask_encoder(
     exported: tiny.Export, program: ExportedProgram
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,11 +190,25 @@ def _cut(path: Path, weights: Weights) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def _zip_text(path: Path, _: Weights) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text", "no weights " * 1000)
+
+
+def _damage_compressed(path: Path, weights: Weights) -> None:
+    _zip_text(path, weights)
+    octets = bytearray(path.read_bytes())
+    octets[34] ^= 0xFF  # the first of what is compressed: headers come before
+    path.write_bytes(octets)
+
+
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
     "text": (lambda p, _: p.write_text("version https://git-lfs"), "not a zip archive"),
     "empty": (lambda p, _: p.touch(), "not a zip archive"),
     "plain pickle": (lambda p, _: p.write_bytes(pickle.dumps({"a": 1})), "not a zip archive"),
     "truncated": (_cut, "damaged or incomplete"),
+    "another zip": (_zip_text, "or another kind of zip archive"),
+    "a damaged compressed zip": (_damage_compressed, "damaged or incomplete"),
     "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects beside"),
     "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects beside"),
     "a list": (lambda p, _: torch.save([1, 2], p), "holds no weights by name"),
@@ -209,6 +224,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, weights: Weights, kind
     make, reason = NO_CHECKPOINTS[kind]
     make(tmp_path / "sam3.pt", weights)
     assert reason in refusal(tmp_path / "sam3.pt")
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read (File name too long)" in refusal(tmp_path / ("x" * 300))
 
 
 def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None:

@@ -228,6 +228,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, parent: str) -> N
         pass
 
 
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be looked at: File name too long"):
+        check_output(tmp_path / ("x" * 300), overwrite=False)
+
+
 def test_a_full_disk_is_no_traceback(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="models cannot be written: No space left on device"),
