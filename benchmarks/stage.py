@@ -14,7 +14,6 @@ import numpy as np
 import skimage.data
 from numpy.typing import NDArray
 
-from benchmarks import peers
 from benchmarks.artifacts import Artifacts
 from benchmarks.engine import Engine
 from benchmarks.peers import Click, Peer, Photo, http_service, whole
@@ -23,6 +22,7 @@ from benchmarks.peers.http import OverHttp
 from benchmarks.peers.in_process import InProcess
 from benchmarks.peers.ours import Ours
 from benchmarks.wire import Wire
+from demo.prompts import iou
 from server import TritonServer
 from triton_sam3 import contract
 from triton_sam3.geometry import resize
@@ -132,8 +132,8 @@ def _opened(
 
 def _check_agreement(clicks: dict[str, Click], least: float) -> dict[str, float]:
     reference = clicks[IN_PROCESS](*PLACE)
-    ious = {name: peers.mask_iou(click(*PLACE), reference) for name, click in clicks.items()}
-    for name, iou in ious.items():
-        if iou < least:
-            raise Disagreement(f"{name}: mask IoU {iou:.3f} with Meta's predictor's")
+    ious = {name: iou(click(*PLACE), reference) for name, click in clicks.items()}
+    for name, agreement in ious.items():
+        if agreement < least:
+            raise Disagreement(f"{name}: mask IoU {agreement:.3f} with Meta's predictor's")
     return ious

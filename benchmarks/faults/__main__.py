@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from typing import Annotated
 
 import typer
@@ -12,12 +11,11 @@ from rich.console import Console
 from benchmarks import artifacts
 from benchmarks.environment import provenance
 from benchmarks.faults import report, scenarios, soak
-from benchmarks.faults.bench import VIEWS_SECONDS
 from benchmarks.faults.load import Kind
 from benchmarks.faults.trial import Result
 from benchmarks.results import write_section
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, log_path=False)
 app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
@@ -27,22 +25,20 @@ def faults(
     only: Annotated[
         list[str] | None, typer.Option(help="One fault by name, more than once; not written.")
     ] = None,
-    views_seconds: Annotated[
-        float, typer.Option(help="Seconds at most for 10,000 views that are never closed.")
-    ] = VIEWS_SECONDS,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
-    """Every fault, one after the other. Exit status 1 if a request was lost or answered wrong."""
+    """Every fault, one after the other.
+
+    Exit status 1 if a request was lost or answered wrong, or a fault could not be judged.
+    """
     if context.invoked_subcommand:
         return
     names = only or []
     known = [fault.name for fault in scenarios.every()]
     if unknown := sorted(set(names) - set(known)):
         raise typer.BadParameter(f"no fault {', '.join(unknown)}; there are {', '.join(known)}")
-    in_full = "make faults"
-    shorter = f"python -m benchmarks.faults --views-seconds {views_seconds:g}"
-    origin = provenance(in_full if views_seconds == VIEWS_SECONDS else shorter)
-    results = scenarios.run(artifacts.demo().repository, names, views_seconds, _Progress())
+    origin = provenance("make faults")
+    results = scenarios.run(artifacts.demo().repository, names, _tell)
     console.print(report.table([one for one in results if not one.skipped]), markup=False)
     if write and not names:
         write_section("faults", report.page("Faults", results, origin))
@@ -66,23 +62,17 @@ def soak_command(
     raise typer.Exit(1 if bad else 0)
 
 
-class _Progress:
+def _tell(title: str, result: Result | None) -> None:
     """A line when a fault begins, and what came of it."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    def __call__(self, title: str, result: Result | None) -> None:
-        gone = time.monotonic() - self._started
-        if result is None:
-            console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {title}")
-            return
-        counts = ", ".join(f"{count} {kind.value}" for kind, count in result.counts.items())
-        console.print(f"      {result.skipped or counts}")
-        if result.remark:
-            console.print(f"      {result.remark}", markup=False)
-        for said, count in result.errors[:6]:
-            console.print(f"      {count} × {said[:200]}", markup=False, style="dim")
+    if result is None:
+        console.log(title)
+        return
+    counts = ", ".join(f"{count} {kind.value}" for kind, count in result.counts.items())
+    console.print(f"      {result.skipped or counts}")
+    if result.remark:
+        console.print(f"      {result.remark}", markup=False)
+    for said, count in result.errors[:6]:
+        console.print(f"      {count} × {said[:200]}", markup=False, style="dim")
 
 
 if __name__ == "__main__":

@@ -11,25 +11,12 @@ from benchmarks.faults.stand import Stand, variant
 from triton_sam3 import Client
 from triton_sam3.contract import DECODER
 
-VIEWS_SECONDS = 450.0
-"""What 10,000 views may take; the other faults take five of the suite's fifteen minutes."""
-
 
 class Bench:
-    """The exported repository, a folder for what is made of it, and one stand shared by faults.
+    """The exported repository, a folder for what is made of it, and one stand shared by faults."""
 
-    views: how many the fault of never closed views opens, in `views_seconds` at most.
-    """
-
-    def __init__(
-        self,
-        repository: Path,
-        folder: Path,
-        views: int = 10_000,
-        views_seconds: float = VIEWS_SECONDS,
-    ) -> None:
+    def __init__(self, repository: Path, folder: Path) -> None:
         self.repository = repository
-        self.views, self.views_seconds = views, views_seconds
         self._folder = folder
         self._made = 0
         self._shared = ExitStack()
@@ -69,9 +56,13 @@ class Bench:
                 self._asked = questions(client)
         return self._asked
 
+    def close(self) -> None:
+        """End the shared stand; whoever asks for it next gets a new one."""
+        self._stand = None
+        self._shared.close()
+
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._shared.close()
-        self._stand = None
+        self.close()

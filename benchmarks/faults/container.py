@@ -11,12 +11,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
+
 from benchmarks.environment import ROOT
+from benchmarks.fuzz.census import is_alive, part
 from docker.entrypoint.probes import ProbeFailed, Target, startup
 from server import failure
 
@@ -111,20 +113,30 @@ class Container:
         self.process.send_signal(number)
         return self.process.wait(180)
 
-    def descendants(self) -> list[Process]:
-        """Keeper, tritonserver and stubs."""
-        return list(_below(self.process.pid))
+    def descendants(self) -> list[psutil.Process]:
+        """Keeper, tritonserver and stubs; none once process 1 has ended."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
 
-    def triton(self) -> Process:
+    def triton(self) -> psutil.Process:
         """tritonserver itself. Raises LookupError while there is none."""
-        for process in self.descendants():
-            if process.command.split(" ")[0].endswith("tritonserver"):
-                return process
+        for process in self._running("tritonserver"):
+            return process
         raise LookupError("no tritonserver runs")
 
-    def stubs(self, model: str) -> list[Process]:
+    def stubs(self, model: str) -> list[psutil.Process]:
         """The Python stubs that serve `model`, one for each instance."""
-        return [p for p in self.descendants() if "_stub" in p.command and f"/{model}/" in p.command]
+        return self._running(model)
+
+    def _running(self, name: str) -> list[psutil.Process]:
+        """Those that end while one looks are left out."""
+        found = []
+        for process in self.descendants():
+            with suppress(psutil.NoSuchProcess):
+                if part(process) == name:
+                    found.append(process)
+        return found
 
     def records(self) -> list[dict[str, str]]:
         """What it logged; every line must be JSON."""
@@ -150,39 +162,5 @@ class Container:
             self.process.kill()  # the keeper notices and ends the rest
             self.process.wait()
         deadline = time.monotonic() + END_SECONDS
-        while any(process.runs for process in family) and time.monotonic() < deadline:
+        while any(is_alive(process.pid) for process in family) and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process by its id."""
-
-    pid: int
-    command: str
-
-    @property
-    def runs(self) -> bool:
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return False
-        return state != "Z"
-
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-
-def _below(pid: int) -> Iterator[Process]:
-    """Those that end while one looks are left out."""
-    try:
-        tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        return
-    for child in map(int, " ".join(tasks).split()):
-        try:
-            raw = Path(f"/proc/{child}/cmdline").read_bytes()
-        except OSError:
-            continue
-        yield Process(child, raw.replace(b"\0", b" ").decode())
-        yield from _below(child)

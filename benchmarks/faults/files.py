@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ PT2 = f"{DECODER}/1/decoder.pt2"
 CONFIG = f"{DECODER}/config.pbtxt"
 FAILED_STARTS = 2
 HOLE_BYTES = 4096
+LONGEST_SENTENCE = 240
 NEW_NAMES = {
     "tracker.sam_": "tracker.model.interactive_sam_",
     ".sam2_convs.": ".interactive_convs.",
@@ -43,7 +43,7 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
 
         def harm() -> None:
             path.write_bytes(whole[:middle] + bytes(hole) + whole[middle + hole :])
-            stand.container.triton().signal(signal.SIGKILL)
+            stand.container.triton().kill()
 
         with Trial(title, stand, bench.asked(stand)) as trial:
             trial.strike(harm)
@@ -55,7 +55,7 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
         told = Path(file).name in said or Path(file).parts[0] in said
         if not told or 0 in refused:
             raise RuntimeError(f"{title}: it ended with {refused} and said {said!r}")
-        trial.remark = f"{len(refused)} starts refused before it was mended: {_sentence(said)}"
+        trial.remark = f"{len(refused)} starts refused before it was mended: {sentence(said)}"
         return trial.result()
 
 
@@ -67,11 +67,11 @@ def _wait_for(condition: Callable[[], bool], within: float = 90.0) -> None:
         time.sleep(0.1)
 
 
-def _sentence(text: str, most: int = 240) -> str:
+def sentence(text: str) -> str:
     """Short enough for a table, without the folders of this run."""
     flat = re.sub(r"/\S*/(?=sam3)", "", " ".join(text.split())).replace("|", "/")
     flat = re.sub(r"^\W+loading the checkpoint \S+ ", "", flat)
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+    return flat if len(flat) <= LONGEST_SENTENCE else flat[: LONGEST_SENTENCE - 1] + "…"
 
 
 def wrong_generation(bench: Bench, title: str) -> Result:
@@ -87,9 +87,9 @@ def wrong_generation(bench: Bench, title: str) -> Result:
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
-    noticed = time.monotonic() - began
+    took = time.monotonic() - began
     clear = done.returncode == 2 and "SAM 3.1" in done.stderr and not output.exists()
     kind = Kind.CLEAR if clear else Kind.WRONG
     counts = {each: int(each is kind) for each in Kind}
-    said = _sentence(done.stderr)
-    return Result(title, counts, noticed=noticed, remark=f"exit status {done.returncode}: {said}")
+    said = f"exit status {done.returncode} after {took:.0f} s: {sentence(done.stderr)}"
+    return Result(title, counts, remark=said)

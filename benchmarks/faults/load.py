@@ -34,6 +34,8 @@ from triton_sam3 import (
 SIDE = 64
 GRACE_SECONDS = 2.0
 """How much later than its deadline an answer may come on a busy machine."""
+SETTLED = 3
+"""Right answers a caller, after which the load is a steady one."""
 CLEAR = (
     DeadlineExceeded,
     ImageNotKept,
@@ -77,12 +79,12 @@ class Question:
         return client.segment(self.image, points=[self.point]).masks
 
 
-def questions(client: Client, count: int = 8, first: int = 0) -> list[Question]:
+def questions(client: Client, count: int = 8) -> list[Question]:
     """Generated pictures with a click on an object of each, answered by a healthy server.
 
     Raises RuntimeError when the answers are so much alike that a wrong one would go unnoticed.
     """
-    asked = [_question(seed) for seed in range(first, first + count)]
+    asked = [_question(seed) for seed in range(count)]
     answered = [Question(one.image, one.point, one.ask(client)) for one in asked]
     if len({one.mask.tobytes() for one in answered if one.mask is not None}) < count:
         raise RuntimeError("two pictures have the same mask: it would not show a mix-up")
@@ -151,9 +153,9 @@ class Load:
     def ended(self) -> int:
         return len(self._outcomes)
 
-    def settle(self, each: int = 3, within: float = 60.0) -> None:
-        """Until so many right answers a caller. Raises RuntimeError when they do not come."""
-        wanted, deadline = each * len(self._callers), time.monotonic() + within
+    def settle(self, within: float = 60.0) -> None:
+        """Until a few right answers a caller. Raises RuntimeError when they do not come."""
+        wanted, deadline = SETTLED * len(self._callers), time.monotonic() + within
         while sum(one.kind is Kind.RIGHT for one in self.outcomes) < wanted:
             if time.monotonic() > deadline:
                 said = Counter(one.said for one in self.outcomes).most_common(3)

@@ -104,19 +104,10 @@ def _flood(caller: Caller, asked: Sequence[Question], rate: float) -> tuple[Wave
         return flood.get(), among
 
 
-def _send(
-    caller: Caller,
-    asked: Sequence[Question],
-    seconds: float,
-    *,
-    callers: int = 0,
-    rate: float = 0.0,
-) -> Wave:
+def _send(caller: Caller, asked: Sequence[Question], seconds: float, *, callers: int) -> Wave:
     """From a process of its own: what callers cost must not delay those who watch."""
-    context = multiprocessing.get_context("spawn")
-    arguments = (caller, list(asked), seconds, callers, rate)
-    with context.Pool(1) as pool:
-        return pool.apply(_run, arguments)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_run, (caller, list(asked), seconds, callers, 0.0))
 
 
 def _run(

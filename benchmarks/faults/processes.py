@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import suppress
+
+import psutil
 
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
 from triton_sam3.contract import DECODER
+
+SLOW_SECONDS = 10.0
 
 
 def killed(model: str, bench: Bench, title: str) -> Result:
@@ -25,7 +30,7 @@ def server_killed(bench: Bench, title: str) -> Result:
     """SIGKILL to tritonserver."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(lambda: stand.container.triton().signal(signal.SIGKILL))
+        trial.strike(lambda: stand.container.triton().kill())
         trial.recover()
     return trial.result()
 
@@ -39,7 +44,7 @@ def stuck(bench: Bench, title: str) -> Result:
     return trial.result()
 
 
-def slow(bench: Bench, title: str, seconds: float = 10.0) -> Result:
+def slow(bench: Bench, title: str) -> Result:
     """The decoder's process runs one fifth of the time. Nothing may be restarted for it."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
@@ -47,7 +52,7 @@ def slow(bench: Bench, title: str, seconds: float = 10.0) -> Result:
         doing = threading.Thread(target=_slow_down, args=(stand, over))
         trial.strike(doing.start)
         try:
-            time.sleep(seconds)
+            time.sleep(SLOW_SECONDS)
         finally:
             over.set()
             doing.join()
@@ -65,4 +70,5 @@ def _slow_down(stand: Stand, over: threading.Event) -> None:
 
 def _signal(stand: Stand, model: str, number: int) -> None:
     for stub in stand.container.stubs(model):
-        stub.signal(number)
+        with suppress(psutil.NoSuchProcess):
+            stub.send_signal(number)

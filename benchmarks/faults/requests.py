@@ -8,9 +8,9 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from itertools import cycle
 
 import numpy as np
@@ -23,7 +23,7 @@ from benchmarks.faults.load import Caller, Kind, Outcome, Question, observe, que
 from benchmarks.faults.relay import AT_ONCE, Relay
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
-from benchmarks.wire import tensor
+from benchmarks.wire import Wire, tensor
 from server.health import ENSEMBLE, canary_request
 from triton_sam3 import Client, SAM3Error, ServerUnreachable
 from triton_sam3.contract import DECODER
@@ -32,6 +32,9 @@ SECONDS = 6.0
 """How long a fault goes on."""
 LEAST_CALM, CALM_REQUESTS, TIMES = 0.7, 4.0, 5
 OPENERS = 12
+VIEWS, VIEWS_SECONDS = 10_000, 450.0
+"""How many are never closed, and what they may take; the other faults take five of the suite's
+fifteen minutes."""
 REFUSED = ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")
 
 
@@ -115,7 +118,7 @@ def _through_relays(
 ) -> Result:
     """`harm` again and again, with time for a few requests between: it gets their seconds."""
     stand = bench.stand()
-    with _relays(stand) as (http, grpc):
+    with Relay(stand.container.http_port) as http, Relay(stand.container.grpc_port) as grpc:
         callers = [
             Caller(f"http://127.0.0.1:{http.port}", {"remember_images": 0}),
             Caller(f"grpc://127.0.0.1:{grpc.port}"),
@@ -134,13 +137,6 @@ def _through_relays(
             trial.recover()
         trial.remark = remark((http, grpc))
     return trial.result()
-
-
-@contextmanager
-def _relays(stand: Stand) -> Iterator[tuple[Relay, Relay]]:
-    """For HTTP and gRPC."""
-    with Relay(stand.container.http_port) as http, Relay(stand.container.grpc_port) as grpc:
-        yield http, grpc
 
 
 Inputs = dict[str, npt.NDArray[np.generic]]
@@ -180,8 +176,9 @@ def poisoned(bench: Bench, title: str) -> Result:
     """Bad requests at the same time as good ones, so that they are merged into one batch."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        side = _side(stand)
-        pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        with closing(Wire(stand.grpc)) as wire:
+            shape = (wire.side, wire.side, 3)
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
         def send(share: int) -> None:
             until = time.monotonic() + SECONDS
@@ -201,13 +198,6 @@ def poisoned(bench: Bench, title: str) -> Result:
     refused = sum(one.kind is Kind.CLEAR for one in trial.others)
     trial.remark = f"{refused} of {len(trial.others)} poisoned refused with a sentence"
     return trial.result()
-
-
-def _side(stand: Stand) -> int:
-    """S: pixels of the encoder's input."""
-    _, config = stand.container.call(f"/v2/models/{ENSEMBLE}/config")
-    image = next(entry for entry in json.loads(config)["input"] if entry["name"] == "image")
-    return int(image["dims"][0])
 
 
 def _poison(client: triton_grpc.InferenceServerClient, model: str, inputs: Inputs) -> Outcome:
@@ -234,30 +224,27 @@ def kept_limit(bench: Bench, title: str) -> Result:
         with Trial(title, stand, asked, callers=callers) as trial:
             trial.strike(lambda: _sample(stand, kept, 2 * SECONDS))
             trial.recover()
-        trial.remark = f"at most {max(kept)} of {bound} bytes kept"
+        trial.remark = told_of_kept(kept, bound)
         return trial.result()
 
 
 def views_never_closed(bench: Bench, title: str) -> Result:
-    """Every one is an image kept; the bound forgets them, the slope is taken once it is full.
-
-    As many as there are to be, or as the seconds for it allow.
-    """
+    """Every one is an image kept; the bound forgets them, the slope is taken once it is full."""
     full = 256
     repository, bound = bench.copy_keeping(full)
     with Stand(repository, bench.folder()) as stand:
         asked = bench.asked(stand)
         with Trial(title, stand, asked, callers=[Caller(stand.grpc)], timeout=30.0) as trial:
-            until = time.monotonic() + bench.views_seconds
-            _open_all(stand, asked, min(2 * full, bench.views // 2), until, trial)
+            until = time.monotonic() + VIEWS_SECONDS
+            _open_all(stand, asked, 2 * full, until, trial)
             trial.forget_sizes()
-            rest = bench.views - len(trial.others)
+            rest = VIEWS - len(trial.others)
             trial.strike(lambda: _open_all(stand, asked, rest, until, trial))
             trial.recover()
             kept: list[int] = []
             _sample(stand, kept, 2.0)
-        opened = f"{len(trial.others):,} of {bench.views:,} opened in the time given"
-        trial.remark = f"{opened}; at most {max(kept):,} of {bound:,} bytes kept"
+        opened = f"{len(trial.others):,} of {VIEWS:,} opened in the time given"
+        trial.remark = f"{opened}; {told_of_kept(kept, bound)}"
         return trial.result()
 
 
@@ -298,5 +285,16 @@ def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
     while time.monotonic() < until:
         with urllib.request.urlopen(url, timeout=10) as answer:
             found = re.search(r"^sam3_kept_images_bytes\{.*\} (\S+)$", answer.read().decode(), re.M)
-        kept.append(int(float(found[1])) if found else 0)
+        if found:
+            kept.append(int(float(found[1])))
         time.sleep(0.2)
+
+
+def told_of_kept(kept: Sequence[int], bound: int) -> str:
+    """The samples in words. Raises RuntimeError where one is beyond it, or none shows an image."""
+    most = max(kept, default=0)
+    if most > bound:
+        raise RuntimeError(f"{most:,} bytes of images kept, and the bound is {bound:,}")
+    if most == 0:
+        raise RuntimeError("no sample says that an image is kept: what is bounded was not seen")
+    return f"at most {most:,} of {bound:,} bytes kept"

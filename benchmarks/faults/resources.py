@@ -167,8 +167,3 @@ def _libfaketime() -> str | None:
         for found in folder.rglob("libfaketime*.so*"):
             return str(found)
     return None
-
-
-def engine_cache(_bench: Bench, title: str) -> Result:
-    """Nothing on a CPU writes there."""
-    return Result(title, skipped="needs a GPU: the cache holds what was compiled for it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.faults import files, overload, processes, requests, resources
-from benchmarks.faults.bench import VIEWS_SECONDS, Bench
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.load import Kind
 from benchmarks.faults.trial import Result
 from triton_sam3.contract import DECODER, ENCODER
 
@@ -45,27 +47,34 @@ def every() -> Sequence[Fault]:
         Fault("pt2", "decoder.pt2 corrupted, restart", partial(files.corrupted, files.PT2)),
         Fault("config", "config.pbtxt corrupted, restart", partial(files.corrupted, files.CONFIG)),
         Fault("checkpoint", "checkpoint of another generation", files.wrong_generation),
-        Fault("engine-cache", "full disk for the engine cache", resources.engine_cache),
         Fault("views", "views opened and never closed", requests.views_never_closed),
     ]
 
 
 def run(
-    repository: Path,
-    names: Sequence[str],
-    views_seconds: float = VIEWS_SECONDS,
-    told: Callable[[str, Result | None], None] = lambda _title, _result: None,
+    repository: Path, names: Sequence[str], told: Callable[[str, Result | None], None]
 ) -> list[Result]:
     """Run the faults of these names, all for none; `told` hears of each before and after."""
     results = []
     with (
         TemporaryDirectory(prefix="triton-sam3-faults-") as folder,
-        Bench(repository, Path(folder), views_seconds=views_seconds) as bench,
+        Bench(repository, Path(folder)) as bench,
     ):
         for fault in every():
             if names and fault.name not in names:
                 continue
             told(fault.title, None)
-            results.append(fault.run(bench, fault.title))
+            results.append(_result(fault, bench))
             told(fault.title, results[-1])
     return results
+
+
+def _result(fault: Fault, bench: Bench) -> Result:
+    """What raises counts as one wrong answer: it fails the suite, and the others are still run."""
+    try:
+        return fault.run(bench, fault.title)
+    except Exception as error:
+        traceback.print_exc()
+        bench.close()  # nobody knows what became of its server
+        said = files.sentence(f"{type(error).__name__}: {error}")
+        return Result(fault.title, {Kind.WRONG: 1}, remark=said)

@@ -35,7 +35,6 @@ class Stand:
     ) -> None:
         arguments = ("--host=127.0.0.1", "--drain-seconds=0", "--exit-seconds=5", *WATCH)
         self.container = Container(repository, folder, *arguments, wrapper=wrapper, env=env)
-        self.repository = repository
         self.starts = 0
         self.statuses: list[int] = []
         """With which it ended, each time."""

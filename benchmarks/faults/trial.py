@@ -24,6 +24,8 @@ GAP_SECONDS = 2.0
 """No right answer to anybody for so long is an outage, even if no request failed."""
 CALM_SECONDS = 2.0
 """Right answers only, for so long after an outage: it is over."""
+LEAST_SECONDS = 3.0
+"""To look for an outage at least: it may take a while to begin."""
 NEARBY_SECONDS = 0.75
 """What is shortly before or after a verdict."""
 PROBE_PAUSE, SIZE_PAUSE = 0.3, 0.5
@@ -116,16 +118,13 @@ class Trial:
         """What was measured so far is not for the slope."""
         self._sizes.clear()
 
-    def recover(self, within: float = 60.0, least: float = 3.0) -> None:
-        """Until callers have had right answers alone for a while, or `within` seconds are over.
-
-        least: seconds to look at it at least: an outage may take a while to begin.
-        """
+    def recover(self, within: float = 60.0) -> None:
+        """Until callers have had right answers alone for a while, or `within` seconds are over."""
         began = time.monotonic()
         while time.monotonic() < began + within:
             time.sleep(0.1)
             now = time.monotonic()
-            if now > began + least and now - self._trouble(now) > CALM_SECONDS:
+            if now > began + LEAST_SECONDS and now - self._trouble(now) > CALM_SECONDS:
                 return
 
     def result(self) -> Result:

@@ -27,7 +27,6 @@ class Verdict:
     began: float
     ended: float
     ready: bool
-    said: str
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,11 @@ def ask_readiness(target: Target) -> Verdict:
     """The probe of docker/entrypoint, as an orchestrator would ask it."""
     began = time.monotonic()
     try:
-        said, is_ready = ready(target, PROBE_SECONDS), True
-    except ProbeFailed as failure:
-        said, is_ready = str(failure), False
-    return Verdict(began, time.monotonic(), is_ready, said)
+        ready(target, PROBE_SECONDS)
+        is_ready = True
+    except ProbeFailed:
+        is_ready = False
+    return Verdict(began, time.monotonic(), is_ready)
 
 
 def measure(container: Container, requests: int) -> Size | None:
@@ -90,7 +90,7 @@ def measure(container: Container, requests: int) -> Size | None:
     private = 0
     for process in container.descendants():
         try:
-            memory = psutil.Process(process.pid).memory_info()
+            memory = process.memory_info()
         except psutil.Error:
             return None
         private += memory.rss - memory.shared

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -16,9 +15,8 @@ from rich.console import Console
 from benchmarks import artifacts
 from benchmarks.environment import ROOT, provenance
 from benchmarks.faults.stand import variant
-from benchmarks.fuzz.canary import WrongAnswer
 from benchmarks.fuzz.report import markdown
-from benchmarks.fuzz.run import Fuzzer, Outcome, ServerDied, fuzz
+from benchmarks.fuzz.run import Fuzzer, Outcome, fuzz
 from benchmarks.fuzz.tally import Finding
 from benchmarks.results import write_section
 from server import TritonServer
@@ -28,31 +26,21 @@ KEPT_BYTES = 32 * 2**20
 """Few kept images, so that the warm-up fills the store and later growth is no store's; and more
 than are kept between two clicks on the one that all ask about."""
 
-console = Console(highlight=False)
+console = Console(highlight=False, log_path=False)
 
 
 def main(
     requests: Annotated[int, typer.Option(min=4, help="How many, after the warm-up.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="The same number sends the same.")] = 0,
-    warm_up: Annotated[int, typer.Option(min=2, help="Requests before memory counts.")] = 2_000,
-    repository: Annotated[
-        Path | None, typer.Option(help="A model repository; the demo model's is built without.")
-    ] = None,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
     """Send requests that are wrong in every way, and see that the server bears it."""
     origin = provenance(f"python -m benchmarks.fuzz --requests {requests} --seed {seed}")
-    started = time.monotonic()
-
-    def progress(step: str) -> None:
-        gone = time.monotonic() - started
-        console.print(f"[dim]{gone // 60:2.0f}:{gone % 60:02.0f}[/dim] {step}")
-
-    built = repository or artifacts.demo(progress=progress).repository
+    built = artifacts.demo(progress=console.log).repository
     with TemporaryDirectory(prefix="triton-sam3-fuzz-") as folder:
         models = variant(built, Path(folder), KEPT_BYTES)
         with TritonServer(models, log=Path(folder) / "log") as server:
-            outcome = _fuzz(server, requests, warm_up, seed, progress)
+            outcome = _fuzz(server, requests, seed)
             _save(outcome.tally.findings)
     _show(outcome)
     if write:
@@ -60,18 +48,14 @@ def main(
     raise typer.Exit(bool(outcome.tally.findings) or not outcome.same_processes)
 
 
-def _fuzz(
-    server: TritonServer, requests: int, warm_up: int, seed: int, progress: Callable[[str], None]
-) -> Outcome:
-    fuzzer = Fuzzer(server)
-    try:
-        return fuzz(fuzzer, requests, warm_up, seed, progress)
-    except (ServerDied, WrongAnswer, RuntimeError):
-        _save([*fuzzer.tally.findings, *fuzzer.tally.recent])
-        console.print(f"the requests before it are in {FINDINGS}")
-        raise
-    finally:
-        fuzzer.close()
+def _fuzz(server: TritonServer, requests: int, seed: int) -> Outcome:
+    with closing(Fuzzer(server)) as fuzzer:
+        try:
+            return fuzz(fuzzer, requests, seed, console.log)
+        except Exception:  # whatever it was: the requests that led to it are what tells why
+            _save([*fuzzer.tally.findings, *fuzzer.tally.recent])
+            console.print(f"the requests before it are in {FINDINGS}")
+            raise
 
 
 def _save(findings: list[Finding]) -> None:

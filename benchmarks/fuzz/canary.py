@@ -23,7 +23,7 @@ from benchmarks.fuzz.subject import (
     request,
     strings,
 )
-from benchmarks.peers import mask_iou
+from demo.prompts import iou
 
 LEAST_IOU = 0.8
 SCORE_TOLERANCE = 1e-5
@@ -85,4 +85,4 @@ def questions(subject: Subject) -> list[Request]:
 
 def overlap(rle: bytes, expected: NDArray[np.bool_]) -> float:
     """IoU of a mask, as COCO's run lengths in JSON, with the expected one."""
-    return mask_iou(coco.decode(json.loads(rle)).astype(np.bool_), expected)
+    return iou(coco.decode(json.loads(rle)).astype(np.bool_), expected)

@@ -38,7 +38,7 @@ class Census:
         memory = [process.memory_full_info() for process in family]
         parts: Counter[str] = Counter()
         for process, each in zip(family, memory, strict=True):
-            parts[_model(process)] += each.uss
+            parts[part(process)] += each.uss
         return cls(
             frozenset((process.pid, process.create_time()) for process in family),
             sum(each.rss for each in memory),
@@ -47,12 +47,15 @@ class Census:
         )
 
 
-def _model(process: psutil.Process) -> str:
-    """The model of a Python stub, or its backend; of anything else, the program's name."""
-    for word in process.cmdline():
-        path = Path(word)
-        if path.name == "model.py":
-            return path.parts[-3] if path.parts[-2].isdecimal() else path.parts[-2]
+def part(process: psutil.Process) -> str:
+    """The model that a Python stub serves; of anything else, the program's name.
+
+    A stub is started with the path of MODEL/1/model.py, or of what a backend in Python runs in its
+    place, such as MODEL/1/model.onnx. Raises psutil.NoSuchProcess.
+    """
+    for path in map(Path, process.cmdline()):
+        if path.stem == "model" and path.parent.name.isdecimal():
+            return path.parts[-3]
     return process.name()
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.fuzz.messages import Request
+from benchmarks.fuzz.messages import INT64, Request
 
-INT64 = 2**63 - 1
 MOST_SPELLED = 2**23
 """Elements of a shape with values in JSON: Triton 2.51 first allocates what the shape says."""
 STRINGS = ("image_id", "masks")

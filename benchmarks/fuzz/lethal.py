@@ -5,11 +5,11 @@ SECURITY.md has the table. A newer Triton (`python -m server` finds it on the PA
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import typer
@@ -36,33 +36,32 @@ Attempt = tuple[str, Callable[[Fuzzer], Answer]]
 MEGABYTES = 600
 FORM_BYTES = 10 * 2**20
 """What curl sends as a form unless told otherwise; the stack of the thread that reads it has 8."""
+DYING_SECONDS = 1.0
+"""How long after its sockets closed tritonserver may pass for alive."""
 
 console = Console(highlight=False)
 
 
-def main(
-    repository: Annotated[
-        Path | None, typer.Option(help="A model repository; the demo model's is built without.")
-    ] = None,
-) -> None:
+def main() -> None:
     """Try what is known to end tritonserver 2.51 or its decoder."""
-    built = repository or artifacts.demo(progress=console.print).repository
+    built = artifacts.demo(progress=console.print).repository
     for name, send in attempts():
         with TritonServer(built) as server:
             console.print(f"{name}: {_try(server, send)}", markup=False)
 
 
 def _try(server: TritonServer, send: Callable[[Fuzzer], Answer]) -> str:
-    fuzzer, before = Fuzzer(server), Census.of(server.pid)
-    answer = send(fuzzer)
-    if not is_alive(server.pid):
-        return f"tritonserver ended ({answer.code})"
-    try:
-        fuzzer.canary.sing()
-    except RuntimeError:
-        return f"a model's process ended ({answer.code} {answer.text})"
-    grown = (Census.of(server.pid).private - before.private) / 2**20
-    fuzzer.close()
+    with closing(Fuzzer(server)) as fuzzer:
+        before = Census.of(server.pid)
+        answer = send(fuzzer)
+        try:
+            fuzzer.canary.sing()
+        except RuntimeError:
+            time.sleep(DYING_SECONDS)
+            if not is_alive(server.pid):
+                return f"tritonserver ended ({answer.code})"
+            return f"a model's process ended ({answer.code} {answer.text})"
+        grown = (Census.of(server.pid).private - before.private) / 2**20
     return f"borne ({answer.code} {answer.text[:80]}), grown by {grown:.0f} MiB"
 
 

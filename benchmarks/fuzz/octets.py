@@ -91,10 +91,10 @@ class Corpus:
         return cls((click,) * 8 + (finished,) * 5 + (file,) * 2 + (whole,))
 
 
-def mutated(data: bytes, rng: random.Random, most: int = 3) -> bytes:
+def mutated(data: bytes, rng: random.Random) -> bytes:
     """With a few octets flipped, replaced, removed, repeated or put elsewhere."""
     octets = bytearray(data)
-    for _ in range(rng.randint(1, most)):
+    for _ in range(rng.randint(1, 3)):
         if not octets:
             break
         place, length = rng.randrange(len(octets)), rng.randint(1, 16)
@@ -121,10 +121,9 @@ def over_http(corpus: Corpus, rng: random.Random) -> Octets:
     return Octets(kind, made, framed=kind in SOUND)
 
 
-def _message(right: Request, header: bytes, data: bytes, **more: str | int) -> bytes:
+def _message(right: Request, header: bytes, data: bytes) -> bytes:
     lengths: Headers = {"Content-Length": len(header) + len(data), INFERENCE_HEADER: len(header)}
-    changed = {name.replace("_", "-"): value for name, value in more.items()}
-    return http_message(http_path(right), header + data, {**lengths, **changed})
+    return http_message(http_path(right), header + data, lengths)
 
 
 def _json_flipped(right: Request, rng: random.Random) -> bytes:
@@ -218,7 +217,7 @@ def _request_line(right: Request, rng: random.Random) -> bytes:
     if change == 0:
         method = rng.choice(METHODS).encode()
     elif change == 1:
-        path = mutated(path, rng, 3).replace(b"\n", b"")
+        path = mutated(path, rng).replace(b"\n", b"")
     elif change == 2:
         path = rng.choice(
             [b"/", b"*", b"/v2", b"//v2", path + b"?x=%00", path * 40, b"/v2/models//infer"]
@@ -289,7 +288,7 @@ def over_grpc(corpus: Corpus, rng: random.Random) -> Octets:
     start, end = sorted(rng.randrange(len(data)) for _ in range(2))
     changed = {
         "octets changed": lambda: mutated(data, rng),
-        "start changed": lambda: mutated(data[:200], rng, 3) + data[200:],
+        "start changed": lambda: mutated(data[:200], rng) + data[200:],
         "a number changed": lambda: (
             data[:start] + varint(rng.choice(NUMBERS[3:])) + data[start + 1 :]
         ),

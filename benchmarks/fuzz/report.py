@@ -8,7 +8,7 @@ from benchmarks.environment import Provenance
 from benchmarks.figures import markdown_table
 from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN
 from benchmarks.fuzz.octets import GRPC, HTTP
-from benchmarks.fuzz.run import CANARY_EVERY, CLICK_EVERY, Outcome
+from benchmarks.fuzz.run import CANARY_EVERY, CLICK_EVERY, WARM_UP, Outcome
 
 COLUMNS = (ANSWERED, IN_WORDS, CUT, SERVERS_OWN, FINDING)
 HEADER = (
@@ -30,7 +30,7 @@ def markdown(outcome: Outcome, origin: Provenance) -> str:
         (
             "## Fuzzing the served models",
             origin.markdown(),
-            f"{sent:,} requests after a warm-up of {outcome.warm_up:,}, to all models that callers "
+            f"{sent:,} requests after a warm-up of {WARM_UP:,}, to all models that callers "
             "use, on the demo model: half are right ones with faults put in by hypothesis, half "
             "right ones whose octets are changed; both at once, one of each in flight. Every "
             "answer is checked: outputs' shapes, types and ranges, or a client's error with a "

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from demo import prompts
-
 Photo = NDArray[np.uint8]
 """RGB [H, W, 3]."""
 Mask = NDArray[np.bool_]
@@ -42,6 +40,3 @@ def best(masks: NDArray[Any], scores: NDArray[np.float32]) -> Mask:
     """The candidate with the highest predicted IoU, of [3, H, W] and [3]."""
     chosen: Mask = np.asarray(masks[int(scores.argmax())]) > 0
     return chosen
-
-
-mask_iou = prompts.iou

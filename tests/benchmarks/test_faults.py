@@ -1,24 +1,30 @@
 """Counting of the fault suite, and one fault of it against a real server."""
 
+import http.server
 import re
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.environment import Provenance
-from benchmarks.faults import processes, report, scenarios
+from benchmarks.faults import files, processes, report, requests, scenarios
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Load, Outcome, judge, observe, questions
 from benchmarks.faults.relay import Relay
 from benchmarks.faults.resources import removing_regions
+from benchmarks.faults.scenarios import Fault
 from benchmarks.faults.stand import variant
 from benchmarks.faults.trial import Result, Truth, last_trouble, truth
 from benchmarks.faults.watching import Size, Slope, Verdict, slope
+from benchmarks.fuzz.census import is_alive
 from export.repository import DECODER, read_config
 from server import TritonServer
 from triton_sam3 import Client, DeadlineExceeded, Overloaded, ServerError, ServerUnreachable
@@ -84,7 +90,7 @@ def test_when_an_outage_was_last_seen(kinds: str, trouble: float) -> None:
 
 
 def verdicts(*times: float, ready: bool) -> list[Verdict]:
-    return [Verdict(time - 0.1, time, ready, "") for time in times]
+    return [Verdict(time - 0.1, time, ready) for time in times]
 
 
 def test_readiness_lies_when_it_says_yes_and_nobody_is_answered() -> None:
@@ -186,6 +192,72 @@ def test_every_fault_has_a_name_of_its_own() -> None:
     assert all(re.fullmatch("[a-z0-9-]+", name) for name in names)
 
 
+def test_a_fault_that_raises_fails_and_the_others_are_still_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_: Bench, title: str) -> Result:
+        raise LookupError(f"no tritonserver runs\n{title}")
+
+    def bear(_: Bench, title: str) -> Result:
+        return Result(title, {Kind.RIGHT: 7})
+
+    faults = [Fault("one", "the first", fail), Fault("two", "the second", bear)]
+    monkeypatch.setattr(scenarios, "every", lambda: faults)
+    told = []
+    results = scenarios.run(tmp_path, [], lambda title, result: told.append((title, result)))
+    failed, borne = results
+    assert failed.counts == {Kind.WRONG: 1}
+    assert failed.remark == "LookupError: no tritonserver runs the first"
+    assert borne.counts == {Kind.RIGHT: 7}
+    assert [title for title, _ in told] == ["the first"] * 2 + ["the second"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [([], "not seen"), ([0, 0], "not seen"), ([90, 101, 90], "101 bytes of images kept")],
+)
+def test_kept_images_beyond_their_bound_or_never_seen_are_a_failure(
+    kept: list[int], words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        requests.told_of_kept(kept, 100)
+    assert requests.told_of_kept([90, 100], 100) == "at most 100 of 100 bytes kept"
+
+
+@pytest.mark.parametrize(("name", "kept"), [("sam3_kept_images_bytes", 90), ("renamed", None)])
+def test_only_what_the_decoder_says_is_a_sample(name: str, kept: int | None) -> None:
+    class Metrics(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f'{name}{{model="sam3_prompt_decoder"}} 90.0\n'.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    samples: list[int] = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as metrics:
+        threading.Thread(target=metrics.serve_forever, daemon=True).start()
+        stand: Any = SimpleNamespace(
+            container=SimpleNamespace(metrics_port=metrics.server_address[1])
+        )
+        requests._sample(stand, samples, 0.1)
+        metrics.shutdown()
+    assert samples == ([] if kept is None else [kept])
+
+
+def test_a_refused_export_is_no_verdict_of_readiness(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refused = subprocess.CompletedProcess((), 2, "", "This is a checkpoint of SAM 3.1.")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: refused)
+    with Bench(tmp_path, tmp_path) as bench:
+        result = files.wrong_generation(bench, "another generation")
+    assert result.counts[Kind.CLEAR] == 1
+    assert result.noticed is None
+    assert result.remark == "exit status 2 after 0 s: This is a checkpoint of SAM 3.1."
+
+
 def test_the_load_would_notice_a_mix_up(server: TritonServer) -> None:
     """With another picture's mask for the right one."""
     with Client(server.grpc_url) as client:
@@ -210,7 +282,7 @@ def test_a_killed_decoder_is_brought_back(repository: Path, tmp_path: Path) -> N
     assert result.noticed is not None
     assert result.recovered is not None
     assert family
-    assert not any(process.runs for process in family)  # nothing is left behind
+    assert not any(is_alive(process.pid) for process in family)  # nothing is left behind
 
 
 def test_what_libfaketime_leaves_is_taken_away_and_nothing_of_others(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +16,20 @@ import numpy as np
 import pytest
 
 from benchmarks.environment import Provenance
-from benchmarks.fuzz.canary import WrongAnswer
+from benchmarks.fuzz import __main__ as command
+from benchmarks.fuzz import lethal
+from benchmarks.fuzz.canary import Canary, WrongAnswer
 from benchmarks.fuzz.census import Census
 from benchmarks.fuzz.exchange import CLOSED, HUNG, Answer
 from benchmarks.fuzz.exclusions import is_lethal
-from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN, judge
+from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN, Verdict, judge
 from benchmarks.fuzz.messages import Request, Tensor
 from benchmarks.fuzz.octets import varint
 from benchmarks.fuzz.report import markdown
-from benchmarks.fuzz.run import Fuzzer, Outcome
+from benchmarks.fuzz.run import CLICK_EVERY, Fuzzer, Outcome
 from benchmarks.fuzz.structured import REFUSED, VALID, Case
 from benchmarks.fuzz.subject import DECODER, middle, request
-from benchmarks.fuzz.tally import Tally
+from benchmarks.fuzz.tally import RECENT, Tally
 from benchmarks.fuzz.valid import Right
 from server import TritonServer
 
@@ -32,9 +39,8 @@ SIDE = 4
 
 @pytest.fixture(scope="module")
 def fuzzer(server: TritonServer) -> Iterator[Fuzzer]:
-    started = Fuzzer(server)
-    yield started
-    started.close()
+    with closing(Fuzzer(server)) as started:
+        yield started
 
 
 def test_every_answer_is_masks_or_a_refusal(fuzzer: Fuzzer, server: TritonServer) -> None:
@@ -60,6 +66,85 @@ def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> No
     fuzzer.canary._expected[0] = masks, scores + 1e-6
     fuzzer.canary.sing()
     fuzzer.canary._expected[0] = first
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    """Have the canary's click fail the time after so many, and never again."""
+    asked = count()
+
+    def click(_: Canary) -> None:
+        if next(asked) == last:
+            raise WrongAnswer("another mask")
+
+    monkeypatch.setattr(Canary, "click", click)
+
+
+def test_the_first_failure_ends_both_halves(
+    server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As itself, though hypothesis tries the case again and the canary is not asked beside it."""
+    fail_at(monkeypatch, last=2)
+    with closing(Fuzzer(server)) as fuzzer:
+        with pytest.raises(WrongAnswer, match="another mask"):
+            fuzzer.run(4000, 1)
+        sent = list(fuzzer.tally.recent)
+        assert 2 * CLICK_EVERY <= fuzzer.tally.sent < 2000  # not even one half
+        with pytest.raises(WrongAnswer):
+            fuzzer.octets(5, 1)
+        assert list(fuzzer.tally.recent) == sent
+
+
+@pytest.mark.parametrize("error", [WrongAnswer("another mask"), KeyError("of the fuzzer's own")])
+def test_whatever_ends_a_run_the_requests_before_it_are_kept(
+    server: TritonServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def fail(fuzzer: Fuzzer, *_: object) -> Outcome:
+        fuzzer.octets(RECENT + 2, 0)
+        raise error
+
+    monkeypatch.setattr(command, "fuzz", fail)
+    monkeypatch.setattr(command, "FINDINGS", tmp_path / "findings.jsonl")
+    with pytest.raises(type(error)):
+        command._fuzz(server, 4, 0)
+    kept = [json.loads(line) for line in command.FINDINGS.read_text().splitlines()]
+    assert len(kept) == RECENT
+    assert {one["reason"] for one in kept} == {"sent before the failure"}
+
+
+def test_every_request_has_a_number_of_its_own() -> None:
+    tally = Tally()
+    with ThreadPoolExecutor(2) as threads:
+        numbers = threads.map(
+            lambda _: tally.count("right", "HTTP", Verdict(ANSWERED), b""), range(2000)
+        )
+    assert sorted(numbers) == list(range(1, 2001))
+    assert tally.sent == 2000
+
+
+def test_memory_is_told_by_the_model(server: TritonServer) -> None:
+    models = {path.parents[1].name for path in server.repository.glob("*/1/model.*")}
+    assert len(models) == 4
+    assert set(Census.of(server.pid).parts) == {"tritonserver", *models}
+
+
+def test_a_server_that_takes_a_moment_to_die_is_the_one_that_ended(
+    server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = 0.0
+
+    def send(_: Fuzzer) -> Answer:
+        nonlocal died
+        died = time.monotonic() + 0.3
+        return Answer(CLOSED)
+
+    def sing(_: Canary) -> None:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(Canary, "sing", sing)
+    monkeypatch.setattr(lethal, "is_alive", lambda _: time.monotonic() < died)
+    assert lethal._try(server, send) == "tritonserver ended (closed)"
+    monkeypatch.setattr(lethal, "is_alive", lambda _: True)
+    assert lethal._try(server, send).startswith("a model's process ended")
 
 
 def result(**arrays: Any) -> Any:
@@ -172,7 +257,7 @@ def test_a_process_started_anew_is_noticed_and_written_down(tmp_path: Path) -> N
         Census(frozenset({(1, started)}), 2 * 2**20, {"tritonserver": 2**20}, 0)
         for started in (1.0, 2.0)
     ]
-    outcome = Outcome(4, 2, Tally(), marks, 0.9)
+    outcome = Outcome(4, Tally(), marks, 0.9)
     assert not outcome.same_processes
     text = markdown(outcome, Provenance("make fuzz", "abc", "a machine", "versions", "0.1"))
     assert "NOT the same" in text

@@ -13,8 +13,9 @@ import pytest
 
 from benchmarks import load, measures
 from benchmarks.artifacts import Artifacts
-from benchmarks.peers import Click, Mask, Photo, mask_iou
+from benchmarks.peers import Click, Mask, Photo
 from benchmarks.stage import AGREEMENT, IN_PROCESS, OURS, PEERS, WHOLE, Stage, load_photo, stage
+from demo.prompts import iou
 from tests.conftest import DEMO_CHECKPOINT
 
 
@@ -31,7 +32,7 @@ def test_masks_agree(everything: Stage) -> None:
         reference = everything.clicks[IN_PROCESS](*place)
         assert reference.shape == everything.photo.shape[:2]
         for name, click in everything.clicks.items():
-            assert mask_iou(click(*place), reference) >= AGREEMENT, name
+            assert iou(click(*place), reference) >= AGREEMENT, name
 
 
 def test_every_peer_is_timed_the_same_number_of_rounds(everything: Stage) -> None:
