@@ -1,8 +1,7 @@
 """What several of the client's tests compare with."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,20 +53,3 @@ def fresh(coins: NDArray[np.uint8]) -> Callable[[], NDArray[np.uint8]]:
         return coins // 2 + noise
 
     return make
-
-
-@pytest.fixture(scope="session")
-def spare_server(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonServer]:
-    """A second server, for `own_server`."""
-    log = tmp_path_factory.mktemp("spare") / "tritonserver.log"
-    with TritonServer(repository, log=log) as running:
-        yield running
-        running.kill()  # an orderly end takes seconds, and has tests of its own
-
-
-@pytest.fixture
-def own_server(spare_server: TritonServer) -> TritonServer:
-    """A server that may be stopped and restarted; it runs when the test starts."""
-    return spare_server if spare_server.is_alive() else spare_server.start()

@@ -287,18 +287,3 @@ async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pi
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         await client.segment(coins[:100], POINTS)
-
-
-async def test_a_restarted_server_goes_unnoticed(own_server: TritonServer, coins: Pixels) -> None:
-    async with (
-        AsyncClient(own_server.grpc_url) as one,
-        AsyncClient(own_server.http_url) as other,
-        one.open(coins) as view,
-        other.open(coins) as second_view,
-    ):
-        before = [await view.click(110, 80), await second_view.click(110, 80)]
-        await asyncio.to_thread(own_server.restart)
-        refined = [await view.click(60, 200), await second_view.click(60, 200)]
-        np.testing.assert_array_equal(refined[0].logits, refined[1].logits)
-        assert await view.undo() is before[0]
-        assert await second_view.undo() is before[1]

@@ -264,11 +264,16 @@ def test_an_open_image_is_asked_about_by_id_whatever_is_remembered(
     assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 4}
 
 
-def test_later_edits_of_an_array_of_the_servers_size_do_no_harm() -> None:
-    frame = np.zeros((S, S, 3), np.uint8)
-    pixels = Picture(frame).pixels(S)
-    frame[:] = 7
-    assert not pixels.any()
+@pytest.mark.parametrize("shape", [(S, S, 3), (30, 40, 3)])
+def test_later_edits_of_an_open_image_do_no_harm(hand: Hand, shape: tuple[int, ...]) -> None:
+    """Not even where the server has lost it and it is sent again."""
+    image, known = np.full(shape, 200, np.uint8), engine()
+    picture, slot = hand.drive(known.open(image))
+    image[:] = 77
+    hand.kept.clear()
+    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    sent: list[Any] = [r.inputs["image"] for r in hand.requests if "image" in r.inputs]
+    assert [np.unique(pixels).tolist() for pixels in sent] == [[200], [200]]
 
 
 def test_a_model_without_its_limits_is_none_of_ours(hand: Hand) -> None:

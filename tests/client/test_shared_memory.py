@@ -183,18 +183,6 @@ def test_what_closing_gave_up_is_taken_back_by_a_later_client_of_the_same_proces
     assert given_up not in regions(server)
 
 
-def test_a_restarted_server_gets_new_regions(own_server: TritonServer, fresh: Fresh) -> None:
-    with Client(own_server.grpc_url, shared_memory="system") as client:
-        image = fresh()
-        before = client.segment(image, POINTS)
-        own_server.kill()
-        own_server.start()
-        np.testing.assert_array_equal(client.segment(image, POINTS).logits, before.logits)
-        client.segment(fresh(), POINTS)
-        assert len(regions(own_server)) == 1
-    assert regions(own_server) == []
-
-
 @contextmanager
 def no_large_files() -> Iterator[None]:
     """No file of this process may grow beyond half a region: /dev/shm is as good as full."""

@@ -1,7 +1,6 @@
 """Clicking on an image the server keeps."""
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from server import TritonServer
 from tests.client.statistics import decodings, encodings
 from tests.client.wire import wire
-from triton_sam3 import Client, Prompt, PromptError, ServerUnreachable
+from triton_sam3 import Client, Prompt, PromptError
 
 Pixels = NDArray[np.uint8]
 Fresh = Callable[[], Pixels]
@@ -150,62 +149,3 @@ def test_a_closed_view_says_so(url: str, coins: Pixels) -> None:
             view.click(110, 80)
         with pytest.raises(PromptError, match="view is closed"):
             view.segment(points=[(110, 80)])
-
-
-def test_later_changes_to_the_callers_array_do_no_harm(own_server: TritonServer) -> None:
-    image = np.zeros((50, 60, 3), np.uint8)
-    image[10:30, 10:30] = 200
-    with Client(own_server.grpc_url) as client, client.open(image) as view:
-        before = view.click(20, 20)
-        image[:] = 77
-        own_server.kill()
-        own_server.start()
-        view.reset()
-        np.testing.assert_array_equal(view.click(20, 20).logits, before.logits)
-
-
-@pytest.mark.semantic("session", "a server killed between two clicks goes unnoticed", "equality")
-def test_a_restarted_server_goes_unnoticed(own_server: TritonServer, coins: Pixels) -> None:
-    urls = own_server.grpc_url, own_server.http_url
-    with Client(urls[0]) as one, Client(urls[1]) as other:
-        views = [client.open(coins) for client in (one, other)]
-        untouched = [[view.click(110, 80), view.click(60, 200)] for view in views]
-        for view in views:
-            view.undo()
-        own_server.kill()
-        own_server.start()
-        before = encodings(own_server)
-        for view, expected in zip(views, untouched, strict=True):
-            np.testing.assert_array_equal(view.click(60, 200).logits, expected[1].logits)
-            assert view.undo() is expected[0]
-        assert encodings(own_server) == before + 2
-        for client in (one, other):
-            client.segment(coins, points=[(110, 80)])
-        assert encodings(own_server) == before + 2
-
-
-def test_a_click_that_fails_leaves_the_object_as_it_was(
-    own_server: TritonServer, coins: Pixels
-) -> None:
-    # Tried again, because gRPC may still believe the server to be down when it is back.
-    with Client(own_server.grpc_url, retries=4) as client, client.open(coins) as view:
-        first = view.click(110, 80)
-        own_server.kill()
-        with pytest.raises(ServerUnreachable):
-            view.click(60, 200)
-        own_server.start()
-        view.click(60, 200)
-        assert view.undo() is first
-
-
-def test_a_server_that_comes_back_in_time_is_waited_for(
-    own_server: TritonServer, coins: Pixels
-) -> None:
-    with Client(own_server.grpc_url, retries=1000) as client, client.open(coins) as view:
-        own_server.kill()
-        starting = threading.Timer(1.0, own_server.start)
-        starting.start()
-        try:
-            assert len(view.click(110, 80)) == 1
-        finally:
-            starting.join()

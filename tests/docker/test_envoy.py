@@ -44,7 +44,7 @@ class Slow:
         self._grpc.start()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.http_port = int(self._server.server_address[1])
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
         self._grpc.stop(None)

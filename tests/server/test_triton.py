@@ -94,11 +94,10 @@ def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> Non
     assert process.memory_full_info().uss - before < 48 * 2**20
 
 
-def test_a_callers_own_word_on_memory_counts(tmp_path: Path) -> None:
-    tiny.add_plus_one(tmp_path)
+def test_a_callers_own_word_on_memory_counts(working: Path, start: Start) -> None:
     name, other = next(iter(MEMORY)), "65536"
-    with TritonServer(tmp_path, env={name: other}) as server:
-        environment = psutil.Process(server.pid).environ()
+    server = start(working, env={name: other})
+    environment = psutil.Process(server.pid).environ()
     assert environment.items() >= {**MEMORY, name: other}.items()
 
 
