@@ -17,6 +17,7 @@ import cv2
 import psutil
 import pytest
 
+from demo import __main__ as program
 from demo.__main__ import OUTPUT
 from server.keeper import SHARED_MEMORY
 from tests.conftest import ROOT
@@ -29,8 +30,7 @@ exported = sys.argv.pop()
 program._export = lambda models: shutil.copytree(exported, models)
 sys.exit(program.main())
 """
-"""The program with a copy in place of its export; a link's server would not be known by its path.
-"""
+"""The program with a copy in place of its export; by a link, its server would not be found."""
 
 
 @contextmanager
@@ -89,6 +89,19 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     for step in ("exporting", "starting", "stopping"):
         assert re.search(rf"✓ {step}.*: [\d.]+ s", said)
     assert "python -m export --checkpoint sam3.pt" in said
+
+
+def test_a_failed_export_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / OUTPUT / "models").mkdir(parents=True)
+    (tmp_path / OUTPUT / "models" / "mine").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests have their own
+    assert program.main() == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"error: {OUTPUT}/models is in the way: it holds mine")
 
 
 def test_help_starts_nothing(tmp_path: Path) -> None:
