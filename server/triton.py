@@ -120,11 +120,6 @@ class TritonServer:
         if self._family is not None:
             self._family.end(signal.SIGUSR1)
 
-    def restart(self) -> "TritonServer":
-        """Stop if running, and start on the same ports."""
-        self.stop()
-        return self.start()
-
     def wait(self) -> int:
         """Wait until tritonserver ends by itself; return its exit status."""
         return self._latest.wait()

@@ -2,6 +2,7 @@
 
 close ─► calls under way in other threads and tasks ─► each raises `closed`
 fork  ─► the child's copy ─► never used (`forked`), never destroyed
+      └► OpenCV without the threads that it believes to have
 """
 
 import asyncio
@@ -11,6 +12,8 @@ import time
 import weakref
 from collections.abc import Coroutine
 from typing import Any
+
+import cv2
 
 from .endpoint import Endpoint
 from .errors import SAM3Error, TransportError
@@ -39,6 +42,10 @@ def elsewhere(url: str) -> TransportError:
 _living: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
+_used = False
+"""Whether this process, or the one it was forked from, has ever had a client."""
+
+
 def _keep_inherited() -> None:
     """In a forked child: the parent's transports are never destroyed.
 
@@ -50,8 +57,19 @@ def _keep_inherited() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(transport))
 
 
+def _work_alone() -> None:
+    """In a forked child: OpenCV computes in the calling thread.
+
+    Its threads stay behind, one maybe within a lock, on which the child's first mask would wait for
+    ever. Zero, not one: that would join them.
+    """
+    if _used:
+        cv2.setNumThreads(0)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited)
+    os.register_at_fork(after_in_child=_work_alone)
 
 
 class Endable:
@@ -59,8 +77,10 @@ class Endable:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url
+        global _used  # noqa: PLW0603 - a fact of the process
         self._closed = False
         _living.add(self)
+        _used = True
 
     def failure(self, error: Exception, call: Call, started: float) -> SAM3Error:
         """The error a caller sees for `error`, raised by a call begun at `started`."""

@@ -307,6 +307,33 @@ def test_closing_ends_what_other_threads_have_under_way(
     assert regions(server) == []
 
 
+FORKED = """
+import os
+import cv2
+import triton_sam3
+cv2.setNumThreads(3)
+def threads():
+    read, write = os.pipe()
+    if not os.fork():
+        os.write(write, bytes([cv2.getNumThreads()]))
+        os._exit(0)
+    return os.read(read, 1)[0]
+before = threads()
+triton_sam3.Client({url!r}).close()
+print(before, threads(), cv2.getNumThreads())
+"""
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_a_forked_child_waits_for_no_thread_of_opencv_that_its_parent_had(url: str) -> None:
+    """One of them may hold a lock at the fork, which nobody would ever give back."""
+    script = FORKED.format(url=url)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stdout.split(), done.stderr) == (["3", "1", "3"], "")
+
+
 FORKING = """
 import os, signal, sys
 import numpy as np

@@ -155,7 +155,7 @@ def test_a_killed_tritonserver_takes_its_stubs_along(working: Path, start: Start
     assert server.wait() == 128 + signal.SIGKILL
     assert not server.is_alive()
 
-    server.restart()
+    server.start()
     assert urls == (server.http_url, server.grpc_url, server.metrics_url)
     assert plus_one(server) == [2, 3, 4]
 
