@@ -2,11 +2,12 @@
 
 close ─► calls under way in other threads and tasks ─► each raises `closed`
 fork  ─► the child's copy ─► never used (`forked`), never destroyed
-      └► OpenCV without the threads that it believes to have
+      └► OpenCV without its threads, which stayed behind
 """
 
 import asyncio
 import ctypes
+import functools
 import os
 import time
 import weakref
@@ -42,10 +43,6 @@ def elsewhere(url: str) -> TransportError:
 _living: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-_used = False
-"""Whether this process, or the one it was forked from, has ever had a client."""
-
-
 def _keep_inherited() -> None:
     """In a forked child: the parent's transports are never destroyed.
 
@@ -57,19 +54,17 @@ def _keep_inherited() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(transport))
 
 
-def _work_alone() -> None:
-    """In a forked child: OpenCV computes in the calling thread.
+@functools.cache
+def _guard_forks() -> None:
+    """Once, with the process's first client: what its forked children do as they begin.
 
-    Its threads stay behind, one maybe within a lock, on which the child's first mask would wait for
-    ever. Zero, not one: that would join them.
+    OpenCV's threads are not there either, and one may have held a lock at the fork, on which the
+    child's first mask would wait for ever: so it computes in the calling thread. Zero, not one:
+    that would join them.
     """
-    if _used:
-        cv2.setNumThreads(0)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_inherited)
-    os.register_at_fork(after_in_child=_work_alone)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_keep_inherited)
+        os.register_at_fork(after_in_child=functools.partial(cv2.setNumThreads, 0))
 
 
 class Endable:
@@ -77,10 +72,9 @@ class Endable:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._url = endpoint.url
-        global _used  # noqa: PLW0603 - a fact of the process
         self._closed = False
         _living.add(self)
-        _used = True
+        _guard_forks()
 
     def failure(self, error: Exception, call: Call, started: float) -> SAM3Error:
         """The error a caller sees for `error`, raised by a call begun at `started`."""
