@@ -9,9 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,7 +22,9 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks import perf_analyzer
 from server import TritonServer
+from tests.client.test_shared_memory import regions
 from tests.conftest import DEMO_CHECKPOINT, ROOT
+from tests.server.tiny import wait_for
 
 README = (ROOT / "README.md").read_text()
 TOOLS = Path(sys.executable).parent
@@ -38,7 +40,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer) -> Iterator[Path]:
     """A folder with what a reader would have: a photo and a checkpoint."""
     photo = cv2.cvtColor(skimage.data.coffee(), cv2.COLOR_RGB2BGR)
     cv2.imwrite(str(tmp_path / "photo.jpg"), photo)
@@ -47,7 +49,18 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer) 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TRITON_SAM3_URL", server.grpc_url)
     monkeypatch.setenv("TRITON_SAM3_HTTP_URL", server.http_url)
-    return tmp_path
+    yield tmp_path
+    assert wait_for(partial(gives_up_regions, server), seconds=10)
+
+
+def gives_up_regions(server: TritonServer) -> bool:
+    """perf_analyzer has left some to a busy server once; other tests count them."""
+    with (
+        tritonclient.grpc.InferenceServerClient(server.grpc_url.split("//")[1]) as client,
+        suppress(InferenceServerException),  # in use until its request ends
+    ):
+        client.unregister_system_shared_memory()
+    return not regions(server)
 
 
 def test_client_code_runs_as_written(desk: Path, server: TritonServer) -> None:
@@ -96,21 +109,7 @@ def analyze(words: list[str]) -> None:
     except perf_analyzer.PerfAnalyzerError as error:
         pytest.skip(f"no perf_analyzer: {error}")
     few = ["-p", "500", "-s", "999"]  # however steady; the machine may be busy
-    try:
-        assert "Request concurrency: 1" in analyzer.run([*_here(words[1:]), *few])
-    finally:
-        _take_regions_back()
-
-
-def _take_regions_back(within: float = 10) -> None:
-    """perf_analyzer has left its regions to a busy server once, and other tests count them."""
-    deadline = time.monotonic() + within
-    address = os.environ["TRITON_SAM3_URL"].split("//")[1]
-    with tritonclient.grpc.InferenceServerClient(address) as client:
-        while client.get_system_shared_memory_status().regions and time.monotonic() < deadline:
-            with suppress(InferenceServerException):  # in use until its request ends
-                client.unregister_system_shared_memory()
-            time.sleep(0.01)
+    assert "Request concurrency: 1" in analyzer.run([*_here(words[1:]), *few])
 
 
 def _here(words: list[str]) -> list[str]:
