@@ -15,7 +15,8 @@ from pathlib import Path
 
 import environment  # noqa: F401 - before torch, as the served decoder does
 import torch
-from decoder import Decoder, Job
+from decoder import Decoder
+from jobs import Job
 from prompts import Limits, parse_prompts
 from store import Features, ImageStore
 from torch import Tensor

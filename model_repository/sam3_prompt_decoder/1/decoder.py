@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jobs import Answers, Job, Launch, Masks
 from memory import keep_freed_memory
 from numpy.typing import NDArray
 from program import Program, ProgramError, bind, first_line, load_program
@@ -26,9 +24,6 @@ from store import Features
 from torch import Tensor
 from workers import Workers
 
-LOGIT_LIMIT = 32.0
-"""Returned logits are clamped to ±32, as Meta's predictor does."""
-
 CPU_LAUNCH_ROWS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
 
@@ -37,34 +32,6 @@ GPU_LAUNCH_OBJECTS = 64
 REPLAY_TOLERANCE = 1e-4
 """Of the masks' size (L2). Sums in another order cost a fifth of it; another click, on random
 embeddings, twice as much with the demo model and 2,000 times at full size."""
-
-Launch = list[tuple[int, int]]
-"""Objects that run together, all of one token count: the job's and the object's number."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """The objects of one image and what to answer about them."""
-
-    features: Features
-    objects: Sequence[ObjectPrompt]
-    multimask_output: bool = True
-    best_only: bool = False
-
-    @property
-    def candidates(self) -> int:
-        """K: how many masks each object gets."""
-        return 3 if self.multimask_output and not self.best_only else 1
-
-
-@dataclass(frozen=True)
-class Masks:
-    """A job's answer, in host memory: whoever asks is there."""
-
-    low_res_masks: Tensor
-    """FP16 [N, K, M, M]"""
-    iou_predictions: Tensor
-    """FP32 [N, K]"""
 
 
 class Decoder:
@@ -87,7 +54,7 @@ class Decoder:
             keep_freed_memory()
         else:
             torch.cuda.set_device(self.device)  # recording and DLPack take the current one
-            # An answer's sums, on the host: waking others for them took 1.7 ms, on one 0.13.
+            # A mask prompt's sum, on the host: waking others for it took 1.7 ms, on one 0.13.
             torch.set_num_threads(1)
         self.launches = 0
         """How often the program has run."""
@@ -143,25 +110,11 @@ class Decoder:
 
         An object's mask does not depend on its company, but for the order of a launch's sums.
         """
-        answers = [self._empty_answer(job) for job in jobs]
+        answers = Answers(jobs, self.device)
         for launch, (logits, ious) in self._run_all(jobs):
             self.launches += 1
-            row = 0
-            for j, members in groupby(launch, key=itemgetter(0)):
-                objects = [n for _, n in members]
-                rows = slice(row, row + len(objects))
-                row = rows.stop
-                masks, scores = _choose(jobs[j], logits[rows], ious[rows])
-                where = _selection(objects)
-                answers[j].low_res_masks[where] = masks.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT).half()
-                answers[j].iou_predictions[where] = scores
-        return answers if self.device.type == "cpu" else self._to_host(answers)
-
-    def _to_host(self, answers: list[Masks]) -> list[Masks]:
-        """All of them at once, after which the device is done with what it was asked."""
-        moved = [Masks(_pinned(a.low_res_masks), _pinned(a.iou_predictions)) for a in answers]
-        torch.cuda.current_stream(self.device).synchronize()
-        return moved
+            answers.put(launch, logits, ious)
+        return answers.by_job()
 
     def _run_all(self, jobs: Sequence[Job]) -> Iterator[tuple[Launch, tuple[Tensor, Tensor]]]:
         """Each launch with its masks; side by side on a CPU.
@@ -219,14 +172,6 @@ class Decoder:
         """On the device, which is not waited for: what it still does is of earlier launches."""
         return tensor.to(self.device, non_blocking=True)
 
-    def _empty_answer(self, job: Job) -> Masks:
-        objects, candidates = len(job.objects), job.candidates
-        size = job.features.high_res_feats_0.shape[-1]
-        return Masks(
-            torch.empty((objects, candidates, size, size), dtype=torch.float16, device=self.device),
-            torch.empty((objects, candidates), dtype=torch.float32, device=self.device),
-        )
-
 
 def _numbered(device: torch.device) -> torch.device:
     """A GPU with its number, as its tensors name it: nothing else is equal to their device."""
@@ -249,12 +194,6 @@ def _rows(features: Features) -> int:
     return features.image_embed[0].numel()
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in host memory that the device writes by itself; there once it was waited for."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
 def _click(place: float, points: int = 1, mask: Tensor | None = None) -> ObjectPrompt:
     """On the diagonal, at a fraction of both sides."""
     coords = np.array([[place, place]] * points + [[0, 0]], dtype=np.float32)
@@ -274,20 +213,3 @@ def _gather(features: list[Features]) -> Features:
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     """[C, H, W] each → [N, C, H, W], in memory with channels last, as kept images are."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-
-
-def _choose(job: Job, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
-    """What a job asked for of the program's four masks of each object (see export/decoder.py)."""
-    if not job.multimask_output:
-        return logits[:, :1], ious[:, :1]
-    if job.best_only:
-        best = 1 + ious[:, 1:].argmax(dim=1, keepdim=True)
-        rows = torch.arange(len(ious), device=ious.device).unsqueeze(1)
-        return logits[rows, best], ious[rows, best]
-    return logits[:, 1:], ious[:, 1:]
-
-
-def _selection(objects: list[int]) -> slice | list[int]:
-    """Objects as an index; neighbours, the usual case, as a slice, which needs no copy."""
-    first, last = objects[0], objects[-1]
-    return slice(first, last + 1) if last - first + 1 == len(objects) else objects

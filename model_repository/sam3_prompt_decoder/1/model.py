@@ -17,7 +17,8 @@ from typing import Any
 import environment  # noqa: F401 - before torch
 import torch
 import triton_python_backend_utils as pb_utils
-from decoder import Decoder, Masks
+from decoder import Decoder
+from jobs import Masks
 from metrics import Metrics
 from program import ProgramError
 from prompts import InvalidPrompt

@@ -55,10 +55,15 @@ def parse_prompts(
         InvalidPrompt: with a sentence that says what is wrong and what is accepted.
     """
     _check_shapes(coords, labels, masks, limits)
-    _check_values(coords, labels)
+    # A click that is right, by its extremes: in half the time that looking at each token takes.
+    lowest, highest = (labels.min(), labels.max()) if labels.size else (PADDING, PADDING)
+    if not (lowest >= NEGATIVE and highest <= POSITIVE and _inside(coords)):
+        _check_tokens(coords, labels)
     has_mask = _check_masks(masks, len(labels))
-    _check_objects(labels, has_mask)
-    coords, labels, counts = _complete(coords, labels)
+    if lowest == PADDING:
+        _check_objects(labels, has_mask)
+    coords, labels = _with_one_more(coords, labels)
+    counts = _counts(labels) if lowest == PADDING else [slice(None)] * len(labels)
     return [
         ObjectPrompt(
             coords[n][counts[n]],
@@ -69,19 +74,23 @@ def parse_prompts(
     ]
 
 
-def _complete(
+def _with_one_more(
     coords: NDArray[np.float32], labels: NDArray[np.int32]
-) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.bool_]]:
-    """One token more for each object, and which of them count: all but the padding.
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """With the not-a-point token that SAM adds where there is a point or a box."""
+    objects, tokens = labels.shape
+    more_coords = np.zeros((objects, tokens + 1, 2), np.float32)
+    more_labels = np.full((objects, tokens + 1), PADDING, np.int32)
+    more_coords[:, :-1] = coords
+    more_labels[:, :-1] = labels
+    return more_coords, more_labels
 
-    The last one is the not-a-point token that SAM adds where there is a point or a box.
-    """
-    objects = len(labels)
-    coords = np.concatenate((coords, np.zeros((objects, 1, 2), np.float32)), axis=1)
-    labels = np.concatenate((labels, np.full((objects, 1), PADDING, np.int32)), axis=1)
-    counts = labels != PADDING
+
+def _counts(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which tokens count: all but the padding, and the last one where there is another."""
+    counts: NDArray[np.bool_] = labels != PADDING
     counts[:, -1] = counts.any(axis=1)
-    return coords, labels, counts
+    return counts
 
 
 def _check_shapes(
@@ -116,7 +125,11 @@ def _check_shapes(
         )
 
 
-def _check_values(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
+def _inside(coords: NDArray[np.float32]) -> bool:
+    return bool(coords.min() >= 0 and coords.max() <= 1)  # neither is true of NaN
+
+
+def _check_tokens(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
     _refuse_first(
         (labels < PADDING) | (labels > BOX_BOTTOM_RIGHT),
         lambda n, p: (
@@ -124,17 +137,13 @@ def _check_values(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> Non
             "0 (negative point), 2 and 3 (a box's top-left and bottom-right corner), -1 (padding)"
         ),
     )
-    outside = ~((coords >= 0) & (coords <= 1)).all(axis=-1) & (labels != PADDING)
     _refuse_first(
-        outside,
+        ~((coords >= 0) & (coords <= 1)).all(axis=-1) & (labels != PADDING),
         lambda n, p: (
             f"point_coords[{n}, {p}] is ({coords[n, p, 0]:g}, {coords[n, p, 1]:g}); x and y must "
             "be finite fractions of the image's width and height, from 0 to 1"
         ),
     )
-
-
-def _check_objects(labels: NDArray[np.int32], has_mask: NDArray[np.bool_]) -> None:
     corners = [(labels == label).sum(axis=1) for label in (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)]
     _refuse_first(
         (corners[0] != corners[1]) | (corners[0] > 1),
@@ -143,6 +152,9 @@ def _check_objects(labels: NDArray[np.int32], has_mask: NDArray[np.bool_]) -> No
             "(label 3) box corners; an object has one box, with both corners, or none"
         ),
     )
+
+
+def _check_objects(labels: NDArray[np.int32], has_mask: NDArray[np.bool_]) -> None:
     _refuse_first(
         (labels == PADDING).all(axis=1) & ~has_mask,
         lambda n: f"object {n} has neither a point nor a box nor a mask; give it at least one",

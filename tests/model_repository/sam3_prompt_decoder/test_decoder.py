@@ -13,15 +13,8 @@ import decoder as reader
 import numpy as np
 import pytest
 import torch
-from decoder import (
-    LOGIT_LIMIT,
-    REPLAY_TOLERANCE,
-    Decoder,
-    Job,
-    Masks,
-    _check_same,
-    _gather,
-)
+from decoder import REPLAY_TOLERANCE, Decoder, _check_same, _gather
+from jobs import LOGIT_LIMIT, Job, Masks
 from numpy.typing import NDArray
 from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder import Decoder, Job, _check_same
+from decoder import Decoder, _check_same
+from jobs import Job
 from prompts import ObjectPrompt
 from replay import MAX_TOKENS, ClickReplay
 from store import Features
