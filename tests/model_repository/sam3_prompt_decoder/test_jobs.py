@@ -62,15 +62,9 @@ def test_a_job_reads_its_own(size: int, order: str) -> None:
 
 
 def test_logits_are_clamped() -> None:
+    values = torch.tensor([-1e9, torch.inf, -torch.inf, 1.0])
     answers = Answers([job(1)], CPU)
-    answers.put(
-        [(0, 0)],
-        torch.tensor([-1e9, torch.inf, -torch.inf, 1])
-        .view(1, 4, 1, 1)
-        .expand(-1, -1, M, M)
-        .clone(),
-        torch.zeros(1, 4),
-    )
+    answers.put([(0, 0)], values.view(1, 4, 1, 1).repeat(1, 1, M, M), torch.zeros(1, 4))
     (masks,) = answers.by_job()
     assert masks.is_finite
     assert masks.low_res_masks[0, :, 0, 0].tolist() == [LOGIT_LIMIT, -LOGIT_LIMIT, 1]
