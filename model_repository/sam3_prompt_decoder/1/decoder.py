@@ -19,7 +19,7 @@ from memory import keep_freed_memory
 from numpy.typing import NDArray
 from program import Program, ProgramError, bind, first_line, load_program
 from prompts import PADDING, POSITIVE, ObjectPrompt
-from replay import MAX_TOKENS, ClickReplay
+from replay import ClickReplay
 from store import Features
 from torch import Tensor
 from workers import Workers
@@ -28,6 +28,12 @@ CPU_LAUNCH_ROWS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
 
 GPU_LAUNCH_OBJECTS = 64
+
+REPLAYED_TOKENS = 16
+"""Of one object, replayed by itself."""
+
+REPLAYED_OBJECTS, REPLAYED_OBJECTS_TOKENS = 8, 4
+"""Replayed together: what Triton merges of callers who click at the same time."""
 
 REPLAY_TOLERANCE = 1e-4
 """Of the masks' size (L2). Sums in another order cost a fifth of it; another click, on random
@@ -67,8 +73,7 @@ class Decoder:
         Later calls leave the shapes to Triton, which holds requests to the config. Raises
         `ProgramError` when program and config do not fit together.
         """
-        made = (torch.randn(shapes[name], device=self.device) for name in Features._fields)
-        image = Features(*made).own()  # as a click finds it
+        image = self._random_image(shapes)
         try:
             self.decode([Job(image, [_click(0.5)])])
         except Exception as error:  # torch's guards and kernels share no exception
@@ -78,31 +83,45 @@ class Decoder:
             ) from error
         self._program = self._unchecked
         if self.device.type == "cuda":
-            self._replay_clicks(image)
+            self._replay_clicks(image, self._random_image(shapes))
 
-    def _replay_clicks(self, image: Features) -> None:
+    def _random_image(self, shapes: Mapping[str, tuple[int, ...]]) -> Features:
+        """As a click finds it."""
+        made = (torch.randn(shapes[name], device=self.device) for name in Features._fields)
+        return Features(*made).own()
+
+    def _replay_clicks(self, image: Features, other: Features) -> None:
         """Replay clicks from now on, if that gives the masks that the program gives.
 
-        All of them are recorded here, so that nobody waits for it.
+        All of them are recorded here, so that nobody waits for it. What refuses those that are
+        merged leaves those that come by themselves.
         """
         side = image.high_res_feats_0.shape[-1]
         earlier = torch.zeros((side, side), dtype=torch.float16, device=self.device)
-        mask_only = ObjectPrompt(np.empty((0, 2), np.float32), np.empty(0, np.int32), earlier)
-        shapes = [_click(0.5, n, mask) for n in range(1, MAX_TOKENS) for mask in (None, earlier)]
-        elsewhere = [_click(0.25), _click(0.75)]
-        clicks = [Job(image, [click]) for click in (mask_only, *shapes, *elsewhere)]
-        expected = [self.decode([click]) for click in clicks]
-        self._program = replay = ClickReplay(self._unchecked)
+        refusals = {
+            "clicks": self._replay(_clicks(image, earlier)),
+            "merged clicks": self._replay(_merged_clicks(image, other, earlier)),
+        }
+        self.remark = "; ".join(
+            f"{what} are not replayed, which makes them slower: {why}"
+            for what, why in refusals.items()
+            if why
+        )
+
+    def _replay(self, clicks: Sequence[Sequence[Job]]) -> str:
+        """Replay from now on what has these shapes; say why not, where that is so."""
+        expected = [self.decode(jobs) for jobs in clicks]
+        before = self._program
+        self._program = replay = ClickReplay(before)
         try:
-            for click, (masks,) in zip(clicks, expected, strict=True):
-                (replayed,) = self.decode([click])
-                _check_same(replayed.low_res_masks, masks.low_res_masks)
+            for jobs, answers in zip(clicks, expected, strict=True):
+                for ours, theirs in zip(self.decode(jobs), answers, strict=True):
+                    _check_same(ours.low_res_masks, theirs.low_res_masks)
         except RuntimeError as error:
-            self._program = self._unchecked
-            replay.refusal = first_line(error)
+            self._program = before
+            return first_line(error)
         replay.records = False
-        if replay.refusal:
-            self.remark = f"clicks are not replayed, which makes them slower: {replay.refusal}"
+        return replay.refusal
 
     @torch.inference_mode()
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
@@ -199,6 +218,33 @@ def _click(place: float, points: int = 1, mask: Tensor | None = None) -> ObjectP
     coords = np.array([[place, place]] * points + [[0, 0]], dtype=np.float32)
     labels = np.array([POSITIVE] * points + [PADDING], dtype=np.int32)
     return ObjectPrompt(coords, labels, mask)
+
+
+def _clicks(image: Features, earlier: Tensor) -> list[list[Job]]:
+    """One of each shape that comes by itself, with an earlier mask and without; and two elsewhere,
+    which what was recorded is to follow.
+    """
+    mask_only = ObjectPrompt(np.empty((0, 2), np.float32), np.empty(0, np.int32), earlier)
+    points = range(1, REPLAYED_TOKENS)
+    shapes = [_click(0.5, count, mask) for count in points for mask in (None, earlier)]
+    clicks = [mask_only, *shapes, _click(0.25), _click(0.75)]
+    return [[Job(image, [click])] for click in clicks]
+
+
+def _merged_clicks(image: Features, other: Features, earlier: Tensor) -> list[list[Job]]:
+    """Clicks of several callers in each shape, the most first, whose room the others use too;
+    and once more in another order.
+    """
+    merged = [
+        [
+            Job((image, other)[n % 2], [_click((n + 1) / (objects + 1), points, mask)])
+            for n in range(objects)
+        ]
+        for objects in range(REPLAYED_OBJECTS, 1, -1)
+        for points in range(1, REPLAYED_OBJECTS_TOKENS)
+        for mask in (None, earlier)
+    ]
+    return [*merged, merged[0][::-1]]
 
 
 def _gather(features: list[Features]) -> Features:

@@ -1,8 +1,8 @@
-"""A click on a GPU as one launch: starting its kernels one by one takes longer than they do.
+"""Clicks on a GPU as one launch: starting their kernels one by one takes longer than they do.
 
-The first click of each shape is recorded as a CUDA graph, as long as that is wanted; later ones are
-copied into what was recorded and replayed. What is no click (several objects, many tokens) runs as
-it is: there the kernels' own time counts.
+Each shape that is wanted is recorded once as a CUDA graph; what comes later in such a shape is
+copied into what was recorded and replayed. Everything else (many objects, many tokens) runs as it
+is: there the kernels' own time counts.
 """
 
 from __future__ import annotations
@@ -10,36 +10,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from program import Program
+from program import Program, first_line
 from store import Features
 from torch import Tensor
 
-MAX_TOKENS = 16
 WARM_UP_RUNS = 3
 """Before recording: cuBLAS and cuDNN choose and allocate then."""
 
 
 class ClickReplay:
-    """A program, replayed where its inputs are one object's; called as the program is.
+    """A program, replayed where its inputs have shapes it had while `records` was true.
 
-    What it returns is overwritten by the next call.
+    It is called as the program is. What it returns is overwritten by the next call.
     """
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._recordings: dict[tuple[torch.Size, ...], Program] = {}
-        self._image: dict[str, Tensor] = {}
+        self._images: dict[str, Tensor] = {}
         # One for all: an answer is copied before the next replay may write over it.
         self._pool = torch.cuda.graph_pool_handle()
         self.records = True
         """Whether shapes not seen before are recorded, for which everyone at work has to wait."""
         self.refusal = ""
-        """Why clicks of some shape run as they are."""
+        """Why what has some shape runs as it is."""
 
     def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        objects, tokens = inputs["point_labels"].shape
-        if objects > 1 or tokens > MAX_TOKENS:
-            return self._program(**inputs)
         shapes = tuple(tensor.shape for tensor in inputs.values())
         if self.records and shapes not in self._recordings:
             self._recordings[shapes] = self._record(inputs)
@@ -50,14 +46,18 @@ class ClickReplay:
         try:
             return _Recording(self._program, self._own(inputs), self._pool)
         except RuntimeError as error:
-            self.refusal = str(error).partition("\n")[0]
+            self.refusal = first_line(error)
             return self._program
 
     def _own(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies to record from; all recordings share the image's, by far the largest."""
+        """Copies to record from.
+
+        All recordings share the images', by far the largest, which the first recording is to have
+        room for.
+        """
         own = {name: tensor.clone() for name, tensor in inputs.items()}
         for name in Features._fields:
-            own[name] = self._image.setdefault(name, own[name])
+            own[name] = self._images.setdefault(name, own[name])[: len(own[name])]
         return own
 
 

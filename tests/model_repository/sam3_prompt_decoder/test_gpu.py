@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoder import Decoder, _check_same
+from decoder import REPLAYED_OBJECTS, REPLAYED_TOKENS, Decoder, _check_same
 from jobs import Job
 from prompts import ObjectPrompt
-from replay import MAX_TOKENS, ClickReplay
+from replay import ClickReplay
 from store import Features
 
 from tests.model_repository.sam3_prompt_decoder.test_decoder import (
@@ -53,9 +53,22 @@ def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
     assert isinstance(on_gpu._program, ClickReplay)
     plain = Decoder(program, GPU)
     clicks = [(1, prompt([1])), (2, prompt([1], seed=1)), (1, prompt([1], mask=1))]
-    clicks += [(3, prompt([1] * count)) for count in (3, MAX_TOKENS - 1, MAX_TOKENS)]
+    clicks += [(3, prompt([1] * count)) for count in (3, REPLAYED_TOKENS - 1, REPLAYED_TOKENS)]
     for seed, click in [*clicks, *clicks]:
         (ours,) = on_gpu.decode([_job(seed, [click], GPU)])
         (theirs,) = plain.decode([_job(seed, [click], GPU)])
         _check_same(ours.low_res_masks, theirs.low_res_masks)
         _check_same(ours.iou_predictions, theirs.iou_predictions)
+
+
+def test_merged_clicks_are_replayed_for_each_its_own(on_gpu: Decoder, program: Path) -> None:
+    plain = Decoder(program, GPU)
+    kinds = ([1], [1, 0], [2, 3])
+    for count in (REPLAYED_OBJECTS, 3, 2, REPLAYED_OBJECTS, REPLAYED_OBJECTS + 1):
+        jobs = [
+            _job(n % 3, [prompt(kinds[n % 3], mask=n if count == 3 else None, seed=n)], GPU)
+            for n in range(count)
+        ]
+        for ours, theirs in zip(on_gpu.decode(jobs), plain.decode(jobs), strict=True):
+            _check_same(ours.low_res_masks, theirs.low_res_masks)
+            _check_same(ours.iou_predictions, theirs.iou_predictions)
