@@ -119,10 +119,12 @@ def judge(
 
 @dataclass(frozen=True)
 class Caller:
-    """How one caller connects: its URL and what else `Client` takes."""
+    """How one caller connects, by its URL and what else `Client` takes, and how it goes on."""
 
     url: str
     options: dict[str, Any] = field(default_factory=dict)
+    pause: float = 0.0
+    """Seconds between an answer and the next question."""
 
 
 class Load:
@@ -181,8 +183,8 @@ class Load:
                 outcome = self._ask(client, question)
                 with self._guard:
                     self._outcomes.append(outcome)
-                if outcome.kind is not Kind.RIGHT:
-                    self._stop.wait(0.1)  # as a person would, who sees an error
+                error = 0.1 if outcome.kind is not Kind.RIGHT else 0.0  # a person stops to look
+                self._stop.wait(max(caller.pause, error))
 
     def _ask(self, client: Client, question: Question) -> Outcome:
         return observe(lambda: question.ask(client), question.mask, self._timeout, self._hidden)
