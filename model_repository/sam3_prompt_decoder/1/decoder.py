@@ -152,14 +152,20 @@ class Decoder:
             yield from zip(launches, self._workers.map(run, launches, rows), strict=True)
 
     def _launches(self, jobs: Sequence[Job]) -> Iterator[list[Launch]]:
-        """Yield, for each token count, the launches of its objects, in order."""
-        groups: dict[int, Launch] = defaultdict(list)
+        """Yield, for each kind of object, its launches, in order."""
+        groups: dict[tuple[int, bool], Launch] = defaultdict(list)
         for j, job in enumerate(jobs):
             for n, prompt in enumerate(job.objects):
-                groups[prompt.tokens].append((j, n))
+                groups[self._kind(prompt)].append((j, n))
         for members in groups.values():
             size = self._launch_size(jobs[members[0][0]].features, len(members))
             yield [members[start : start + size] for start in range(0, len(members), size)]
+
+    def _kind(self, prompt: ObjectPrompt) -> tuple[int, bool]:
+        """What the objects of a launch have in common: the token count, and on a GPU whether they
+        refine a mask, since what is replayed has masks of all or of none.
+        """
+        return prompt.tokens, self._workers is None and prompt.mask is not None
 
     def _launch_size(self, features: Features, objects: int) -> int:
         if self._workers is None:

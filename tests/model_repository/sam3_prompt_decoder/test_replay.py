@@ -122,6 +122,15 @@ def test_boxes_of_one_image_are_replayed_too(replaying: Decoder, plain: Decoder)
     assert Recording.replayed == {4: 1}
 
 
+def test_first_clicks_and_those_that_refine_a_mask_are_replayed_apart(
+    replaying: Decoder, plain: Decoder
+) -> None:
+    jobs = _jobs(3, 1) + _jobs(2, 1, masks=True)
+    for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
+        close(ours.low_res_masks, theirs.low_res_masks)
+    assert Recording.replayed == {2: 1, 3: 1}
+
+
 @pytest.mark.parametrize(
     "shape",
     [(1, REPLAYED_TOKENS), (REPLAYED_OBJECTS + 1, 1), (2, REPLAYED_OBJECTS_TOKENS), (64, 1)],
