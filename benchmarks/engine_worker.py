@@ -44,7 +44,8 @@ class Worker:
         black = torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8)
         self._features = self._embed(black).own()  # as a click finds them
         # As the server does at its start: what comes after is no longer held to the traced shapes.
-        self._decoder.check({n: tuple(t.shape) for n, t in self._features._asdict().items()})
+        shapes = {n: tuple(t.shape) for n, t in self._features._asdict().items()}
+        self._decoder.check(shapes, self._features.image_embed.dtype)
         self._limits = Limits(1024, 1024, self._features.high_res_feats_0.shape[-1])
 
     def encode(self, batch: int) -> float:
@@ -59,9 +60,11 @@ class Worker:
         # Separate tuples: images that are not one and the same to the decoder.
         jobs = [Job(Features(*self._features), prompts, best_only=True) for _ in range(images)]
         self._synchronize()
+        size = self._decoder.requests_at_once or len(jobs)
         started = time.perf_counter()
-        self._decoder.decode(jobs)
-        self._synchronize()
+        parts = [self._decoder.start(jobs[at : at + size]) for at in range(0, len(jobs), size)]
+        for part in parts:
+            part.by_job()
         return time.perf_counter() - started
 
     def keep(self, images: int) -> float:

@@ -54,7 +54,7 @@ def test_kept_images_live_in_one_process() -> None:
     assert [group.count for group in read_config(TEMPLATES, DECODER).instance_group] == [1]
 
 
-@pytest.mark.parametrize("model", [ENCODER, DECODER, ENSEMBLE])
+@pytest.mark.parametrize("model", [ENCODER, ENSEMBLE])
 def test_batches_are_as_large_as_the_graphs(model: str) -> None:
     assert read_config(TEMPLATES, model).max_batch_size == MAX_BATCH
 

@@ -1,7 +1,8 @@
 """What is asked of images, and room for what is answered: launches write, jobs read.
 
 Jobs that get equally many masks an object lie side by side, so that usually a launch is written
-at once, and everything goes from a GPU to the host in one piece.
+at once, and everything goes from a GPU to the host in one piece. Best masks that were replayed
+(replay.py) are answers as they come.
 """
 
 from __future__ import annotations
@@ -59,19 +60,60 @@ class Masks:
         return math.isfinite(self.sums.sum())
 
 
+class Room:
+    """Memory for the masks of a number of objects, in one piece: one copy brings it to the host."""
+
+    def __init__(self, objects: int, candidates: int, side: int, device: torch.device) -> None:
+        self._shape = (objects, candidates, side)
+        words = objects * (candidates + 1)
+        size = 4 * words + 2 * objects * candidates * side**2
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.masks = self._cut(self._bytes)
+
+    def write(self, where: slice | list[int], logits: Tensor, ious: Tensor) -> None:
+        """Write into rows, clamping the logits [R, K, M, M] where they are; ious: [R, K]."""
+        clamped = logits.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+        self.masks.sums[where] = clamped.sum((1, 2, 3)) + ious.sum(1)
+        # Assigning to a slice converts as it copies; to a list of rows it does not convert.
+        narrow = clamped if isinstance(where, slice) else clamped.half()
+        self.masks.low_res_masks[where] = narrow
+        self.masks.iou_predictions[where] = ious
+
+    def on_host(self) -> Masks:
+        """A copy of what was written; there once the device was waited for."""
+        room = self._bytes
+        host = torch.empty(room.shape, dtype=room.dtype, pin_memory=room.is_cuda)
+        return self._cut(host.copy_(room, non_blocking=True))
+
+    def _cut(self, room: Tensor) -> Masks:
+        objects, candidates, side = self._shape
+        ious, sums, masks = room.tensor_split(
+            [4 * objects * candidates, 4 * objects * (candidates + 1)]
+        )
+        return Masks(
+            masks.view(torch.float16).view(objects, candidates, side, side),
+            ious.view(torch.float32).view(objects, candidates),
+            sums.view(torch.float32),
+        )
+
+
 class Answers:
-    """Masks for every object of every job, on the device until `by_job`."""
+    """Masks for every object of every job: written as they are made, read once they are there."""
 
     def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
         self._jobs = jobs
         self._device = device
         self._first: list[int] = []
         """Each job's first row in the room of its K."""
-        rows: Counter[int] = Counter()
+        self._rows: Counter[int] = Counter()
         for job in jobs:
-            self._first.append(rows[job.candidates])
-            rows[job.candidates] += len(job.objects)
-        self._rooms = {k: _room(count, k, jobs[0].features, device) for k, count in rows.items()}
+            self._first.append(self._rows[job.candidates])
+            self._rows[job.candidates] += len(job.objects)
+        self._rooms: dict[int, Room] = {}
+        self._by_job: dict[int, Masks] = {}
+        """Of jobs whose masks are not in a room."""
+        self._left: dict[int, Masks] = {}
+        self._arrival: torch.cuda.Event | None = None
 
     def put(self, launch: Launch, logits: Tensor, ious: Tensor) -> None:
         """Write what the jobs asked for of a launch's masks, clamping these where they are.
@@ -84,44 +126,55 @@ class Answers:
             rows = slice(row, row + len(members))
             row = rows.stop
             job = self._jobs[members[0][0]]
-            self._write(members, job.candidates, *_choose(job, logits[rows], ious[rows]))
+            where = _selection([self._first[j] + n for j, n in members])
+            self._room(job.candidates).write(where, *_choose(job, logits[rows], ious[rows]))
 
-    def _write(self, members: Launch, candidates: int, logits: Tensor, ious: Tensor) -> None:
-        where = _selection([self._first[j] + n for j, n in members])
-        room = self._rooms[candidates]
-        clamped = logits.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-        room.sums[where] = clamped.sum((1, 2, 3)) + ious.sum(1)
-        # Assigning to a slice converts as it copies; to a list of rows it does not convert.
-        room.low_res_masks[where] = clamped if isinstance(where, slice) else clamped.half()
-        room.iou_predictions[where] = ious
+    def are_best_of(self, launch: Launch) -> bool:
+        """Whether a launch's best masks answer jobs as a whole."""
+        counts = Counter(j for j, _ in launch)
+        return all(
+            self._jobs[j].best_only
+            and self._jobs[j].multimask_output
+            and count == len(self._jobs[j].objects)
+            for j, count in counts.items()
+        )
+
+    def put_best(self, launch: Launch, best: Masks) -> None:
+        """Answer with masks that are chosen already, and are host memory's own or on their way."""
+        row = 0
+        for j, members in groupby(launch, lambda member: member[0]):
+            rows = slice(row, row + len(list(members)))
+            row = rows.stop
+            self._by_job[j] = best[rows]
+
+    def leave(self) -> None:
+        """Have the device send all that was put, as soon as it is done with it."""
+        missing = {job.candidates for j, job in enumerate(self._jobs) if j not in self._by_job}
+        rooms = {candidates: self._room(candidates) for candidates in missing}
+        if self._device.type == "cpu":
+            self._left = {k: room.masks for k, room in rooms.items()}
+            return
+        self._left = {k: room.on_host() for k, room in rooms.items()}
+        self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrival.record(torch.cuda.current_stream(self._device))
 
     def by_job(self) -> list[Masks]:
         """Each job's masks, in host memory: whoever asks is there."""
-        rooms = self._rooms
-        if self._device.type != "cpu":
-            rooms = {k: _pinned(room) for k, room in rooms.items()}
-            # After this the device is done with what it was asked.
-            torch.cuda.current_stream(self._device).synchronize()
-        return [
-            rooms[job.candidates][first : first + len(job.objects)]
-            for job, first in zip(self._jobs, self._first, strict=True)
-        ]
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [self._of(j) for j in range(len(self._jobs))]
 
+    def _of(self, j: int) -> Masks:
+        if j in self._by_job:
+            return self._by_job[j]
+        job, first = self._jobs[j], self._first[j]
+        return self._left[job.candidates][first : first + len(job.objects)]
 
-def _room(objects: int, candidates: int, image: Features, device: torch.device) -> Masks:
-    side = image.high_res_feats_0.shape[-1]
-    return Masks(
-        torch.empty((objects, candidates, side, side), dtype=torch.float16, device=device),
-        torch.empty((objects, candidates), device=device),
-        torch.empty(objects, device=device),
-    )
-
-
-def _pinned(masks: Masks) -> Masks:
-    """Copies in host memory that the device writes by itself; there once it was waited for."""
-    tensors = (masks.low_res_masks, masks.iou_predictions, masks.sums)
-    hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    return Masks(*(h.copy_(t, non_blocking=True) for h, t in zip(hosts, tensors, strict=True)))
+    def _room(self, candidates: int) -> Room:
+        if candidates not in self._rooms:
+            side = self._jobs[0].features.high_res_feats_0.shape[-1]
+            self._rooms[candidates] = Room(self._rows[candidates], candidates, side, self._device)
+        return self._rooms[candidates]
 
 
 def _asked(job: Job) -> tuple[bool, bool]:
@@ -132,8 +185,11 @@ def _choose(job: Job, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
     """What a job asked for of the program's four masks of each object (see export/decoder.py)."""
     if not job.multimask_output:
         return logits[:, :1], ious[:, :1]
-    if not job.best_only:
-        return logits[:, 1:], ious[:, 1:]
+    return best_of(logits, ious) if job.best_only else (logits[:, 1:], ious[:, 1:])
+
+
+def best_of(logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each object's three candidates the one with the highest score: [R, 1, M, M], [R, 1]."""
     objects, candidates = ious.shape
     best = 1 + ious[:, 1:].argmax(1) + candidates * torch.arange(objects, device=ious.device)
     # A plane at a time: `logits[object, best]` takes twice as long for one object of a 1008 model

@@ -1,6 +1,6 @@
 """The decoder as Triton runs it: loading, and answering requests together but each by itself.
 
-requests ─► wire.read_question ─► decoder.decode (all at once; one by one if that fails)
+requests ─► wire.read_question ─► decoder.start (all at once; one by one if that fails)
                  │      ▲                │
         prompts.parse_prompts   store    ▼
                                .get/.keep ◄── wire.respond ─► responses
@@ -18,7 +18,7 @@ import environment  # noqa: F401 - before torch
 import torch
 import triton_python_backend_utils as pb_utils
 from decoder import Decoder
-from jobs import Masks
+from jobs import Answers, Masks
 from metrics import Metrics
 from program import ProgramError
 from prompts import InvalidPrompt
@@ -34,6 +34,9 @@ OUT_OF_MEMORY = (
     "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
 )
 
+Decoding = list[tuple[list[int], Answers]]
+"""The numbers of questions that are decoded together, and their masks, maybe on their way."""
+
 
 class TritonPythonModel:
     """One instance of sam3_prompt_decoder."""
@@ -43,7 +46,7 @@ class TritonPythonModel:
         try:
             self._settings = Settings.of(args, json.loads(args["model_config"]))
             self._decoder = Decoder(self._settings.program, self._settings.device)
-            self._decoder.check(self._settings.feature_shapes)
+            self._decoder.check(self._settings.feature_shapes, self._settings.feature_dtype)
         except (SettingError, ProgramError) as error:
             raise pb_utils.TritonModelException(str(error)) from error
         if self._decoder.remark:
@@ -56,13 +59,14 @@ class TritonPythonModel:
         self._metrics = Metrics(self._store, labels)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request by itself: a bad one gets an error, the others their masks."""
-        answers = [_attempt(self._read, request) for request in requests]
-        questions = {i: q for i, q in enumerate(answers) if isinstance(q, Question)}
-        for i, masks in self._decode(questions).items():
-            answered = isinstance(masks, list)
-            answers[i] = _attempt(self._respond, questions[i], masks) if answered else masks
-        return answers
+        """Answer every request by itself: a bad one gets an error, the others their masks.
+
+        In parts: while a GPU decodes one, the next is read and the one before is answered.
+        """
+        size = self._decoder.requests_at_once or len(requests)
+        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
+        asked = [self._ask(part) for part in parts]
+        return [answer for part in asked for answer in self._answer(*part)]
 
     def finalize(self) -> None:
         """End the metrics' thread before Triton takes the process down."""
@@ -72,25 +76,47 @@ class TritonPythonModel:
         settings = self._settings
         return read_question(Inputs(request), self._store, settings.limits, settings.device)
 
-    def _decode(self, questions: dict[int, Question]) -> dict[int, Any]:
-        """A list of masks for every question, or the refusal of one that cannot be decoded.
+    def _ask(self, requests: Sequence[Any]) -> tuple[list[Any], Decoding]:
+        """Each request's question or refusal, and what is decoded of the questions."""
+        questions = [_attempt(self._read, request) for request in requests]
+        good = [i for i, question in enumerate(questions) if isinstance(question, Question)]
+        return questions, self._start(questions, good)
 
-        What fails together is tried again one by one: only the guilty is refused.
+    def _start(self, questions: list[Any], good: list[int]) -> Decoding:
+        """Start to decode the questions of these numbers together.
+
+        What fails together is tried again one by one: only the guilty is refused, in its place.
         """
-        try:
-            return self._decode_together(questions)
-        except Exception as error:
-            if len(questions) == 1:
-                return dict.fromkeys(questions, _explain(error))
-        # Outside of the handler, where the failure no longer holds its tensors.
-        return {i: self._decode({i: question})[i] for i, question in questions.items()}
-
-    def _decode_together(self, questions: dict[int, Question]) -> dict[int, list[Masks]]:
         start, launches = time.perf_counter(), self._decoder.launches
-        decoded = self._decoder.decode([job for q in questions.values() for job in q.jobs])
-        self._metrics.count_decoding(time.perf_counter() - start, self._decoder.launches - launches)
-        masks = iter(decoded)
-        return {i: [next(masks) for _ in question.jobs] for i, question in questions.items()}
+        try:
+            started = self._decoder.start([job for i in good for job in questions[i].jobs])
+            self._count(start, self._decoder.launches - launches)
+            return [(good, started)]
+        except Exception as error:
+            if len(good) == 1:
+                questions[good[0]] = _explain(error)
+                return []
+        # Outside of the handler, where the failure no longer holds its tensors.
+        return [one for i in good for one in self._start(questions, [i])]
+
+    def _answer(self, questions: list[Any], decoding: Decoding) -> list[Any]:
+        """The responses, in place of the questions."""
+        for good, started in decoding:
+            start = time.perf_counter()
+            try:
+                masks = iter(started.by_job())
+            except Exception as error:  # of a GPU, which fails later than it is asked
+                for i in good:
+                    questions[i] = _explain(error)
+                continue
+            self._count(start, 0)
+            for i in good:
+                own = [next(masks) for _ in questions[i].jobs]
+                questions[i] = _attempt(self._respond, questions[i], own)
+        return questions
+
+    def _count(self, start: float, launches: int) -> None:
+        self._metrics.count_decoding(time.perf_counter() - start, launches)
 
     def _respond(self, question: Question, masks: list[Masks]) -> Any:
         response = respond(question, masks, self._store)

@@ -1,15 +1,23 @@
 """Clicks on a GPU as one launch: starting their kernels one by one takes longer than they do.
 
-Each shape that is wanted is recorded once as a CUDA graph; what comes later in such a shape is
-copied into what was recorded and replayed. Everything else (many objects, many tokens) runs as it
-is: there the kernels' own time counts.
+Each shape that is wanted is recorded once as a CUDA graph, from the caller's prompts to the best
+mask of each object as it is answered; what comes later in such a shape is copied into what was
+recorded and replayed. Everything else (many objects, many tokens) runs as it is: there the kernels'
+own time counts.
+
+    prompts, one copy ─┐                                           ┌─► best masks, one copy back
+    images, three ─────┴─► rooms ─► program ─► choose, clamp, FP16 ┴─► masks of all candidates
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from jobs import Masks, Room, best_of
+from launches import Inputs, stack
 from program import Program, first_line
 from store import Features
 from torch import Tensor
@@ -17,69 +25,116 @@ from torch import Tensor
 WARM_UP_RUNS = 3
 """Before recording: cuBLAS and cuDNN choose and allocate then."""
 
+NUMBERS_A_TOKEN = 3
+"""x, y and the label, 4 bytes each."""
+
 
 class ClickReplay:
-    """A program, replayed where its inputs have shapes it had while `records` was true.
+    """Recordings of a program by the shape of what it decodes."""
 
-    It is called as the program is. What it returns is overwritten by the next call.
-    """
-
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, device: torch.device) -> None:
         self._program = program
-        self._recordings: dict[tuple[torch.Size, ...], Program] = {}
-        self._images: dict[str, Tensor] = {}
+        self._device = device
+        self._recordings: dict[tuple[int, int, int], Recording] = {}
+        self._rooms: Features | None = None
+        """The images' of all recordings, by far the largest: the first recording is to have most
+        objects."""
         # One for all: an answer is copied before the next replay may write over it.
-        self._pool = torch.cuda.graph_pool_handle()
-        self.records = True
-        """Whether shapes not seen before are recorded, for which everyone at work has to wait."""
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.refusal = ""
         """Why what has some shape runs as it is."""
 
-    def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = tuple(tensor.shape for tensor in inputs.values())
-        if self.records and shapes not in self._recordings:
-            self._recordings[shapes] = self._record(inputs)
-        return self._recordings.get(shapes, self._program)(**inputs)
-
-    def _record(self, inputs: dict[str, Tensor]) -> Program:
-        """A recording, or the program itself for what cannot be recorded."""
+    def record(self, inputs: Inputs) -> None:
+        """Record a shape that was not recorded; everyone at work has to wait for it."""
+        if inputs.shape in self._recordings:
+            return
+        if self._rooms is None:
+            self._rooms = Features(*map(stack, zip(*inputs.images, strict=True)))
         try:
-            return _Recording(self._program, self._own(inputs), self._pool)
+            self._recordings[inputs.shape] = Recording(
+                self._program, inputs, self._rooms, self._device, self._pool
+            )
         except RuntimeError as error:
             self.refusal = first_line(error)
-            return self._program
 
-    def _own(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies to record from.
-
-        All recordings share the images', by far the largest, which the first recording is to have
-        room for.
-        """
-        own = {name: tensor.clone() for name, tensor in inputs.items()}
-        for name in Features._fields:
-            own[name] = self._images.setdefault(name, own[name])[: len(own[name])]
-        return own
+    def find(self, inputs: Inputs) -> Recording | None:
+        """What was recorded of such inputs."""
+        recording = self._recordings.get(inputs.shape)
+        return recording if recording and recording.takes(inputs.images[0]) else None
 
 
-class _Recording:
+class Recording:
     """The program's kernels on inputs and outputs that stay where they are."""
 
-    def __init__(self, program: Program, inputs: dict[str, Tensor], pool: Any) -> None:
-        self._inputs = inputs
-        device = inputs["image_embed"].device
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP_RUNS):
-                program(**inputs)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: the metrics' one forgets idle images.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._outputs = program(**inputs)
+    def __init__(
+        self, program: Program, inputs: Inputs, rooms: Features, device: torch.device, pool: Any
+    ) -> None:
+        objects, tokens, masks = inputs.shape
+        side = rooms.high_res_feats_0.shape[-1]
+        self._images = Features(*(room[:objects] for room in rooms))
+        self._prompts = torch.empty(
+            NUMBERS_A_TOKEN * objects * tokens, dtype=torch.int32, device=device
+        )
+        self._masks = torch.empty((masks, side, side), device=device)
+        self._best = Room(objects, 1, side, device)
+        self._load(inputs)
+        places, labels = self._prompts.tensor_split([2 * objects * tokens])
+        given = {
+            **self._images._asdict(),
+            "point_coords": places.view(torch.float32).view(objects, tokens, 2),
+            "point_labels": labels.view(objects, tokens),
+            "mask_input": self._masks,
+            # A launch on a GPU has masks of all objects or of none.
+            "mask_index": torch.arange(masks, device=device),
+        }
 
-    def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        for name, own in self._inputs.items():
-            own.copy_(inputs[name])
-        self._graph.replay()
+        def run() -> tuple[Tensor, Tensor]:
+            logits, ious = program(**given)
+            self._best.write(slice(objects), *best_of(logits, ious))
+            return logits, ious
+
+        self._outputs, self._replay = _record(run, device, pool)
+
+    def takes(self, image: Features) -> bool:
+        """Whether the image is of the type that was recorded."""
+        return image.image_embed.dtype == self._images.image_embed.dtype
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As the program: logits and IoUs of all candidates, which the next call overwrites."""
+        self._load(inputs)
+        self._replay()
         return self._outputs
+
+    def best(self) -> Masks:
+        """Each object's best mask of the latest call, on its way to host memory."""
+        return self._best.on_host()
+
+    def _load(self, inputs: Inputs) -> None:
+        """Copy inputs to where they were recorded; nothing waits for it."""
+        shared = inputs.shared_image
+        for n, room in enumerate(self._images):
+            if shared is not None:
+                room.copy_(shared[n])
+            else:
+                stack([image[n] for image in inputs.images], out=room)
+        numbers = np.concatenate((inputs.coords.ravel().view(np.int32), inputs.labels.ravel()))
+        self._prompts.copy_(torch.from_numpy(numbers), non_blocking=True)
+        for room, mask in zip(self._masks, inputs.masks, strict=True):
+            room.copy_(mask, non_blocking=True)
+
+
+def _record(
+    run: Callable[[], tuple[Tensor, Tensor]], device: torch.device, pool: Any
+) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+    """What it answers, always in the same memory, and how to have it answer anew."""
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP_RUNS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on: the metrics' one forgets idle images.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        outputs = run()
+    return outputs, graph.replay

@@ -12,6 +12,8 @@ from program import first_line
 from prompts import Limits
 
 PROGRAM = "decoder.pt2"
+TYPES = {"TYPE_FP32": torch.float32, "TYPE_FP16": torch.float16}
+"""Of embeddings."""
 
 Number = TypeVar("Number", int, float)
 
@@ -31,6 +33,7 @@ class Settings:
     program: Path
     feature_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of one image's embeddings."""
+    feature_dtype: torch.dtype
 
     @classmethod
     def of(cls, args: Mapping[str, str], config: Mapping[str, Any]) -> Settings:
@@ -50,6 +53,7 @@ class Settings:
             device=_device(args["model_instance_kind"], args["model_instance_device_id"]),
             program=Path(args["model_repository"]) / args["model_version"] / PROGRAM,
             feature_shapes=shapes,
+            feature_dtype=TYPES[config["input"][0]["data_type"]],
         )
 
 

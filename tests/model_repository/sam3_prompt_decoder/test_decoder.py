@@ -13,8 +13,9 @@ import decoder as reader
 import numpy as np
 import pytest
 import torch
-from decoder import REPLAY_TOLERANCE, Decoder, _check_same, _gather
+from decoder import REPLAY_TOLERANCE, Decoder, _check_same
 from jobs import LOGIT_LIMIT, Job, Masks
+from launches import Inputs, gather
 from numpy.typing import NDArray
 from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts
@@ -109,7 +110,8 @@ def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
 def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
     """With channels last: else each decode of several would put every pixel in its place anew."""
     images = [features(seed) for seed in (1, 2)]
-    together = _gather([image.own() for image in images] if keep else images)
+    jobs = [Job(image.own() if keep else image, OBJECTS[:1]) for image in images]
+    together = gather(Inputs.of(jobs, [(0, 0), (1, 0)]))
     for stacked, *singles in zip(together, *images, strict=True):
         assert stacked.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(stacked, torch.stack(singles))

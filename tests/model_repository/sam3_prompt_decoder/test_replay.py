@@ -3,53 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from decoder import REPLAYED_OBJECTS, REPLAYED_OBJECTS_TOKENS, REPLAYED_TOKENS, Decoder
 from jobs import Job
-from program import Program
+from store import Features
 from torch import Tensor
 
 from export.repository import DECODER, TEMPLATES, read_config
 from tests.model_repository.sam3_prompt_decoder.test_decoder import CPU, close, features, prompt
 
+Outputs = tuple[Tensor, Tensor]
+Record = Callable[[Callable[[], Outputs], Any, Any], tuple[Outputs, Callable[[], None]]]
 
-class Recording:
-    """As CUDA's, one that has its inputs and outputs in memory of its own."""
+REPLAYED: Counter[int] = Counter()
+"""How often, by the number of objects."""
 
-    replayed: ClassVar[Counter[int]] = Counter()
-    """How often, by the number of objects."""
 
-    def __init__(self, program: Program, inputs: dict[str, Tensor], _: Any) -> None:
-        self._program, self._inputs = program, inputs
-        self._outputs = program(**inputs)
+def record(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
+    """As CUDA's, whose outputs stay where they are."""
+    outputs = run()
 
-    def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        Recording.replayed[len(inputs["point_labels"])] += 1
-        for name, own in self._inputs.items():
-            own.copy_(inputs[name])
-        for own, fresh in zip(self._outputs, self._program(**self._inputs), strict=True):
+    def replay() -> None:
+        REPLAYED[len(outputs[0])] += 1
+        for own, fresh in zip(outputs, run(), strict=True):
             own.copy_(fresh)
-        return self._outputs
+
+    return outputs, replay
 
 
-class Refused(Recording):
+def refuse(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
     """CUDA does not record everything."""
+    outputs, replay = record(run)
+    if len(outputs[0]) > 1:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return outputs, replay
 
-    def __init__(self, program: Program, inputs: dict[str, Tensor], _: Any) -> None:
-        if len(inputs["point_labels"]) > 1:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        super().__init__(program, inputs, _)
 
-
-class Forgetful(Recording):
-    """Always answers the clicks it was made with."""
-
-    def __call__(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        several = len(inputs["point_labels"]) > 1
-        return self._outputs if several else super().__call__(**inputs)
+def forget(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
+    """Several always get the answers that they were recorded with."""
+    outputs, replay = record(run)
+    return outputs, (lambda: None) if len(outputs[0]) > 1 else replay
 
 
 def _decoder(program: Path) -> Decoder:
@@ -59,11 +57,11 @@ def _decoder(program: Path) -> Decoder:
     return decoder
 
 
-def _replay(decoder: Decoder, recording: type[Recording]) -> None:
+def _replay(decoder: Decoder, by: Record) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("replay._Recording", recording)
+        patch.setattr("replay._record", by)
         decoder._replay_clicks(features(8).own(), features(9).own())
-    Recording.replayed.clear()
+    REPLAYED.clear()
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +72,13 @@ def plain(program: Path) -> Decoder:
 @pytest.fixture(scope="module")
 def recorded(program: Path) -> Decoder:
     decoder = _decoder(program)
-    _replay(decoder, Recording)
+    _replay(decoder, record)
     return decoder
 
 
 @pytest.fixture
 def replaying(recorded: Decoder) -> Decoder:
-    Recording.replayed.clear()
+    REPLAYED.clear()
     return recorded
 
 
@@ -108,18 +106,58 @@ def test_clicks_are_replayed_and_each_gets_its_own(
             close(ours.low_res_masks, theirs.low_res_masks)
             close(ours.iou_predictions, theirs.iou_predictions)
     wanted = Counter(objects for objects, _ in SHAPES)
-    assert Recording.replayed == wanted + wanted
+    assert wanted + wanted == REPLAYED
 
 
-def test_as_many_are_replayed_as_triton_merges() -> None:
-    assert read_config(TEMPLATES, DECODER).max_batch_size == REPLAYED_OBJECTS
+@pytest.mark.parametrize("masks", [False, True])
+def test_best_masks_are_replayed_as_they_are_answered(
+    replaying: Decoder, plain: Decoder, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is chosen after the replay, for jobs of one object or of several."""
+    jobs = [replace(job, best_only=True) for job in _jobs(3, 1, masks=masks)]
+    pair = Job(features(5).own(), [prompt([1], mask=n if masks else None, seed=n) for n in (6, 7)])
+    jobs = [*jobs[:2], replace(pair, best_only=True), jobs[2]]
+    expected = plain.decode(jobs)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs._choose", None)
+        answers = [replaying.start(jobs), replaying.start(jobs[::-1])]
+    for found in (answers[0].by_job(), answers[1].by_job()[::-1]):
+        for ours, theirs in zip(found, expected, strict=True):
+            close(ours.low_res_masks, theirs.low_res_masks)
+            close(ours.iou_predictions, theirs.iou_predictions)
+            assert ours.is_finite
+    assert REPLAYED == {5: 2}
+
+
+def test_a_job_of_two_kinds_of_objects_gets_its_best_masks_too(
+    replaying: Decoder, plain: Decoder
+) -> None:
+    both = [prompt([1]), prompt([2, 3]), prompt([1], seed=1)]
+    jobs = [Job(features(1).own(), both, best_only=True), *_jobs(1, 1)]
+    for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
+        close(ours.low_res_masks, theirs.low_res_masks)
+        close(ours.iou_predictions, theirs.iou_predictions)
+    assert REPLAYED == {3: 1, 1: 1}
+
+
+def test_embeddings_of_another_type_run_as_they_are(replaying: Decoder, plain: Decoder) -> None:
+    (job,) = _jobs(1, 1)
+    half = replace(job, features=Features(*(t.half() for t in job.features)))
+    (ours,), (theirs,) = replaying.decode([half]), plain.decode([half])
+    close(ours.low_res_masks, theirs.low_res_masks)
+    assert not REPLAYED
+
+
+def test_triton_merges_twice_as_many_as_are_replayed() -> None:
+    """So that one half is read while the other is decoded."""
+    assert read_config(TEMPLATES, DECODER).max_batch_size == 2 * REPLAYED_OBJECTS
 
 
 def test_boxes_of_one_image_are_replayed_too(replaying: Decoder, plain: Decoder) -> None:
     job = Job(features(1).own(), [prompt([2, 3], seed=n) for n in range(4)])
     (ours,), (theirs,) = replaying.decode([job]), plain.decode([job])
     close(ours.low_res_masks, theirs.low_res_masks)
-    assert Recording.replayed == {4: 1}
+    assert REPLAYED == {4: 1}
 
 
 def test_first_clicks_and_those_that_refine_a_mask_are_replayed_apart(
@@ -128,7 +166,7 @@ def test_first_clicks_and_those_that_refine_a_mask_are_replayed_apart(
     jobs = _jobs(3, 1) + _jobs(2, 1, masks=True)
     for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
         close(ours.low_res_masks, theirs.low_res_masks)
-    assert Recording.replayed == {2: 1, 3: 1}
+    assert REPLAYED == {2: 1, 3: 1}
 
 
 @pytest.mark.parametrize(
@@ -142,21 +180,21 @@ def test_what_was_not_recorded_runs_as_it_is(
         replaying.decode(_jobs(*shape)), plain.decode(_jobs(*shape)), strict=True
     ):
         close(ours.low_res_masks, theirs.low_res_masks)
-    assert not Recording.replayed
+    assert not REPLAYED
 
 
 @pytest.mark.parametrize(
-    ("recording", "why"),
-    [(Refused, "operation not permitted"), (Forgetful, "replayed masks differ by")],
+    ("by", "why"),
+    [(refuse, "operation not permitted"), (forget, "replayed masks differ by")],
 )
 def test_what_refuses_merged_clicks_leaves_the_others(
-    program: Path, monkeypatch: pytest.MonkeyPatch, recording: type[Recording], why: str
+    program: Path, monkeypatch: pytest.MonkeyPatch, by: Record, why: str
 ) -> None:
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
     decoder = _decoder(program)
-    _replay(decoder, recording)
+    _replay(decoder, by)
     sentence = f"merged clicks are not replayed, which makes them slower: {why}"
     assert decoder.remark.startswith(sentence)
     decoder.decode(_jobs(2, 1))
     decoder.decode(_jobs(1, 1))
-    assert Recording.replayed == {1: 1}
+    assert REPLAYED == {1: 1}
