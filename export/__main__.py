@@ -57,10 +57,10 @@ class Precision(str, Enum):
 
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
-KEPT_IN_FP32 = {
-    Precision.FP32: "everything",
-    Precision.FP16: "patch projection, layer norms, residual stream, decoder",
-}
+EVERYTHING = "everything"
+KEPT_BY_PLAIN_OPERATORS = "patch projection, layer norms, residual stream, decoder"
+KEPT_BY_FUSED_OPERATORS = "patch projection, sums in layer norms, softmax, decoder"
+"""Of FP16, by the operators of the encoder's graph (see export/encoder.py)."""
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -110,11 +110,16 @@ def main(
     except SignatureError as error:
         raise _failure(error, 1) from error
     _print(checks)
-    kept = KEPT_IN_FP32[precision]
-    if precision is Precision.FP16 and accelerator is not Accelerator.TENSORRT:
-        kept += ", softmax"  # inside ONNX Runtime's operator; TensorRT's own does as it likes
-    console.print(f"{output}: {precision.value}, in FP32: {kept}")
+    console.print(f"{output}: {precision.value}, in FP32: {_kept(precision, accelerator)}")
     console.print(f"next: python -m server {output}")
+
+
+def _kept(precision: Precision, accelerator: Accelerator | None) -> str:
+    """What is computed in FP32."""
+    if precision is Precision.FP32:
+        return EVERYTHING
+    plain = accelerator is Accelerator.TENSORRT
+    return KEPT_BY_PLAIN_OPERATORS if plain else KEPT_BY_FUSED_OPERATORS
 
 
 def _unwind_when_ended() -> None:

@@ -23,6 +23,7 @@ from sam3.model.vitdet import Attention, Block, get_abs_pos
 from torch import Tensor, nn
 
 from export.architecture import Architecture, InteractiveModel
+from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
 from export.operators import attention, rotary_embedding
 
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
@@ -36,8 +37,9 @@ class ImageEncoder(nn.Module):
     """UINT8 RGB [B, S, S, 3] → image_embed, high_res_feats_0, high_res_feats_1.
 
     With `dtype` FP16, matrix products, attention and convolutions are in half precision and the
-    outputs are FP16; the patches' projection, layer norms, the softmax inside attention and the
-    residual stream stay FP32, since activations of a ViT this deep leave half precision's range.
+    outputs are FP16; the patches' projection, sums inside of layer norms and the softmax inside
+    attention stay FP32. So does the residual stream, which leaves half precision's range, where
+    operators are spelled out; where they are fused it is kept to scale (see half_precision.py).
 
     `fused`: rotation and attention as ONNX Runtime's own operators, or spelled out (see
     operators.py).
@@ -56,19 +58,18 @@ class ImageEncoder(nn.Module):
         self.patch_embed = _PatchEmbed(model.trunk.patch_embed.proj, self.windows)
         self.position = nn.Buffer(self.windows.join(self.windows.split(_position_embedding(model))))
         self.ln_pre = deepcopy(model.trunk.ln_pre)
-        self.blocks = nn.ModuleList(
-            _block(block, i in model.architecture.global_att_blocks, self.windows, dtype, fused)
-            for i, block in enumerate(model.trunk.blocks)
+        halved = fused and dtype == torch.float16 and self.windows.fits
+        self.blocks = (
+            _half_blocks(model, self.windows)
+            if halved
+            else _Blocks(model, self.windows, dtype, fused)
         )
-        self.global_att_blocks = frozenset(model.architecture.global_att_blocks)
-        self.fine, self.middle, self.coarse = (level.to(dtype) for level in _folded_neck(model))
+        neck = _folded_neck(model, STREAM_SCALE if halved else 1)
+        self.fine, self.middle, self.coarse = (level.to(dtype) for level in neck)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = self.ln_pre(self.patch_embed(image) + self.position)
-        for i, block in enumerate(self.blocks):
-            whole = i in self.global_att_blocks
-            tokens = block(self.windows.join(tokens) if whole else self.windows.part(tokens))
+        tokens = self.blocks(self.ln_pre(self.patch_embed(image) + self.position))
         grid = self.windows.merge(self.windows.part(tokens)).to(self.dtype)
         return self.coarse(grid), self.fine(grid), self.middle(grid)
 
@@ -90,6 +91,11 @@ class _Windows:
         n, w = self.count, self.side
         cut = grid.reshape(-1, n, w, n, w, grid.shape[-1])
         return cut.permute(0, 1, 3, 2, 4, 5).reshape(-1, w, w, grid.shape[-1])
+
+    def reorder(self, rows: Tensor) -> Tensor:
+        """[E·E, …] of the grid's order → in windows' order."""
+        side = self.count * self.side
+        return self.split(rows.reshape(1, side, side, -1)).flatten(0, 2)
 
     def merge(self, windows: Tensor) -> Tensor:
         """[B·n², w, w, C] → [B, C, E, E]."""
@@ -167,13 +173,39 @@ class _Attention(nn.Module):
         return shaped
 
 
+class _Blocks(nn.Module):
+    """Meta's blocks one after the other, on an FP32 stream."""
+
+    def __init__(
+        self, model: InteractiveModel, windows: _Windows, dtype: torch.dtype, fused: bool
+    ) -> None:
+        super().__init__()
+        self.windows = windows
+        self.global_att_blocks = frozenset(model.architecture.global_att_blocks)
+        self.blocks = nn.ModuleList(
+            _block(block, i in self.global_att_blocks, windows, dtype, fused)
+            for i, block in enumerate(model.trunk.blocks)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            whole = i in self.global_att_blocks
+            tokens = block(self.windows.join(tokens) if whole else self.windows.part(tokens))
+        return tokens
+
+
+def _half_blocks(model: InteractiveModel, windows: _Windows) -> HalfPrecisionBlocks:
+    blocks, whole = model.trunk.blocks, frozenset(model.architecture.global_att_blocks)
+    rotary = {i in whole: block.attn.freqs_cis for i, block in enumerate(blocks)}
+    return HalfPrecisionBlocks(blocks, whole, rotary[False], windows.reorder(rotary[True]))
+
+
 def _block(
     block: Block, is_global: bool, windows: _Windows, dtype: torch.dtype, fused: bool
 ) -> nn.Module:
     rotary = block.attn.freqs_cis
     if is_global:
-        side = windows.count * windows.side
-        rotary = windows.split(rotary.reshape(1, side, side, -1)).flatten(0, 2)
+        rotary = windows.reorder(rotary)
     ours = _alias(block)
     if windows.fits:
         ours.window_size = 0  # the tokens arrive cut into windows
@@ -193,9 +225,15 @@ def _position_embedding(model: InteractiveModel) -> Tensor:
     return embedding.detach()
 
 
-def _folded_neck(model: InteractiveModel) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The three neck levels with the decoder's entry convolutions, products of linear layers."""
+def _folded_neck(model: InteractiveModel, scale: float) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The three neck levels with the decoder's entry convolutions, products of linear layers.
+
+    scale: by which their input is too small, that of each level's first layer.
+    """
     fine, middle, coarse = _alias(model.neck)
+    if scale != 1:
+        for first in (fine.dconv_2x2_0, middle.dconv_2x2, coarse.conv_1x1):
+            first.weight = nn.Parameter(first.weight * scale)
     decoder = model.mask_decoder
     last = coarse.conv_3x3
     last.bias = nn.Parameter(last.bias + model.no_mem_embed.flatten())

@@ -1,4 +1,4 @@
-"""Two operators that PyTorch runs as written here and ONNX Runtime runs fused.
+"""Three operators that PyTorch runs as written here and ONNX Runtime runs fused.
 
 PyTorch's exporter would spell rotary embedding and attention out in dozens of nodes and keep whole
 attention matrices; as `com.microsoft` operators they are one kernel each, on the CPU and on CUDA,
@@ -40,6 +40,25 @@ def attention(
     q, k, v = (t.reshape(*t.shape[:-1], num_heads, -1).transpose(1, 2) for t in (query, key, value))
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return attended.transpose(1, 2).flatten(2)
+
+
+def skip_layer_norm(
+    x: Tensor, skip: Tensor, norm: torch.nn.LayerNorm, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum x + bias + skip, normalised and as it is; all tensors [B, L, C], the bias [C]."""
+    if torch.onnx.is_in_onnx_export():
+        statistics = (*x.shape[:2], 1)
+        normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::SkipLayerNormalization",
+            (x, skip, norm.weight, norm.bias, bias),
+            {"epsilon": norm.eps},
+            dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+            shapes=(x.shape, statistics, statistics, x.shape),
+            version=1,
+        )
+        return normed, total
+    total = skip + (x + bias)
+    return norm(total), total
 
 
 def _fused(operator: str, like: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:

@@ -159,6 +159,8 @@ def test_the_graphs_operators(exported: tiny.Export, exported_fp16: tiny.Export)
         depth = tiny.ARCHITECTURE.depth
         assert kinds["com.microsoft", "MultiHeadAttention"] == depth
         assert kinds["com.microsoft", "RotaryEmbedding"] == 2 * depth
+        skips = 2 * depth - 1 if export is exported_fp16 else 0
+        assert kinds["com.microsoft", "SkipLayerNormalization"] == skips
         assert not {("", "Attention"), ("", "Softmax")} & kinds.keys()
         assert not proto.functions
 
@@ -184,9 +186,13 @@ def test_weights_stand_beside_the_graph(exported: tiny.Export) -> None:
     assert data.stat().st_size > small
 
 
-def test_what_stays_in_fp32_in_a_half_precision_graph(exported_fp16: tiny.Export) -> None:
-    """Layer norms, the residual stream and the patches' projection, and no other product."""
-    graph = _graph(exported_fp16).graph
+def test_what_stays_in_fp32_in_a_half_precision_graph(
+    model: InteractiveModel, tmp_path: Path
+) -> None:
+    """Of plain operators: layer norms, the residual stream, the patches' projection, no more."""
+    path = tmp_path / "model.onnx"
+    export_encoder(ImageEncoder(model, torch.float16, fused=False), FITS, path)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     types |= {weight.name: weight.data_type for weight in graph.initializer}
     norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
@@ -205,5 +211,5 @@ def test_what_stays_in_fp32_in_a_half_precision_graph(exported_fp16: tiny.Export
     products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose")]
     kinds = [{types[name] for name in node.input} for node in products]
     assert kinds[0] == {TensorProto.FLOAT}
-    # Four of each block, and the neck's seven.
-    assert kinds[1:] == [{TensorProto.FLOAT16}] * (4 * tiny.ARCHITECTURE.depth + 7)
+    # Four of each block and two in its attention, and the neck's seven.
+    assert kinds[1:] == [{TensorProto.FLOAT16}] * (6 * tiny.ARCHITECTURE.depth + 7)

@@ -1,0 +1,106 @@
+"""The blocks in half precision: FP32's numbers, whatever the residual stream adds up to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from export import checkpoint
+from export.architecture import Architecture, InteractiveModel
+from export.encoder import FEATURES, ImageEncoder, export_encoder
+from export.half_precision import ROTATED_AT_ONCE, STREAM_SCALE, HalfPrecisionBlocks
+from tests.export import tiny
+from tests.export.test_encoder import DOES_NOT_DIVIDE, FITS, _images, _reference
+
+ROUNDING = 5e-3
+"""Relative error (L2); FP16 rounds by 5e-4."""
+LARGEST = torch.finfo(torch.float16).max
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def path(model: InteractiveModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("half") / "model.onnx"
+    export_encoder(ImageEncoder(model, torch.float16), FITS, path)
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_numbers_are_fp32s_but_for_rounding(
+    model: InteractiveModel, path: Path, count: int
+) -> None:
+    images = _images(count, FITS)
+    eager = ImageEncoder(model, torch.float16)(torch.from_numpy(images))
+    served = ort.InferenceSession(path).run(list(FEATURES), {"image": images})
+    for ours, graphs, theirs in zip(eager, served, _reference(model, images), strict=True):
+        assert ours.dtype == torch.float16
+        assert _error(ours, theirs) < ROUNDING
+        assert _error(torch.from_numpy(graphs), theirs) < ROUNDING
+
+
+def test_a_stream_beyond_half_precision_does_not_overflow(model: InteractiveModel) -> None:
+    half, single = ImageEncoder(model, torch.float16), ImageEncoder(model)
+    grid, channels = tiny.ARCHITECTURE.grid, tiny.ARCHITECTURE.embed_dim
+    tokens = torch.randn(2, grid, grid, channels, generator=torch.manual_seed(0)) * LARGEST
+    tokens = half.windows.split(tokens)
+    theirs = single.blocks(tokens)
+    assert theirs.abs().max() > 2 * LARGEST
+    ours = half.blocks(tokens).float() * STREAM_SCALE
+    assert _error(ours.reshape(theirs.shape), theirs) < ROUNDING
+
+
+def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> None:
+    graph = onnx.load(path).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["Cast"] == 2  # pixels to FP32, the stream to FP16
+    assert kinds["Split"] == 0
+    assert kinds["SkipLayerNormalization"] == 2 * tiny.ARCHITECTURE.depth - 1
+    tables = [t for t in graph.initializer if t.name.endswith(("_cos", "_sin"))]
+    rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
+    assert {name for node in rotations for name in node.input[2:]} == {t.name for t in tables}
+    assert len(tables) == 2 * 2  # of windowed and of global attention
+
+
+@pytest.mark.parametrize(("heads", "width", "together"), [(16, 64, 16), (4, 12, 4), (24, 64, 12)])
+def test_as_many_heads_are_rotated_at_once_as_fit(heads: int, width: int, together: int) -> None:
+    """SAM 3's, the tiny model's, and more than fit: the largest divisor that does."""
+    architecture = Architecture(
+        image_size=112,
+        pretrain_image_size=56,
+        embed_dim=heads * width,
+        depth=2,
+        num_heads=heads,
+        mlp_dim=8,
+        window_size=4,
+        global_att_blocks=(1,),
+        d_model=64,
+        decoder_depth=1,
+        decoder_mlp_dim=8,
+        iou_head_hidden_dim=8,
+    )
+    encoder = ImageEncoder(InteractiveModel(architecture), torch.float16)
+    assert isinstance(encoder.blocks, HalfPrecisionBlocks)
+    assert encoder.blocks._blocks[0].attn.heads_at_once == together
+    assert together * width <= ROTATED_AT_ONCE
+
+
+def test_where_windows_do_not_fit_the_stream_stays_fp32(tiny_checkpoint: Path) -> None:
+    """Meta's blocks cut and pad the grid themselves there."""
+    model = checkpoint.load(tiny_checkpoint, image_size=DOES_NOT_DIVIDE)
+    encoder = ImageEncoder(model, torch.float16)
+    assert not isinstance(encoder.blocks, HalfPrecisionBlocks)
+    images = _images(1, DOES_NOT_DIVIDE)
+    ours = encoder(torch.from_numpy(images))
+    for mine, theirs in zip(ours, _reference(model, images), strict=True):
+        assert _error(mine, theirs) < ROUNDING
+        assert np.isfinite(mine.float().numpy()).all()
