@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 FILLED = 10.0
 """Logit a filled hole gets: as the reference, clearly foreground but not the clamp's extreme."""
 
+FEW_HOLES = 16
+"""Up to so many are filled one by one, 7 µs each; a pass over a 288 × 288 plane takes 110."""
+
 ROWS_AT_ONCE = 128
 """Rows upsampled at a time: a strip of float32 that fits a cache, however large the image."""
 
@@ -47,7 +50,7 @@ def finish_masks(
     # Zeroed memory is not touched until written: many small objects on a large image stay cheap.
     masks = np.zeros((len(logits), height, width), np.bool_)
     for mask, plane in zip(masks, logits, strict=True):
-        _upsample_into(mask, _fill_holes(plane.astype(np.float32), limit))
+        _upsample_into(mask, _fill_holes(_float32(plane), limit))
     return masks
 
 
@@ -68,13 +71,28 @@ def mask_areas(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.array([cv2.countNonZero(mask.view(np.uint8)) for mask in masks], np.int64)
 
 
+def _float32(plane: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """A copy as float32."""
+    if plane.dtype == np.float16 and hasattr(cv2, "convertFp16"):
+        # The same numbers as NumPy's in a tenth of the time, by the processor's own instruction.
+        wide: NDArray[np.float32] = cv2.convertFp16(np.ascontiguousarray(plane).view(np.int16))
+        return wide
+    return plane.astype(np.float32)
+
+
 def _fill_holes(plane: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
-    background = (plane <= 0).astype(np.uint8)
+    background = (plane <= 0).view(np.uint8)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
     small = stats[:, cv2.CC_STAT_AREA] <= limit
     small[0] = False  # label 0 is the foreground
-    if small.any():
-        plane[small[labels]] = FILLED
+    holes = np.flatnonzero(small)
+    if len(holes) > FEW_HOLES:
+        plane[small.take(labels)] = FILLED
+        return plane
+    for hole in holes:
+        left, top, width, height, _ = stats[hole]
+        place = slice(top, top + height), slice(left, left + width)
+        plane[place][labels[place] == hole] = FILLED
     return plane
 
 

@@ -180,3 +180,41 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / mas
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert float(run.stdout) < 0.3
+
+
+def plainly_filled(plane: NDArray[Any], limit: float) -> NDArray[np.float32]:
+    """Each hole found and filled by itself, with NumPy's conversion."""
+    wide = plane.astype(np.float32)
+    count, labels = cv2.connectedComponents((wide <= 0).astype(np.uint8), connectivity=8)
+    for label in range(1, count):
+        if (labels == label).sum() <= limit:
+            wide[labels == label] = masks_module.FILLED
+    return wide
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    grain=st.sampled_from([0.7, 2, 6, 20]),
+    dtype=st.sampled_from([np.float16, np.float32]),
+    limit=st.sampled_from([0, 3, 40, 1e9]),
+    level=st.floats(-40, 40),
+    layout=st.sampled_from(["whole", "strided", "read-only"]),
+)
+def test_few_holes_and_many_are_filled_as_one_by_one(
+    seed: int, grain: float, dtype: type, limit: float, level: float, layout: str
+) -> None:
+    logits: NDArray[Any] = (clouds(seed, 2, 48, grain) + level).astype(dtype)
+    logits[0, :3, :3] = np.inf, -np.inf, np.nan
+    logits = logits[::-1, ::2, ::2] if layout == "strided" else logits
+    logits.flags.writeable = layout != "read-only"
+    # At the logits' own size nothing is between two of them.
+    size = logits.shape[-1], logits.shape[-2]
+    ours = finish_masks(logits, *size, max_hole_area=limit)
+    expected = np.stack([plainly_filled(plane, limit) > 0 for plane in logits])
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_half_precision_is_widened_exactly() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    np.testing.assert_array_equal(masks_module._float32(every), every.astype(np.float32))
