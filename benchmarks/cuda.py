@@ -57,12 +57,17 @@ CLICKS = Asked(
 )
 DECODES = Asked("clicks per second per GPU, in process, without a server", "1/s")
 MEMORY = Asked("kept images in 80 GB", "images", Target(7_000, 7_500, more_is_better=True))
-IN_PROCESS_FIGURES = (ACCURACY, ENCODE, SATURATION, DECODE, DECODES, MEMORY)
+ENCODER_FIGURES = (ENCODE, SATURATION)
+IN_PROCESS_FIGURES = {
+    "onnxruntime": (ACCURACY, *ENCODER_FIGURES, DECODE, DECODES, MEMORY),
+    "tensorrt": (ACCURACY, *ENCODER_FIGURES),
+    "pytorch": ENCODER_FIGURES,  # a peer: the same network without a server's runtime
+}
+"""By what runs the encoder; the decoder is the same with each."""
 SERVED_FIGURES = (CLICK_P50, CLICK_P99, CLICKS)
 
 TOGETHER = [1, 2, 4, 8, 16, 32, 64]
 """Clicks on as many images that reach the decoder at once."""
-TOGETHER_TITLE = "clicks decoded together"
 KEPT = 256
 """Images whose memory is measured: many times what the allocator takes at once."""
 CROWDS = [1, 16, 64]
@@ -78,7 +83,7 @@ def run_in_process(progress: Progress) -> Findings:
     found = Findings(progress)
     found.collect([DEMO_ACCURACY], lambda: _demo_accuracy(found))
     for encoder, accelerator in ENCODERS.items():
-        asked = [_by(encoder, one) for one in IN_PROCESS_FIGURES]
+        asked = [_by(encoder, one) for one in IN_PROCESS_FIGURES[encoder]]
         graphs = partial(artifacts.full_size, torch.float16, progress, accelerator)
         found.collect(asked, partial(_in_process, graphs, encoder, found))
     return found
@@ -113,27 +118,32 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
     _require_gpu()
     if encoder == Accelerator.TENSORRT.value:
         _load_tensorrt()
+    asked = IN_PROCESS_FIGURES[encoder]
 
-    def tell(asked: Asked, sample: Sample, note: str = "") -> None:
-        found.add(_by(encoder, asked).measured(sample, note))
+    def tell(figure: Asked, measure: Callable[[], Sample]) -> None:
+        if figure in asked:
+            found.add(_by(encoder, figure).measured(measure()))
 
     with _engine(graphs(), encoder) as engine:
-        found.progress(f"{encoder}: checking the 16-bit encoder")
-        tell(ACCURACY, Sample((engine.mask_iou(),)))
         found.progress(f"{encoder}: timing")
         batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in growth.BATCHES}
-        tell(ENCODE, batches[1].scaled(MILLISECONDS))
-        tell(SATURATION, _best_rate(batches))
-        decodes = {n: _repeat(partial(engine.decode, images=n), 200) for n in TOGETHER}
-        tell(DECODE, decodes[1].scaled(MILLISECONDS))
-        tell(DECODES, _best_rate(decodes))
-        each = engine.keep(images=KEPT) / KEPT
-        note = f"{each / 2**20:.1f} MiB each, model not counted"
-        tell(MEMORY, Sample((BUDGET_BYTES // each,)), note)
-    title = f"{encoder}: images encoded together"
-    found.growths.append(growth.together(title, "images", batches))
-    if all(curve.title != TOGETHER_TITLE for curve in found.growths):  # the same with each
-        found.growths.append(growth.together(TOGETHER_TITLE, "images", decodes))
+        tell(ENCODE, lambda: batches[1].scaled(MILLISECONDS))
+        tell(SATURATION, lambda: _best_rate(batches))
+        title = f"{encoder}: images encoded together"
+        found.growths.append(growth.together(title, "images", batches))
+        if DECODE in asked:
+            _decoder(engine, encoder, found)
+        tell(ACCURACY, lambda: Sample((engine.mask_iou(),)))
+
+
+def _decoder(engine: Engine, encoder: str, found: Findings) -> None:
+    decodes = {n: _repeat(partial(engine.decode, images=n), 100) for n in TOGETHER}
+    found.add(_by(encoder, DECODE).measured(decodes[1].scaled(MILLISECONDS)))
+    found.add(_by(encoder, DECODES).measured(_best_rate(decodes)))
+    each = engine.keep(images=KEPT) / KEPT
+    note = f"{each / 2**20:.1f} MiB each, model not counted"
+    found.add(_by(encoder, MEMORY).measured(Sample((BUDGET_BYTES // each,)), note))
+    found.growths.append(growth.together("clicks decoded together", "images", decodes))
 
 
 def _load_tensorrt() -> None:
