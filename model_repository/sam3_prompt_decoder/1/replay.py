@@ -79,7 +79,8 @@ class Recording:
         self._best = Room(objects, 1, side, device)
         self._load(inputs)
         places, labels = self._prompts.tensor_split([2 * objects * tokens])
-        given = {
+        # Kept: what is replayed finds them by their address.
+        self._given = given = {
             **self._images._asdict(),
             "point_coords": places.view(torch.float32).view(objects, tokens, 2),
             "point_labels": labels.view(objects, tokens),

@@ -15,6 +15,7 @@ from store import Features
 from torch import Tensor
 
 from export.repository import DECODER, TEMPLATES, read_config
+from tests.model_repository.sam3_prompt_decoder.graph import Graph
 from tests.model_repository.sam3_prompt_decoder.test_decoder import CPU, close, features, prompt
 
 Outputs = tuple[Tensor, Tensor]
@@ -25,13 +26,13 @@ REPLAYED: Counter[int] = Counter()
 
 
 def record(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
-    """As CUDA's, whose outputs stay where they are."""
-    outputs = run()
+    """As a CUDA graph: kernels on addresses, whoever may have the memory by then."""
+    with Graph() as graph:
+        outputs = run()
 
     def replay() -> None:
         REPLAYED[len(outputs[0])] += 1
-        for own, fresh in zip(outputs, run(), strict=True):
-            own.copy_(fresh)
+        graph.replay()
 
     return outputs, replay
 
@@ -54,6 +55,7 @@ def _decoder(program: Path) -> Decoder:
     """One whose launches are as on a GPU: one after the other, and not cut to the cores."""
     decoder = Decoder(program, CPU)
     decoder._workers = None
+    decoder._program = decoder._unchecked
     return decoder
 
 
@@ -138,6 +140,23 @@ def test_a_job_of_two_kinds_of_objects_gets_its_best_masks_too(
         close(ours.low_res_masks, theirs.low_res_masks)
         close(ours.iou_predictions, theirs.iou_predictions)
     assert REPLAYED == {3: 1, 1: 1}
+
+
+def test_half_precision_embeddings_are_replayed_as_they_are(
+    program: Path, plain: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
+    monkeypatch.setattr("replay._record", record)
+    decoder = _decoder(program)
+    halved = [Features(*(t.half() for t in features(n))).own() for n in range(4)]
+    decoder._replay_clicks(*halved[2:])
+    assert not decoder.remark
+    REPLAYED.clear()
+    jobs = [Job(image, [prompt([1], seed=n)]) for n, image in enumerate(halved)]
+    for together in (jobs[:2], jobs[:1]):
+        for ours, theirs in zip(decoder.decode(together), plain.decode(together), strict=True):
+            close(ours.low_res_masks, theirs.low_res_masks)
+    assert REPLAYED == {2: 1, 1: 1}
 
 
 def test_embeddings_of_another_type_run_as_they_are(replaying: Decoder, plain: Decoder) -> None:
