@@ -21,7 +21,7 @@ class Graph(TorchDispatchMode):
     """Records what runs in its context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[tuple[Callable[..., Any], Any, Any, Any]] = []
         self._own: set[int] = set()
         """Storages made while recording, which `_steps` keeps."""
@@ -62,7 +62,7 @@ class _Borrowed:
     """A tensor whose memory is somebody else's to keep."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._dtype = tensor.dtype
         self._shape = tensor.storage_offset(), tensor.size(), tensor.stride()
 
