@@ -1,14 +1,16 @@
 """Carry the GPU benchmark to a machine without a network, in parts of any size.
 
-    python -m benchmarks.offline pack build/offline --python 3.12 --part-mib 45     here
+    python -m benchmarks.offline pack build/offline --python 3.12 --gpu 90          here
     python3 -m benchmarks.offline unpack build/offline /tmp/env                     there
 
 The machine has this checkout, its own Python of that version, PyTorch for CUDA, torchvision, and
 what a machine for PyTorch usually has: onnx, onnxscript, scikit-image, timm, typer, grpcio, pytest.
-The rest travels: `base`, and `onnxruntime` for the encoder on the GPU, each a tar.xz in numbered
-parts. Parts may come one by one; `unpack` takes the packs that are whole, says what others lack,
-and again takes those that came since. It makes an environment in which the packs go before the
-machine's own packages, and prints what to set in the shell. pip is not needed there.
+The rest travels: `python`, with which models are exported, tested and timed in process, and
+`server`, each a tar.xz in numbered parts. Of ONNX Runtime's kernels only those go that this encoder
+may want on GPUs of one architecture, a twentieth. Parts may come one by one; `unpack` takes the
+packs that are whole, says what others lack, and again takes those that came since. It makes an
+environment in which the packs go before the machine's own packages, and prints what to set in the
+shell. pip is not needed there.
 
 Of the tests, those marked gpu go there by their files; others import what does not travel:
 
@@ -22,6 +24,7 @@ import argparse
 import ctypes
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +36,9 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-BASE = (
+from benchmarks import fat_binaries
+
+PYTHON = (
     *("numpy", "protobuf", "tritonclient", "python-rapidjson", "gevent", "greenlet", "brotli"),
     *("geventhttpclient", "zope.event", "zope.interface", "sam3", "pycocotools", "ftfy", "wcwidth"),
     *("iopath", "nvidia-pytriton"),
@@ -48,33 +53,50 @@ PLATFORMS = (
     "manylinux1_x86_64",
 )
 TRITON = ("pytriton/__init__.py", "pytriton/tritonserver/", "nvidia_pytriton")
+SERVER = ("pytriton/", "nvidia_pytriton.libs/")
+CUDA_PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+NEEDLESS_FILES = (
+    *("onnxruntime/transformers/", "onnxruntime/tools/", "onnxruntime/quantization/"),
+    "onnxruntime/capi/libonnxruntime.so",  # for other languages than Python
+)
+NEEDLESS_KERNELS = re.compile(
+    r"moe_|fp4|xqa|masked_multihead|fmha_sm(50|70|75)|flash_fwd(?!_(split_)?hdim64_fp16_sm80_cu)"
+)
+"""Mixtures of experts, language models' own attention, and flash attention but in FP16 with heads
+of 64: by far the most."""
 CHECK = """
 import warnings; warnings.filterwarnings("ignore")
 import numpy, onnx, onnxruntime, skimage.data, torch, torchvision, tritonclient.grpc
 import sam3, server.installation as installation
 from pathlib import Path; from tempfile import mkdtemp
-installation.find(Path(mkdtemp()), {})
+try: installation.find(Path(mkdtemp()), {})
+except Exception as error: print("# no server yet:", error)
 print("# numpy", numpy.__version__, "torch", torch.__version__, "onnx", onnx.__version__)
 print("# onnxruntime", onnxruntime.__version__, onnxruntime.get_available_providers())
 print("# GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 """
 
 
-def pack(folder: Path, python: str, part_bytes: int) -> None:
-    """Download both packs' wheels for a Python, and write them as parts into a folder."""
+def pack(folder: Path, python: str, gpu: int, part_bytes: int) -> None:
+    """Download both packs' wheels for a Python and a GPU, and write them as parts into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = [f"{name}=={metadata.version(name)}" for name in BASE]
-    for name, requirements in (("base", base), ("onnxruntime", [ONNXRUNTIME])):
-        with TemporaryDirectory() as wheels:
-            for requirement in requirements:
-                _fetch(requirement, python, Path(wheels))
-            archive = _archive(sorted(Path(wheels).glob("*.whl")), python)
-        parts = split(archive, part_bytes)
-        for number, part in enumerate(parts):
-            (folder / f"{name}.tar.xz.{number:02}").write_bytes(part)
-        digest = hashlib.sha256(archive).hexdigest()
-        (folder / f"{name}.txt").write_text(f"{len(parts)} {digest}\n")
-        print(f"{name}: {len(archive) / 2**20:.0f} MiB in {len(parts)} parts")
+    installed = [f"{name}=={metadata.version(name)}" for name in PYTHON]
+    with TemporaryDirectory() as scratch:
+        for requirement in (*installed, ONNXRUNTIME):
+            _fetch(requirement, python, Path(scratch) / "wheels")
+        tree = _unpacked(sorted((Path(scratch) / "wheels").glob("*.whl")), python, Path(scratch))
+        fat_binaries.prune(tree / CUDA_PROVIDER, gpu, lambda n: bool(NEEDLESS_KERNELS.search(n)))
+        for name, is_servers in (("python", False), ("server", True)):
+            _write(folder, name, _archive(tree, is_servers), part_bytes)
+
+
+def _write(folder: Path, name: str, archive: bytes, part_bytes: int) -> None:
+    parts = split(archive, part_bytes)
+    for number, part in enumerate(parts):
+        (folder / f"{name}.tar.xz.{number:02}").write_bytes(part)
+    digest = hashlib.sha256(archive).hexdigest()
+    (folder / f"{name}.txt").write_text(f"{len(parts)} {digest}\n")
+    print(f"{name}: {len(archive) / 2**20:.0f} MiB in {len(parts)} parts")
 
 
 def _fetch(requirement: str, python: str, folder: Path) -> None:
@@ -88,26 +110,38 @@ def _fetch(requirement: str, python: str, folder: Path) -> None:
         subprocess.run(build, check=True)
 
 
-def _archive(wheels: list[Path], python: str) -> bytes:
-    """What the wheels install into site-packages, as a tar.xz."""
+def _unpacked(wheels: list[Path], python: str, scratch: Path) -> Path:
+    """What of the wheels goes into site-packages there."""
+    tree = scratch / "tree"
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as content:
+            for item in content.infolist():
+                if not item.is_dir() and wanted(item.filename, python):
+                    path = Path(content.extract(item, tree))
+                    path.chmod((item.external_attr >> 16) & 0o755 | 0o600)
+    return tree
+
+
+def _archive(tree: Path, is_servers: bool) -> bytes:
+    """The server's files or all others, as a tar.xz."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as content:
-                for item in content.infolist():
-                    if not item.is_dir() and wanted(item.filename, python):
-                        entry = tarfile.TarInfo(item.filename)
-                        entry.size, entry.mode = item.file_size, (item.external_attr >> 16) & 0o755
-                        archive.addfile(entry, content.open(item))
+        for path in sorted(path for path in tree.rglob("*") if path.is_file()):
+            name = str(path.relative_to(tree))
+            if name.startswith(SERVER) is is_servers:
+                archive.add(path, name)
     return buffer.getvalue()
 
 
 def wanted(name: str, python: str) -> bool:
-    """Of nvidia-pytriton the server and one Python's stub; of ONNX Runtime what runs graphs."""
+    """Of nvidia-pytriton the server and one Python's stub; of ONNX Runtime what runs graphs.
+
+    Its distribution's record goes with the other packages: benchmarks tell its version.
+    """
     if name.startswith(("pytriton/", "nvidia_pytriton")):
         stub = "python_backend_stubs/" not in name or f"/{python}/" in name
         return name.startswith(TRITON) and stub and "/libpython3-" not in name
-    return not name.startswith(("onnxruntime/transformers/", "onnxruntime/tools/"))
+    return not name.startswith(NEEDLESS_FILES)
 
 
 def split(content: bytes, size: int) -> list[bytes]:
@@ -174,11 +208,12 @@ def main() -> None:
     for command in (packing, unpacking):
         command.add_argument("folder", type=Path, help="of the parts")
     packing.add_argument("--python", default="3.12", help="version there")
+    packing.add_argument("--gpu", type=int, default=90, help="architecture there, as 90 for sm_90")
     packing.add_argument("--part-mib", type=int, default=45)
     unpacking.add_argument("environment", type=Path, help="folder to make")
     given = parser.parse_args()
     if given.command == "pack":
-        pack(given.folder, given.python, given.part_mib * 2**20)
+        pack(given.folder, given.python, given.gpu, given.part_mib * 2**20)
     else:
         unpack(given.folder, given.environment)
 

@@ -52,8 +52,28 @@ def test_a_part_that_was_cut_is_not_unpacked(folder: Path) -> None:
         ("nvidia_pytriton.libs/libpython3-0c3a.12.so.1.0", False),
         ("onnxruntime/capi/libonnxruntime_providers_cuda.so", True),
         ("onnxruntime/transformers/optimizer.py", False),
+        ("onnxruntime/capi/libonnxruntime.so.1.30.0", False),
+        ("onnxruntime/capi/libonnxruntime_providers_shared.so", True),
         ("numpy/core/numeric.py", True),
     ],
 )
 def test_only_what_runs_there_goes_in(name: str, goes: bool) -> None:
     assert offline.wanted(name, "3.12") is goes
+
+
+@pytest.mark.parametrize(
+    ("source", "needless"),
+    [
+        ("moe_gemm_kernels_fp16_fp4_cu", True),
+        ("flash_fwd_hdim64_fp16_sm80_cu", False),
+        ("flash_fwd_split_hdim64_fp16_sm80_cu", False),
+        ("flash_fwd_hdim64_fp16_causal_sm80_cu", True),
+        ("flash_fwd_hdim128_fp16_sm80_cu", True),
+        ("fmha_sm80_cu", False),
+        ("skip_layer_norm_impl_cu", False),
+        ("rotary_embedding_impl_cu", False),
+        ("", False),
+    ],
+)
+def test_the_encoders_own_kernels_go(source: str, needless: bool) -> None:
+    assert bool(offline.NEEDLESS_KERNELS.search(source)) is needless

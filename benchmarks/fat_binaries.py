@@ -1,0 +1,87 @@
+"""Leaving GPU kernels out of a library that is to be carried: what stays is where it was.
+
+A library made for many GPUs holds its kernels once for each, file by file of its sources. CUDA
+loads a file's kernels when one of them is first wanted, so that the others may as well be zeros,
+which compress to nothing.
+
+The format is the one that NVIDIA's tools write, as seen in such files:
+
+    container   0xBA55ED50, u16 version, u16 header size, u64 size of what follows: entries
+    entry       u16 kind, u16, u32 header size, u64 size, …, u32 architecture at 28; its content
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, 16)
+CONTAINER, ENTRY = struct.Struct("<8xQ"), struct.Struct("<HHIQ")
+ARCHITECTURE = struct.Struct("<28xI")
+MACHINE_CODE = 2
+SOURCE = re.compile(r"INTERNAL_[0-9a-f]+_(\d+)_(\w+)")
+"""In the names of what a file of sources keeps to itself: the length of its name, and the name."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One file's kernels for one architecture, or its PTX."""
+
+    kind: int
+    architecture: int
+    content: slice
+
+
+def find(library: bytes | bytearray) -> Iterator[Kernels]:
+    """All of a library's kernels, in their order."""
+    position = library.find(MAGIC)
+    while position >= 0:
+        entry = position + CONTAINER.size
+        end = entry + CONTAINER.unpack_from(library, position)[0]
+        if end > len(library):  # the magic number by chance
+            end = position + len(MAGIC)
+        while entry < end:
+            kind, _, header, size = ENTRY.unpack_from(library, entry)
+            (architecture,) = ARCHITECTURE.unpack_from(library, entry)
+            start = entry + header
+            yield Kernels(kind, architecture, slice(start, start + size))
+            entry = start + size
+        position = library.find(MAGIC, end)
+
+
+def prune(path: Path, architecture: int, needless: Callable[[str], bool]) -> None:
+    """Zero a library's kernels but those of one architecture whose sources are not needless."""
+    library = bytearray(path.read_bytes())
+    own = [k for k in find(library) if (k.kind, k.architecture) == (MACHINE_CODE, architecture)]
+    names = sources(path, architecture)
+    if len(names) != len(own):
+        raise ValueError(f"{path.name}: {len(own)} files' kernels, but {len(names)} by cuobjdump")
+    kept = {k.content.start for k, name in zip(own, names, strict=True) if not needless(name)}
+    for kernels in list(find(library)):
+        if kernels.content.start not in kept:
+            library[kernels.content] = bytes(kernels.content.stop - kernels.content.start)
+    path.write_bytes(library)
+
+
+def sources(path: Path, architecture: int) -> list[str]:
+    """Of each file's kernels for an architecture the file's name, or "" where none is told."""
+    command = [str(_cuobjdump()), "-arch", f"sm_{architecture}", "-symbols", str(path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [_source(symbols) for symbols in told.split("Fatbin elf code:")[1:]]
+
+
+def _source(symbols: str) -> str:
+    found = SOURCE.search(symbols)
+    return found[2][: int(found[1])] if found else ""
+
+
+def _cuobjdump() -> Path:
+    """The one in OpenAI's triton, which comes with PyTorch."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
