@@ -53,7 +53,7 @@ class Settings:
             device=_device(args["model_instance_kind"], args["model_instance_device_id"]),
             program=Path(args["model_repository"]) / args["model_version"] / PROGRAM,
             feature_shapes=shapes,
-            feature_dtype=TYPES[config["input"][0]["data_type"]],
+            feature_dtype=_dtype(config),
         )
 
 
@@ -70,6 +70,18 @@ def _number(
     if value is None or not value >= at_least:  # also NaN
         raise SettingError(f"parameter {name} is {parameters[name]!r}; it must be {accepted}")
     return value
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Of embeddings, which all are of one type."""
+    kinds = {t["name"]: t["data_type"] for t in config["input"]}
+    try:
+        return TYPES[kinds["image_embed"]]
+    except KeyError:
+        raise SettingError(
+            f"image_embed is {kinds['image_embed']} in config.pbtxt; accepted are "
+            f"{' and '.join(TYPES)}: export it again"
+        ) from None
 
 
 def _device(kind: str, number: str) -> torch.device:

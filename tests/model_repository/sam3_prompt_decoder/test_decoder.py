@@ -15,7 +15,6 @@ import pytest
 import torch
 from decoder import REPLAY_TOLERANCE, Decoder, _check_same
 from jobs import LOGIT_LIMIT, Job, Masks
-from launches import Inputs, gather
 from numpy.typing import NDArray
 from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts
@@ -104,17 +103,6 @@ def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
     )
     assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
-    """With channels last: else each decode of several would put every pixel in its place anew."""
-    images = [features(seed) for seed in (1, 2)]
-    jobs = [Job(image.own() if keep else image, OBJECTS[:1]) for image in images]
-    together = gather(Inputs.of(jobs, [(0, 0), (1, 0)]))
-    for stacked, *singles in zip(together, *images, strict=True):
-        assert stacked.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(stacked, torch.stack(singles))
 
 
 def test_objects_do_differ(decoder: Decoder) -> None:

@@ -46,6 +46,22 @@ def test_the_config_as_it_is_written() -> None:
     assert settings.program == Path("/models/sam3_prompt_decoder/1/decoder.pt2")
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("TYPE_FP32", torch.float32), ("TYPE_FP16", torch.float16)]
+)
+def test_the_embeddings_type_is_read(kind: str, dtype: torch.dtype) -> None:
+    written = config()
+    written["input"][0]["data_type"] = kind
+    assert Settings.of(ARGS, written).feature_dtype == dtype
+
+
+def test_a_type_that_no_encoder_writes_is_refused() -> None:
+    written = config()
+    written["input"][0]["data_type"] = "TYPE_BF16"
+    with pytest.raises(SettingError, match=r"TYPE_BF16 in config\.pbtxt; accepted are TYPE_FP32"):
+        Settings.of(ARGS, written)
+
+
 def test_numbers_are_read() -> None:
     settings = Settings.of(ARGS, config(kept_images_bytes="0", kept_images_idle_seconds="1.5"))
     assert (settings.kept_images_bytes, settings.kept_images_idle_seconds) == (0, 1.5)
