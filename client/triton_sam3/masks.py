@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 FILLED = 10.0
 """Logit a filled hole gets: as the reference, clearly foreground but not the clamp's extreme."""
 
-FEW_HOLES = 16
-"""Up to so many are filled one by one, 7 µs each; a pass over a 288 × 288 plane takes 110."""
+FEW_HOLES = 4
+"""Up to so many are filled one by one, 13 µs each; all at once take 55 of a 288 × 288 plane."""
 
 ROWS_AT_ONCE = 128
 """Rows upsampled at a time: a strip of float32 that fits a cache, however large the image."""
@@ -81,19 +81,31 @@ def _float32(plane: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
 
 
 def _fill_holes(plane: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
-    background = (plane <= 0).view(np.uint8)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
-    small = stats[:, cv2.CC_STAT_AREA] <= limit
+    labels, areas = _regions((plane <= 0).view(np.uint8))
+    small = areas <= limit
     small[0] = False  # label 0 is the foreground
     holes = np.flatnonzero(small)
     if len(holes) > FEW_HOLES:
         plane[small.take(labels)] = FILLED
         return plane
     for hole in holes:
-        left, top, width, height, _ = stats[hole]
-        place = slice(top, top + height), slice(left, left + width)
-        plane[place][labels[place] == hole] = FILLED
+        plane[labels == hole] = FILLED
     return plane
+
+
+def _regions(background: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A label for each pixel, by 8-connected region with 0 outside, and the pixels of each label.
+
+    OpenCV's own statistics, centroids among them, take 200 µs of a 288 × 288 plane; a histogram of
+    the labels takes 40 to 100, and is made of 16 bits. It counts no wider ones but slow floats.
+    """
+    height, width = background.shape
+    # No two regions lie in the same 2 × 2 pixels. OpenCV does not check that labels fit.
+    if ((height + 1) // 2) * ((width + 1) // 2) > np.iinfo(np.uint16).max:
+        _, wide, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
+        return wide, stats[:, cv2.CC_STAT_AREA]
+    count, labels = cv2.connectedComponents(background, connectivity=8, ltype=cv2.CV_16U)
+    return labels, cv2.calcHist([labels], [0], None, [count], [0, count]).ravel()
 
 
 def _upsample_into(mask: NDArray[np.bool_], plane: NDArray[np.float32]) -> None:

@@ -215,6 +215,48 @@ def test_few_holes_and_many_are_filled_as_one_by_one(
     np.testing.assert_array_equal(ours, expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    side=st.integers(1, 60),
+    grain=st.sampled_from([0.7, 2, 6, 20]),
+    dtype=st.sampled_from([np.float16, np.float32]),
+    limit=st.sampled_from([None, 0, 3, 1e9]),
+    level=st.sampled_from([-40, -4, 0, 4, 40]),
+    width=st.integers(1, 200),
+    height=st.integers(1, 200),
+)
+def test_finished_as_filled_one_by_one_and_upsampled_whole(
+    seed: int,
+    side: int,
+    grain: float,
+    dtype: type,
+    limit: float | None,
+    level: float,
+    width: int,
+    height: int,
+) -> None:
+    logits: NDArray[Any] = (clouds(seed, 3, side, grain) + level).astype(dtype)
+    before = logits.copy()
+    ours = finish_masks(logits, width, height, max_hole_area=limit)
+    area = hole_area(side) if limit is None else limit
+    filled = [plainly_filled(plane, area) for plane in logits]
+    expected = np.stack([two_passes(plane, width, height) > 0 for plane in filled])
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize("side", [510, 511, 513])
+def test_regions_beyond_what_16_bits_number(side: int) -> None:
+    logits = np.full((1, side, side), 5, np.float32)
+    logits[0, ::2, ::2] = -5  # as many regions as there can be, 65025 or more
+    assert finish_masks(logits, side, side, max_hole_area=1).all()
+    np.testing.assert_array_equal(finish_masks(logits, side, side, max_hole_area=0), logits > 0)
+    logits[0, 300, 301] = -5  # two become one
+    filled = finish_masks(logits, side, side, max_hole_area=2)
+    assert np.argwhere(~filled[0]).tolist() == [[300, 300], [300, 301], [300, 302]]
+
+
 def test_half_precision_is_widened_exactly() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     np.testing.assert_array_equal(masks_module._float32(every), every.astype(np.float32))
