@@ -222,6 +222,22 @@ def test_wrong_masks(mask: Any, says: str) -> None:
         parse_mask(mask)
 
 
+@pytest.mark.parametrize("layout", ["whole", "strided", "other byte order"])
+@pytest.mark.parametrize(
+    "bits", [0, 1, 0x3FF, 0x3C00, 0x7800, 0x7BFF, 0x7C00, 0x7C01, 0x7E00, 0xFBFF, 0xFC00, 0xFFFF]
+)
+def test_every_finite_half_is_a_logit_and_no_other(bits: int, layout: str) -> None:
+    plane = np.zeros((4, 4), np.uint16)
+    plane[2, 2] = bits
+    whole = plane.view(np.float16)
+    mask = {"whole": whole, "strided": whole[::2, ::2], "other byte order": whole.astype(">f2")}
+    if np.isfinite(whole).all():
+        assert parse_mask(mask[layout]).tolist() == mask[layout].tolist()
+    else:
+        with pytest.raises(PromptError, match="must be finite and fit float16"):
+            parse_mask(mask[layout])
+
+
 @pytest.mark.parametrize("value", [3, 3.0, np.int8(3), np.array(3)])
 def test_class_ids(value: Any) -> None:
     assert parse_class_id(value) == 3
