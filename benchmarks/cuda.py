@@ -119,21 +119,18 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
     if encoder == Accelerator.TENSORRT.value:
         _load_tensorrt()
     asked = IN_PROCESS_FIGURES[encoder]
-
-    def tell(figure: Asked, measure: Callable[[], Sample]) -> None:
-        if figure in asked:
-            found.add(_by(encoder, figure).measured(measure()))
-
     with _engine(graphs(), encoder) as engine:
+        if ACCURACY in asked:
+            found.progress(f"{encoder}: checking the 16-bit encoder")
+            found.add(_by(encoder, ACCURACY).measured(Sample((engine.mask_iou(),))))
         found.progress(f"{encoder}: timing")
         batches = {n: _repeat(partial(engine.encode, batch=n), 20) for n in growth.BATCHES}
-        tell(ENCODE, lambda: batches[1].scaled(MILLISECONDS))
-        tell(SATURATION, lambda: _best_rate(batches))
+        found.add(_by(encoder, ENCODE).measured(batches[1].scaled(MILLISECONDS)))
+        found.add(_by(encoder, SATURATION).measured(_best_rate(batches)))
         title = f"{encoder}: images encoded together"
         found.growths.append(growth.together(title, "images", batches))
         if DECODE in asked:
             _decoder(engine, encoder, found)
-        tell(ACCURACY, lambda: Sample((engine.mask_iou(),)))
 
 
 def _decoder(engine: Engine, encoder: str, found: Findings) -> None:

@@ -60,11 +60,9 @@ class Worker:
         # Separate tuples: images that are not one and the same to the decoder.
         jobs = [Job(Features(*self._features), prompts, best_only=True) for _ in range(images)]
         self._synchronize()
-        size = self._decoder.requests_at_once or len(jobs)
         started = time.perf_counter()
-        parts = [self._decoder.start(jobs[at : at + size]) for at in range(0, len(jobs), size)]
-        for part in parts:
-            part.by_job()
+        for answers in [self._decoder.start(part) for part in self._decoder.parts(jobs)]:
+            answers.by_job()
         return time.perf_counter() - started
 
     def keep(self, images: int) -> float:

@@ -57,12 +57,13 @@ def find(library: bytes | bytearray) -> Iterator[Kernels]:
 def prune(path: Path, architecture: int, needless: Callable[[str], bool]) -> None:
     """Zero a library's kernels but those of one architecture whose sources are not needless."""
     library = bytearray(path.read_bytes())
-    own = [k for k in find(library) if (k.kind, k.architecture) == (MACHINE_CODE, architecture)]
+    every = list(find(library))
+    own = [k for k in every if (k.kind, k.architecture) == (MACHINE_CODE, architecture)]
     names = sources(path, architecture)
     if len(names) != len(own):
         raise ValueError(f"{path.name}: {len(own)} files' kernels, but {len(names)} by cuobjdump")
     kept = {k.content.start for k, name in zip(own, names, strict=True) if not needless(name)}
-    for kernels in list(find(library)):
+    for kernels in every:
         if kernels.content.start not in kept:
             library[kernels.content] = bytes(kernels.content.stop - kernels.content.start)
     path.write_bytes(library)

@@ -58,7 +58,7 @@ class HalfPrecisionBlocks(nn.Module):
         shape, channels = stream.shape, stream.shape[-1]
         normed: Tensor = self._blocks[0].norm1(stream)
         for i, block in enumerate(self._blocks):
-            cos, sin = self._tables(i)
+            cos, sin = self._rotary(i)
             rows = (-1, len(cos), channels)
             made, stream = block(normed.reshape(rows), stream.reshape(rows), cos, sin)
             if i + 1 < len(self._blocks):
@@ -67,7 +67,7 @@ class HalfPrecisionBlocks(nn.Module):
         last: Tensor = stream + (made + block.bias)
         return last.reshape(shape)
 
-    def _tables(self, block: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, block: int) -> tuple[Tensor, Tensor]:
         if block in self.global_att_blocks:
             return self.global_cos, self.global_sin
         return self.windowed_cos, self.windowed_sin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export import checkpoint
-from export.architecture import Architecture, InteractiveModel
+from export.architecture import InteractiveModel
 from export.encoder import FEATURES, ImageEncoder, export_encoder
 from export.half_precision import ROTATED_AT_ONCE, STREAM_SCALE, HalfPrecisionBlocks
 from tests.export import tiny
@@ -74,20 +75,7 @@ def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> Non
 @pytest.mark.parametrize(("heads", "width", "together"), [(16, 64, 4), (4, 12, 4), (10, 64, 2)])
 def test_as_many_heads_are_rotated_at_once_as_fit(heads: int, width: int, together: int) -> None:
     """SAM 3's, the tiny model's, and more than fit: the largest divisor that does."""
-    architecture = Architecture(
-        image_size=112,
-        pretrain_image_size=56,
-        embed_dim=heads * width,
-        depth=2,
-        num_heads=heads,
-        mlp_dim=8,
-        window_size=4,
-        global_att_blocks=(1,),
-        d_model=64,
-        decoder_depth=1,
-        decoder_mlp_dim=8,
-        iou_head_hidden_dim=8,
-    )
+    architecture = replace(tiny.ARCHITECTURE, embed_dim=heads * width, num_heads=heads)
     encoder = ImageEncoder(InteractiveModel(architecture), torch.float16)
     assert isinstance(encoder.blocks, HalfPrecisionBlocks)
     assert encoder.blocks._blocks[0].attn.heads_at_once == together

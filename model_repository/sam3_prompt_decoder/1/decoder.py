@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ CPU_LAUNCH_ROWS = 8192
 """Image tokens in one launch on a CPU: beyond the caches, larger launches only run slower."""
 
 GPU_LAUNCH_OBJECTS = 64
+
+Request = TypeVar("Request")
 
 REPLAYED_TOKENS = 16
 """Of one object, replayed by itself."""
@@ -66,8 +69,7 @@ class Decoder:
             # A mask prompt's sum, on the host: waking others for it took 1.7 ms, on one 0.13.
             torch.set_num_threads(1)
         self._replays: list[ClickReplay] = []
-        self.requests_at_once = 0 if self.device.type == "cpu" else REPLAYED_OBJECTS
-        """How many to start before the next are read; 0: all, so that most objects are merged."""
+        self._part = 0 if self.device.type == "cpu" else REPLAYED_OBJECTS
         self.launches = 0
         """How often the program has run."""
         self.remark = ""
@@ -144,6 +146,11 @@ class Decoder:
                 for launch in launches:
                     replay.record(Inputs.of(jobs, launch))
         return replay
+
+    def parts(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
+        """What to start before the next is read; on a CPU all, so that most objects are merged."""
+        size = self._part or max(1, len(requests))
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
 
     def decode(self, jobs: Sequence[Job]) -> list[Masks]:
         """Decode every object of every job.

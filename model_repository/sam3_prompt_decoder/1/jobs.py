@@ -64,9 +64,10 @@ class Room:
     """Memory for the masks of a number of objects, in one piece: one copy brings it to the host."""
 
     def __init__(self, objects: int, candidates: int, side: int, device: torch.device) -> None:
-        self._shape = (objects, candidates, side)
-        words = objects * (candidates + 1)
-        size = 4 * words + 2 * objects * candidates * side**2
+        self._shape = (objects, candidates, side, side)
+        ious = 4 * objects * candidates
+        self._ends = [ious, ious + 4 * objects]
+        size = self._ends[-1] + 2 * math.prod(self._shape)
         self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         self.masks = self._cut(self._bytes)
 
@@ -86,13 +87,10 @@ class Room:
         return self._cut(host.copy_(room, non_blocking=True))
 
     def _cut(self, room: Tensor) -> Masks:
-        objects, candidates, side = self._shape
-        ious, sums, masks = room.tensor_split(
-            [4 * objects * candidates, 4 * objects * (candidates + 1)]
-        )
+        ious, sums, masks = room.tensor_split(self._ends)
         return Masks(
-            masks.view(torch.float16).view(objects, candidates, side, side),
-            ious.view(torch.float32).view(objects, candidates),
+            masks.view(torch.float16).view(self._shape),
+            ious.view(torch.float32).view(self._shape[:2]),
             sums.view(torch.float32),
         )
 
@@ -140,7 +138,7 @@ class Answers:
         )
 
     def put_best(self, launch: Launch, best: Masks) -> None:
-        """Answer with masks that are chosen already, and are host memory's own or on their way."""
+        """Answer with masks that are chosen already, and on their way to host memory."""
         row = 0
         for j, members in groupby(launch, lambda member: member[0]):
             rows = slice(row, row + len(list(members)))

@@ -63,9 +63,7 @@ class TritonPythonModel:
 
         In parts: while a GPU decodes one, the next is read and the one before is answered.
         """
-        size = self._decoder.requests_at_once or len(requests)
-        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
-        asked = [self._ask(part) for part in parts]
+        asked = [self._ask(part) for part in self._decoder.parts(requests)]
         return [answer for part in asked for answer in self._answer(*part)]
 
     def finalize(self) -> None:

@@ -12,6 +12,7 @@ own time counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Recording:
         self._load(inputs)
         places, labels = self._prompts.tensor_split([2 * objects * tokens])
         # Kept: what is replayed finds them by their address.
-        self._given = given = {
+        self._given = {
             **self._images._asdict(),
             "point_coords": places.view(torch.float32).view(objects, tokens, 2),
             "point_labels": labels.view(objects, tokens),
@@ -88,13 +89,7 @@ class Recording:
             # A launch on a GPU has masks of all objects or of none.
             "mask_index": torch.arange(masks, device=device),
         }
-
-        def run() -> tuple[Tensor, Tensor]:
-            logits, ious = program(**given)
-            self._best.write(slice(objects), *best_of(logits, ious))
-            return logits, ious
-
-        self._outputs, self._replay = _record(run, device, pool)
+        self._outputs, self._replay = _record(partial(self._run, program), device, pool)
 
     def takes(self, image: Features) -> bool:
         """Whether the image is of the type that was recorded."""
@@ -109,6 +104,11 @@ class Recording:
     def best(self) -> Masks:
         """Each object's best mask of the latest call, on its way to host memory."""
         return self._best.on_host()
+
+    def _run(self, program: Program) -> tuple[Tensor, Tensor]:
+        logits, ious = program(**self._given)
+        self._best.write(slice(len(ious)), *best_of(logits, ious))
+        return logits, ious
 
     def _load(self, inputs: Inputs) -> None:
         """Copy inputs to where they were recorded; nothing waits for it."""
