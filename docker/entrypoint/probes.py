@@ -35,6 +35,8 @@ BLACK_PNG = (
 """8×8 pixels, in base64, as the file ensemble takes it too."""
 
 RETRY_SECONDS = 0.5
+ERRORS_TO_FAIL = 3
+"""Errors of the canary in a row: one may be chance, and a dead process never answers otherwise."""
 _SUCCESSES = re.compile(r'^nv_inference_request_success\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
 
 
@@ -72,20 +74,23 @@ def startup(target: Target, timeout: float) -> str:
 def live(target: Target, timeout: float) -> str:
     """Pass while the server answers the canary, or others, within `timeout` s. Raises ProbeFailed.
 
-    A wrong answer and a closed port fail at once; anything else only at the end of `timeout`.
+    A wrong answer and a closed port fail at once, errors after three, no answer only at the end of
+    `timeout`.
     """
     deadline = time.monotonic() + timeout
     before = _finished(target, timeout)
     failure: _Unanswered | None = None
+    errors = 0
     while True:
         try:
             _canary(target, deadline - time.monotonic())
             return "the canary was answered"
         except _Unanswered as error:
+            errors = 0 if error.busy else errors + 1
             # The last attempt has little time left: that it was in vain says less than an error.
             if failure is None or failure.busy:
                 failure = error
-        if time.monotonic() + RETRY_SECONDS >= deadline:
+        if errors == ERRORS_TO_FAIL or time.monotonic() + RETRY_SECONDS >= deadline:
             break
         time.sleep(RETRY_SECONDS)
     if not failure.busy:
