@@ -42,6 +42,8 @@ _NOT_JSON = "an exception occurred in the client while decoding the response"
 
 _WRAPPING = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
 _NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.I)
+_UNTRUSTED = re.compile(r"certificate[ _]verify[ _]failed|hostname verification check", re.I)
+"""OpenSSL's words, and those of gRPC for another host's certificate."""
 
 
 class RegionLost(ServerError):
@@ -119,10 +121,10 @@ def _kind(status: str, text: str) -> type[SAM3Error]:
 
 
 def _unreachable(url: str, reason: str) -> ServerUnreachable:
-    return ServerUnreachable(
-        f"no answer from {url}: {reason}; is the server running there, and does the port speak "
-        f"{_scheme(url)}?"
-    )
+    remedy = f"is the server running there, and does the port speak {_scheme(url)}?"
+    if _UNTRUSTED.search(reason):
+        remedy = "root_certificates, or SSL_CERT_FILE, is a PEM file of the authorities to trust"
+    return ServerUnreachable(f"no answer from {url}: {reason}; {remedy}")
 
 
 def _deadline(url: str, waited: float, said: str = "") -> DeadlineExceeded:

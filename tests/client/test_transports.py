@@ -180,9 +180,21 @@ def test_a_proxy_of_the_environment_is_not_used(url: str, monkeypatch: pytest.Mo
         assert client.status().ready
 
 
-def test_an_unknown_authority_is_not_trusted(secured: Secured, coins: Pixels) -> None:
-    unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate|handshake|ssl")
-    with Client(secured.url, retries=0) as client, unsure:
+def test_an_unknown_authority_is_not_trusted(
+    secured: Secured, coins: Pixels, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    for trusted in (None, other):
+        unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate.*; root_certificates")
+        with Client(secured.url, retries=0, root_certificates=trusted) as client, unsure:
+            client.segment(coins, points=[(110, 80)])
+
+
+def test_another_hosts_certificate_is_not_trusted(secured: Secured, coins: Pixels) -> None:
+    elsewhere = secured.url.replace("localhost", "127.0.0.1")
+    unsure = pytest.raises(ServerUnreachable, match=r"(?i)(host|not valid).*; root_certificates")
+    with Client(elsewhere, retries=0, root_certificates=secured.authority) as client, unsure:
         client.segment(coins, points=[(110, 80)])
 
 
