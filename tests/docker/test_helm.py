@@ -135,6 +135,16 @@ def test_slow_starts_are_waited_for() -> None:
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 1800
 
 
+def test_the_dead_are_not_drained() -> None:
+    """Else the hook and the requests in flight are waited for before the restart: a minute more."""
+    pods = [o["spec"]["template"]["spec"] for (k, _), o in render().items() if k == "Deployment"]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert "preStop" in container["lifecycle"]
+        assert container["livenessProbe"]["terminationGracePeriodSeconds"] <= 10
+    assert len(pods) == 2
+
+
 def test_pods_meet_the_restricted_standard() -> None:
     for (kind, _), found in render(EVERYTHING).items():
         if kind != "Deployment":
