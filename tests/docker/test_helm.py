@@ -1,9 +1,13 @@
 """The chart, rendered by Helm's own library: valid objects, true probes, closed by default."""
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -44,7 +48,10 @@ def render(values: Mapping[str, Any] | None = None) -> dict[tuple[str, str], dic
     """The chart's objects by kind and name."""
     given = {"proxy": {"tokens": [TOKEN]}} if values is None else values
     with helm.Chart.load(str(CHART)) as chart:
-        files = chart.render(given, name="r", namespace="n")
+        return by_name(chart.render(given, name="r", namespace="n"))
+
+
+def by_name(files: Mapping[str, str]) -> dict[tuple[str, str], dict[str, Any]]:
     texts = [text for name, text in files.items() if name.endswith(".yaml")]
     objects = [found for text in texts for found in yaml.safe_load_all(text) if found]
     return {(found["kind"], found["metadata"]["name"]): found for found in objects}
@@ -186,8 +193,67 @@ def test_shared_memory_follows_the_formula_and_the_models_limits() -> None:
     assert shm == {"medium": "Memory", "sizeLimit": str(expected)}
 
 
+@contextmanager
+def cluster(*deployments: dict[str, Any]) -> Iterator[str]:
+    """The kubeconfig of an API server that knows so many deployments, and nothing else."""
+    kinds = {"name": "deployments", "kind": "Deployment", "namespaced": True, "verbs": ["get"]}
+    known = {
+        "/apis/apps/v1": {
+            "kind": "APIResourceList",
+            "groupVersion": "apps/v1",
+            "resources": [kinds],
+        }
+    }
+    for found in deployments:
+        where = found["metadata"]
+        path = f"/apis/apps/v1/namespaces/{where['namespace']}/deployments/{where['name']}"
+        known[path] = found
+
+    class API(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = known.get(urlsplit(self.path).path)
+            self.send_response(404 if answer is None else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            missing = {"kind": "Status", "apiVersion": "v1", "code": 404, "reason": "NotFound"}
+            self.wfile.write(json.dumps(answer or missing).encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """pytest shows what matters."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), API) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"server": f"http://127.0.0.1:{server.server_port}"}
+        yield json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "clusters": [{"name": "c", "cluster": here}],
+                "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
+                "current-context": "c",
+            }
+        )
+        server.shutdown()
+
+
 def test_replicas_are_left_to_the_autoscaler() -> None:
-    assert "replicas" not in render(EVERYTHING)["Deployment", "r-triton-sam3"]["spec"]
+    """Those that run stay: an upgrade without their number would leave one."""
+    name = "r-triton-sam3"
+    assert "replicas" not in render(EVERYTHING)["Deployment", name]["spec"]
+    running = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "namespace": "n"},
+        "spec": {"replicas": 5},
+    }
+    for values, replicas in ((EVERYTHING, 5), ({"proxy": {"tokens": [TOKEN]}}, 2)):
+        with (
+            cluster(running) as kubeconfig,
+            helm.Config(kubeconfig_content=kubeconfig, namespace="n") as config,
+            helm.Chart.load(str(CHART)) as chart,
+        ):
+            files = config.render(chart, values, name="r", namespace="n")
+        assert by_name(files)["Deployment", name]["spec"]["replicas"] == replicas
     (metric,) = render(EVERYTHING)["HorizontalPodAutoscaler", "r-triton-sam3"]["spec"]["metrics"]
     adapter = yaml.safe_load((DOCKER / "helm" / "prometheus-adapter.yaml").read_text())
     assert metric["pods"]["metric"]["name"] == adapter["rules"]["custom"][0]["name"]["as"]
