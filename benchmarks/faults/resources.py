@@ -1,4 +1,4 @@
-"""Faults of what the machine gives: shared memory, clock, disk."""
+"""Faults of what the machine gives: shared memory and clock."""
 
 from __future__ import annotations
 

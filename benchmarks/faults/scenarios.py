@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.faults import files, overload, processes, requests, resources
+from benchmarks.faults import engine_cache, files, overload, processes, requests, resources
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Kind
 from benchmarks.faults.trial import Result
@@ -42,6 +42,7 @@ def every() -> Sequence[Fault]:
         Fault("kept-limit", "memory limit of kept images reached", requests.kept_limit),
         Fault("overload", "overload, 4 × capacity, behind Envoy", overload.overloaded),
         Fault("shm-full", "/dev/shm full", resources.shm_full),
+        Fault("engine-cache", "disk of the engine cache full", engine_cache.cache_full),
         Fault("clock", "clock jumps 10 years ahead, then back", resources.clock_jump),
         Fault("onnx", "model.onnx corrupted, restart", partial(files.corrupted, files.ONNX)),
         Fault("pt2", "decoder.pt2 corrupted, restart", partial(files.corrupted, files.PT2)),

@@ -42,6 +42,12 @@ def record(line: str) -> str:
     )
 
 
+def is_error(line: str) -> bool:
+    """Whether Triton wrote the line at level error or fatal."""
+    match = _TRITON.match(line)
+    return match is not None and match["level"] in "EF"
+
+
 def event(source: str, message: str, level: str = "info") -> str:
     """A line of our own, stamped now."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from docker.entrypoint import drain, logs
+from docker.entrypoint.engines import EngineCaches
 from docker.entrypoint.probes import ProbeFailed, Target, live, loaded
 from server import installation, keeper
 from server.command import MEMORY, Address, command_line
@@ -123,6 +124,7 @@ class _Server:
         self._options = options
         self._stop, self._hurry = threading.Event(), threading.Event()
         self._sick = False
+        self._engines = EngineCaches(options.repository)
         # After a crash the pod's memory volumes still hold what the last container left there.
         options.drain_mark.unlink(missing_ok=True)
         self._shm_prefix = f"triton_sam3_port{options.address.http_port}_"
@@ -136,7 +138,7 @@ class _Server:
     def run(self) -> int:
         """Until the end; SICK if it had to be ended."""
         assert self._process.stdout is not None
-        pump = (self._process.stdout, sys.stdout)
+        pump = (self._engines.overhear(self._process.stdout), sys.stdout)
         output = threading.Thread(target=logs.translate, args=pump, daemon=True)
         output.start()
         if self._options.watch_seconds:
@@ -147,6 +149,9 @@ class _Server:
             self._end()
         status = self._process.wait()
         output.join(KILL_AFTER_SECONDS)  # a stub that outlived it would hold the pipe open
+        if not self._stop.is_set():
+            for sentence in self._engines.clear_blamed():
+                self._say(sentence, "error")
         return SICK if self._sick else status
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:

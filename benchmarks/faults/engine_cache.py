@@ -1,0 +1,108 @@
+"""The engine cache's disk is full: what TensorRT compiles there is cut off, and is read at restart.
+
+TensorRT needs a GPU. A model stands in for it that, as it loads, writes and reads as ONNX Runtime's
+provider does by its source; server, disk and what clears up are the real ones.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from benchmarks.faults.bench import Bench
+from benchmarks.faults.files import sentence
+from benchmarks.faults.stand import Stand
+from benchmarks.faults.trial import Result, Trial
+from export.accelerator import TENSORRT
+
+DISK_MIB, ENGINE_MIB = 4, 8
+OWN_MOUNTS = ("unshare", "--mount")
+MOUNT = f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && echo mounted && exec sleep infinity'
+CLEARED = "could not be read: its"
+ENGINE = "TensorrtExecutionProvider_TRTKernel_graph_main_graph_1_0_0_sm90.engine"
+STAND_IN = "sam3_engine"
+CONFIG = """\
+backend: "python"
+max_batch_size: 0
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } ]
+output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ]
+instance_group [ { kind: KIND_CPU } ]
+"""
+MODEL = """\
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+ENGINE = Path({engine!r})
+SIZE = {size}
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        if not ENGINE.exists():
+            try:
+                with ENGINE.open("wb", buffering=0) as file:
+                    for _ in range(SIZE // 4096):
+                        file.write(bytes(4096))
+            except OSError:
+                pass  # nobody looks at the stream's state
+        elif ENGINE.stat().st_size < SIZE:
+            raise pb_utils.TritonModelException(
+                "onnx runtime error 11: TensorRT EP could not deserialize engine from cache: "
+                + str(ENGINE)
+            )
+"""
+
+
+def cache_full(bench: Bench, title: str) -> Result:
+    """A server that was started on a full disk ends; it must come back without an operator."""
+    if subprocess.run([*OWN_MOUNTS, "true"], capture_output=True, check=False).returncode:
+        return Result(title, skipped="needs root, to give the server a disk of its own")
+    cache = bench.folder()
+    repository = bench.copy()
+    add_stand_in(repository, cache)
+    with _small_disk(cache) as inside, Stand(repository, bench.folder(), wrapper=inside) as stand:
+        with Trial(title, stand, bench.asked(stand)) as trial:
+            trial.strike(lambda: stand.container.triton().kill())
+            trial.recover()
+        trial.remark = _told(stand)
+        return trial.result()
+
+
+def add_stand_in(repository: Path, cache: Path) -> None:
+    """Add the model that stands in for TensorRT; its config names the cache as the encoder's."""
+    version = repository / STAND_IN / "1"
+    version.mkdir(parents=True)
+    config = CONFIG + TENSORRT.format(cache=cache, profile="")
+    (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
+    model = MODEL.format(engine=str(cache / ENGINE), size=ENGINE_MIB << 20)
+    (version / "model.py").write_text(model, encoding="utf-8")
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[tuple[str, ...]]:
+    """A tmpfs at `folder` that outlives a server, and the command that runs another inside."""
+    holding = subprocess.Popen(
+        [*OWN_MOUNTS, "sh", "-c", MOUNT, str(folder)], stdout=subprocess.PIPE
+    )
+    try:
+        assert holding.stdout is not None
+        if not holding.stdout.readline():
+            raise RuntimeError(f"no tmpfs could be mounted at {folder}")
+        enter = ("nsenter", f"--mount=/proc/{holding.pid}/ns/mnt")
+        yield (*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(ROOT))
+    finally:
+        holding.kill()
+        holding.communicate()
+
+
+def _told(stand: Stand) -> str:
+    """What the start that failed did about it. Raises RuntimeError if it was not the only one."""
+    said = [r["message"] for r in stand.container.records() if CLEARED in r["message"]]
+    refused = stand.statuses[1:]
+    if len(said) != 1 or len(refused) != 1:
+        raise RuntimeError(f"starts that ended: {stand.statuses}; said: {said}")
+    return f"1 start refused: {sentence(stand.refusal())}"
