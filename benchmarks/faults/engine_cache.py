@@ -105,4 +105,5 @@ def _told(stand: Stand) -> str:
     refused = stand.statuses[1:]
     if len(said) != 1 or len(refused) != 1:
         raise RuntimeError(f"starts that ended: {stand.statuses}; said: {said}")
-    return f"1 start refused: {sentence(stand.refusal())}"
+    refusal = sentence(stand.refusal())
+    return f"a model wrote and read in TensorRT's place; 1 start refused: {refusal}"
