@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from .deadline import timeout
 from .errors import DeadlineExceeded, SAM3Error
 from .flow import Acquire, Call, Compute, Flow, Step
+from .tracing import traced
 from .transports import AsyncTransport, Transport
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ async def perform_async(flow: Flow[T], transport: AsyncTransport) -> T:
 
 def _perform(step: Step, transport: Transport) -> Any:
     if isinstance(step, Call):
-        return transport.call(step)
+        with traced(step) as call:
+            return transport.call(call)
     if isinstance(step, Compute):
         return step.function()
     if isinstance(step, Acquire):
@@ -58,7 +60,8 @@ def _perform(step: Step, transport: Transport) -> Any:
 
 async def _perform_async(step: Step, transport: AsyncTransport) -> Any:
     if isinstance(step, Call):
-        return await transport.call(step)
+        with traced(step) as call:
+            return await transport.call(call)
     if isinstance(step, Compute):
         return await asyncio.to_thread(step.function)
     if isinstance(step, Acquire):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
+from opentelemetry.sdk.trace import TracerProvider
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz.census import is_alive
@@ -21,7 +22,7 @@ from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
 from tests.server import tiny
 from tests.server.test_health import INPUTS, SCORES
-from triton_sam3 import Client
+from triton_sam3 import Client, tracing
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (80, 100, 3), np.uint8)
 EVERYWHERE = Address("0.0.0.0", 8000, 8001, 8002)
@@ -196,7 +197,10 @@ def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path:
     assert re.findall(r"not alive \((\d) of 3\)", said)[-3:] == ["1", "2", "3"]
 
 
-def test_only_requests_that_carry_a_trace_are_traced(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_one_trace_from_the_client_to_the_decoder(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
     received: list[bytes] = []
 
     class Collector(http.server.BaseHTTPRequestHandler):
@@ -211,20 +215,24 @@ def test_only_requests_that_carry_a_trace_are_traced(repository: Path, tmp_path:
     (port,) = free_ports(1)
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", port), Collector)
     threading.Thread(target=collector.serve_forever, args=(0.01,), daemon=True).start()
-    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     url = f"--otlp-url=http://127.0.0.1:{port}/v1/traces"
     with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", url) as one:
         one.wait_until_serving()  # its canary is not traced
-        trace = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
-        with Client(f"http://127.0.0.1:{one.http_port}", headers=trace) as client:
-            client.segment(IMAGE, points=[(50, 40)])
+        ports = {"http": one.http_port, "grpc": one.grpc_port}
+        with Client(f"{protocol}://127.0.0.1:{ports[protocol]}") as client:
+            client.segment(IMAGE, boxes=[(10, 10, 60, 60)])  # nor is who brings no trace
+            made = TracerProvider()
+            monkeypatch.setattr(tracing.trace, "get_tracer", made.get_tracer)
+            with made.get_tracer("caller").start_as_current_span("photo") as span:
+                client.segment(IMAGE[::-1], points=[(50, 40)])
         assert one.stop() == 0
     collector.shutdown()
     collector.server_close()
     sent = b"".join(received)
     for model in (b"sam3_interactive", b"sam3_image_encoder", b"sam3_prompt_decoder"):
         assert model in sent
-    assert bytes.fromhex(trace_id) in sent or trace_id.encode() in sent
+    trace_id = span.get_span_context().trace_id
+    assert trace_id.to_bytes(16, "big") in sent or f"{trace_id:032x}".encode() in sent
     assert sent.count(b"InferRequest") == 1
 
 

@@ -1,0 +1,130 @@
+"""Requests as spans. That the server joins the trace is tests/docker/test_serve.py's."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import SpanKind, StatusCode
+
+from triton_sam3 import tracing
+from triton_sam3.errors import Overloaded
+from triton_sam3.flow import Call, Flow, Infer, Query
+from triton_sam3.retry import Retries
+from triton_sam3.steps import perform, perform_async
+
+REQUEST = Infer("sam3_interactive", {}, ("masks",), {"x-sam3-image": "digest"})
+
+
+class Server:
+    """Refuses the first tries, and remembers all."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.refusals = refusals
+        self.headers: list[dict[str, str]] = []
+
+    def call(self, call: Call) -> Any:
+        assert isinstance(call.request, Infer)
+        self.headers.append(dict(call.request.headers))
+        if len(self.headers) <= self.refusals:
+            raise Overloaded("busy")
+        return {}
+
+    def close(self) -> None:
+        raise AssertionError
+
+
+class AsyncServer:
+    def __init__(self) -> None:
+        self.server = Server()
+
+    async def call(self, call: Call) -> Any:
+        return self.server.call(call)
+
+    async def close(self) -> None:
+        raise AssertionError
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
+    """In place of the process's own, which can be set only once."""
+    made = TracerProvider()
+    monkeypatch.setattr(tracing.trace, "get_tracer", made.get_tracer)
+    return made
+
+
+@pytest.fixture
+def exported(provider: TracerProvider) -> InMemorySpanExporter:
+    memory = InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    return memory
+
+
+def sent(retries: int = 0) -> Flow[Any]:
+    return Retries(retries, 60.0, base=0.001).send(REQUEST)
+
+
+def traceparents(server: Server) -> Iterator[list[str]]:
+    return (headers["traceparent"].split("-") for headers in server.headers)
+
+
+def test_each_try_is_a_span_of_the_callers_trace(
+    provider: TracerProvider, exported: InMemorySpanExporter
+) -> None:
+    server = Server(refusals=1)
+    with provider.get_tracer("caller").start_as_current_span("click") as span:
+        perform(sent(retries=1), server)
+    refused, answered, _ = exported.get_finished_spans()
+    assert [refused.name, answered.name] == ["infer sam3_interactive"] * 2
+    assert {refused.kind, answered.kind} == {SpanKind.CLIENT}
+    assert [refused.status.status_code, answered.status.status_code] == [
+        StatusCode.ERROR,
+        StatusCode.UNSET,
+    ]
+    for one, (_, trace_id, span_id, flags) in zip(
+        (refused, answered), traceparents(server), strict=True
+    ):
+        assert int(trace_id, 16) == span.get_span_context().trace_id
+        assert int(span_id, 16) == one.get_span_context().span_id
+        assert one.parent == span.get_span_context()
+        assert flags == "01"
+
+
+async def test_an_awaited_request_is_one_too(exported: InMemorySpanExporter) -> None:
+    transport = AsyncServer()
+    await perform_async(sent(), transport)
+    (span,) = exported.get_finished_spans()
+    ((_, _, span_id, _),) = traceparents(transport.server)
+    assert int(span_id, 16) == span.get_span_context().span_id
+
+
+def test_what_is_not_sampled_is_not_traced_by_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = TracerProvider(sampler=ALWAYS_OFF)
+    monkeypatch.setattr(tracing.trace, "get_tracer", silent.get_tracer)
+    server = Server()
+    perform(sent(), server)
+    assert server.headers == [{"x-sam3-image": "digest"}]
+
+
+def test_without_an_sdk_nothing_is_added() -> None:
+    server = Server()
+    perform(sent(), server)
+    assert server.headers == [{"x-sam3-image": "digest"}]
+
+
+@pytest.mark.usefixtures("exported")
+def test_a_question_is_no_inference() -> None:
+    asked = Call(Query("get_model_config", ("sam3_interactive",)), 1.0)
+    with tracing.traced(asked) as call:
+        assert call is asked
+
+
+@pytest.mark.usefixtures("exported")
+def test_without_opentelemetry_the_call_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_installed", False)
+    asked = Call(REQUEST, 1.0)
+    with tracing.traced(asked) as call:
+        assert call is asked
