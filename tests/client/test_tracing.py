@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -52,7 +53,7 @@ class AsyncServer:
 def provider(monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
     """In place of the process's own, which can be set only once."""
     made = TracerProvider()
-    monkeypatch.setattr(tracing.trace, "get_tracer", made.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer", made.get_tracer)
     return made
 
 
@@ -69,6 +70,12 @@ def sent(retries: int = 0) -> Flow[Any]:
 
 def traceparents(server: Server) -> Iterator[list[str]]:
     return (headers["traceparent"].split("-") for headers in server.headers)
+
+
+def id_of(span: ReadableSpan) -> str:
+    context = span.get_span_context()
+    assert context is not None
+    return trace.format_span_id(context.span_id)
 
 
 def test_each_try_is_a_span_of_the_callers_trace(
@@ -88,7 +95,7 @@ def test_each_try_is_a_span_of_the_callers_trace(
         (refused, answered), traceparents(server), strict=True
     ):
         assert int(trace_id, 16) == span.get_span_context().trace_id
-        assert int(span_id, 16) == one.get_span_context().span_id
+        assert span_id == id_of(one)
         assert one.parent == span.get_span_context()
         assert int(flags, 16) & TraceFlags.SAMPLED
 
@@ -98,12 +105,12 @@ async def test_an_awaited_request_is_one_too(exported: InMemorySpanExporter) -> 
     await perform_async(sent(), transport)
     (span,) = exported.get_finished_spans()
     ((_, _, span_id, _),) = traceparents(transport.server)
-    assert int(span_id, 16) == span.get_span_context().span_id
+    assert span_id == id_of(span)
 
 
 def test_what_is_not_sampled_is_not_traced_by_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = TracerProvider(sampler=ALWAYS_OFF)
-    monkeypatch.setattr(tracing.trace, "get_tracer", silent.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer", silent.get_tracer)
     server = Server()
     perform(sent(), server)
     assert server.headers == [{"x-sam3-image": "digest"}]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from tritonclient.utils import InferenceServerException
 
@@ -22,7 +23,7 @@ from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
 from tests.server import tiny
 from tests.server.test_health import INPUTS, SCORES
-from triton_sam3 import Client, tracing
+from triton_sam3 import Client
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (80, 100, 3), np.uint8)
 EVERYWHERE = Address("0.0.0.0", 8000, 8001, 8002)
@@ -222,7 +223,7 @@ def test_one_trace_from_the_client_to_the_decoder(
         with Client(f"{protocol}://127.0.0.1:{ports[protocol]}") as client:
             client.segment(IMAGE, boxes=[(10, 10, 60, 60)])  # nor is who brings no trace
             made = TracerProvider()
-            monkeypatch.setattr(tracing.trace, "get_tracer", made.get_tracer)
+            monkeypatch.setattr(trace, "get_tracer", made.get_tracer)
             with made.get_tracer("caller").start_as_current_span("photo") as span:
                 client.segment(IMAGE[::-1], points=[(50, 40)])
         assert one.stop() == 0
