@@ -172,6 +172,10 @@ def _report(rows: list[Row]) -> None:
             f"{tools}/triton-sam3 segment PHOTO --point X,Y --output out.png",
         ),
         (
+            "click on it in a browser",
+            f"{tools}/python examples/browser.py PHOTO",
+        ),
+        (
             "export SAM 3 itself",
             f"{tools}/python -m export --checkpoint sam3.pt --output build/models",
         ),

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
+import numpy.typing as npt
 import pytest
 import skimage.data
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from benchmarks.faults.container import free_ports
 from server import TritonServer
 from tests.conftest import ROOT
+from triton_sam3 import Client
 
 EXAMPLES = ROOT / "examples"
 Run = Callable[..., str]
@@ -153,6 +162,59 @@ def test_curl(run: Run, photos: Path) -> None:
     outputs = {output["name"]: output["data"] for output in json.loads(answer)["outputs"]}
     (mask,) = outputs["masks"]
     assert coco_mask.decode(json.loads(mask)).shape == (400, 600)
+
+
+@asynccontextmanager
+async def page(server: TritonServer, photo: Path) -> AsyncIterator[aiohttp.ClientSession]:
+    """The example's own server, and a browser's connections to it."""
+    (port,) = free_ports(1)
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "browser.py", photo, str(port)],
+        env={**os.environ, "TRITON_SAM3_URL": server.grpc_url},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert f":{port}" in await asyncio.to_thread(process.stdout.readline)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            yield session
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def drawn(answer: dict[str, Any]) -> npt.NDArray[np.bool_]:
+    """The pixels that the page shows as the object's."""
+    data = base64.b64decode(answer["mask"].removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 3] > 0
+
+
+async def test_browser(server: TritonServer, photos: Path) -> None:
+    photo = photos / "coffee.jpg"
+    clicks: list[dict[str, Any]] = [
+        {"x": 320, "y": 240, "positive": True},
+        {"x": 60, "y": 40, "positive": False},
+    ]
+    with Client(server.grpc_url) as client, client.open(photo) as view:
+        right = [view.click(**click) for click in clicks]
+    async with page(server, photo) as browser:
+        async with browser.get("/") as answer:
+            assert "/clicks" in await answer.text()
+        async with browser.get("/photo") as answer:
+            assert Image.open(io.BytesIO(await answer.read())).size == (600, 400)
+        async with browser.ws_connect("/clicks") as tab, browser.ws_connect("/clicks") as other:
+            await other.send_json(clicks[0])
+            for message in (*clicks, {"undo": True}, {"reset": True}, {**clicks[0], "x": 6000}):
+                await tab.send_json(message)
+            first, second, undone, reset, outside = [await tab.receive_json() for _ in range(5)]
+            assert await other.receive_json() == first
+    for shown, expected in ((first, right[0]), (second, right[1]), (undone, right[0])):
+        np.testing.assert_array_equal(drawn(shown), expected.masks[0])
+        assert shown["scores"] == expected.scores.tolist()
+    assert reset == {"mask": "", "scores": []}
+    assert "6000" in outside["error"]
 
 
 def test_every_example_is_run() -> None:

@@ -1,0 +1,99 @@
+"""Click on a photo in a browser: the page, and the back end of its own that a page needs.
+
+python examples/browser.py photo.jpg [port]        then open http://127.0.0.1:8080
+
+    browser ── WebSocket: a click as JSON ──► this process ── gRPC: a click, no pixels ──► Triton
+            ◄────── its mask as a PNG ───────              ◄─────────── logits ───────────
+
+Every tab has an object of its own, for as long as it is open. Needs the client alone.
+"""
+
+import asyncio
+import base64
+import io
+import os
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiohttp import WSMsgType, web
+from PIL import Image, ImageOps
+
+from triton_sam3 import AsyncClient, AsyncView, SAM3Error, Segmentation
+
+URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
+PAGE = Path(__file__).with_suffix(".html")
+BLUE, OPACITY = (30, 144, 255), 150
+
+
+def png(result: Segmentation) -> str:
+    """The mask in blue on nothing, as a data URL; nothing at all where there is no object."""
+    if not len(result):
+        return ""
+    picture = Image.fromarray(result.masks[0].view(np.uint8))
+    picture.putpalette((0, 0, 0, *BLUE))
+    file = io.BytesIO()
+    picture.save(file, "PNG", bits=1, transparency=bytes([0, OPACITY]))
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def asked(view: AsyncView, message: dict[str, Any]) -> Awaitable[Segmentation]:
+    """What a tab asks for: to take back a click, to begin anew, or a click."""
+    if message.get("undo"):
+        return view.undo()
+    if message.get("reset"):
+        return view.reset()
+    return view.click(message["x"], message["y"], positive=message["positive"])
+
+
+async def clicks(client: AsyncClient, image: Image.Image, tab: web.WebSocketResponse) -> None:
+    """One tab's clicks, each answered with the object's mask or with why there is none."""
+    async with client.open(image) as view:
+        async for message in tab:
+            if message.type is not WSMsgType.TEXT:
+                continue
+            try:
+                result = await asked(view, message.json())
+            except SAM3Error as error:
+                await tab.send_json({"error": str(error)})
+            else:
+                mask = await asyncio.to_thread(png, result)
+                await tab.send_json({"mask": mask, "scores": result.scores.tolist()})
+
+
+def application(image: Image.Image) -> web.Application:
+    """The page, its photo, and a WebSocket for each tab."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+
+    async def page(_: web.Request) -> web.FileResponse:
+        return web.FileResponse(PAGE)
+
+    async def photo(_: web.Request) -> web.Response:
+        return web.Response(body=file.getvalue(), content_type="image/jpeg")
+
+    async def tab(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        try:
+            await clicks(client, image, socket)
+        except SAM3Error as error:
+            await socket.send_json({"error": str(error)})
+        return socket
+
+    client = AsyncClient(URL)
+    app = web.Application()
+    app.add_routes([web.get("/", page), web.get("/photo", photo), web.get("/clicks", tab)])
+    app.on_cleanup.append(lambda _: client.close())
+    return app
+
+
+def main(photo: str, port: str = "8080") -> None:
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    web.run_app(application(image), host="127.0.0.1", port=int(port))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
