@@ -71,13 +71,18 @@ def prune(path: Path, architecture: int, needless: Callable[[str], bool]) -> Non
 
 def sources(path: Path, architecture: int) -> list[str]:
     """Of each file's kernels for an architecture the file's name, or "" where none is told."""
+    told = symbols(path, architecture)
+    return [_source(names) for names in told.split("Fatbin elf code:")[1:]]
+
+
+def symbols(path: Path, architecture: int) -> str:
+    """What cuobjdump lists of the kernels for an architecture."""
     command = [str(_cuobjdump()), "-arch", f"sm_{architecture}", "-symbols", str(path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [_source(symbols) for symbols in told.split("Fatbin elf code:")[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _source(symbols: str) -> str:
-    found = SOURCE.search(symbols)
+def _source(names: str) -> str:
+    found = SOURCE.search(names)
     return found[2][: int(found[1])] if found else ""
 
 

@@ -83,4 +83,4 @@ def test_a_real_librarys_kernels_are_those_that_cuobjdump_finds() -> None:
     names = fat_binaries.sources(path, 90)
     assert len(names) == counts[90]
     assert all(name.endswith("_cu") for name in filter(None, names))
-    assert any(names)
+    assert any(names) == ("INTERNAL_" in fat_binaries.symbols(path, 90))  # not in torch 2.14's
