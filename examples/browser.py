@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from aiohttp import WSMsgType, web
-from PIL import Image, ImageOps
+from PIL import Image
 
 from triton_sam3 import AsyncClient, AsyncView, SAM3Error, Segmentation
 
@@ -48,9 +48,9 @@ def asked(view: AsyncView, message: dict[str, Any]) -> Awaitable[Segmentation]:
     return view.click(message["x"], message["y"], positive=message["positive"])
 
 
-async def clicks(client: AsyncClient, image: Image.Image, tab: web.WebSocketResponse) -> None:
+async def clicks(client: AsyncClient, photo: str, tab: web.WebSocketResponse) -> None:
     """One tab's clicks, each answered with the object's mask or with why there is none."""
-    async with client.open(image) as view:
+    async with client.open(photo) as view:
         async for message in tab:
             if message.type is not WSMsgType.TEXT:
                 continue
@@ -63,36 +63,33 @@ async def clicks(client: AsyncClient, image: Image.Image, tab: web.WebSocketResp
                 await tab.send_json({"mask": mask, "scores": result.scores.tolist()})
 
 
-def application(image: Image.Image) -> web.Application:
+def application(photo: str) -> web.Application:
     """The page, its photo, and a WebSocket for each tab."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
 
     async def page(_: web.Request) -> web.FileResponse:
         return web.FileResponse(PAGE)
 
-    async def photo(_: web.Request) -> web.Response:
-        return web.Response(body=file.getvalue(), content_type="image/jpeg")
+    async def picture(_: web.Request) -> web.FileResponse:
+        return web.FileResponse(photo)  # browsers turn it by its EXIF, as the client does
 
     async def tab(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         try:
-            await clicks(client, image, socket)
+            await clicks(client, photo, socket)
         except SAM3Error as error:
             await socket.send_json({"error": str(error)})
         return socket
 
     client = AsyncClient(URL)
     app = web.Application()
-    app.add_routes([web.get("/", page), web.get("/photo", photo), web.get("/clicks", tab)])
+    app.add_routes([web.get("/", page), web.get("/photo", picture), web.get("/clicks", tab)])
     app.on_cleanup.append(lambda _: client.close())
     return app
 
 
 def main(photo: str, port: str = "8080") -> None:
-    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-    web.run_app(application(image), host="127.0.0.1", port=int(port))
+    web.run_app(application(photo), host="127.0.0.1", port=int(port))
 
 
 if __name__ == "__main__":

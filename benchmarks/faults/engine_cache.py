@@ -6,12 +6,9 @@ provider does by its source; server, disk and what clears up are the real ones.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.environment import ROOT
+from benchmarks.faults import mounts
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.files import sentence
 from benchmarks.faults.stand import Stand
@@ -19,8 +16,6 @@ from benchmarks.faults.trial import Result, Trial
 from export.accelerator import TENSORRT
 
 DISK_MIB, ENGINE_MIB = 4, 8
-OWN_MOUNTS = ("unshare", "--mount")
-MOUNT = f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && echo mounted && exec sleep infinity'
 CLEARED = "could not be read: its"
 ENGINE = "TensorrtExecutionProvider_TRTKernel_graph_main_graph_1_0_0_sm90.engine"
 STAND_IN = "sam3_engine"
@@ -59,12 +54,16 @@ class TritonPythonModel:
 
 def cache_full(bench: Bench, title: str) -> Result:
     """A server that was started on a full disk ends; it must come back without an operator."""
-    if subprocess.run([*OWN_MOUNTS, "true"], capture_output=True, check=False).returncode:
+    if mounts.refused():
         return Result(title, skipped="needs root, to give the server a disk of its own")
-    cache = bench.folder()
+    cache = bench.folder() / "sam3_engines"
+    cache.mkdir()
     repository = bench.copy()
     add_stand_in(repository, cache)
-    with _small_disk(cache) as inside, Stand(repository, bench.folder(), wrapper=inside) as stand:
+    with (
+        mounts.small_disk(cache, DISK_MIB) as inside,
+        Stand(repository, bench.folder(), wrapper=inside) as stand,
+    ):
         with Trial(title, stand, bench.asked(stand)) as trial:
             trial.strike(lambda: stand.container.triton().kill())
             trial.recover()
@@ -80,23 +79,6 @@ def add_stand_in(repository: Path, cache: Path) -> None:
     (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
     model = MODEL.format(engine=str(cache / ENGINE), size=ENGINE_MIB << 20)
     (version / "model.py").write_text(model, encoding="utf-8")
-
-
-@contextmanager
-def _small_disk(folder: Path) -> Iterator[tuple[str, ...]]:
-    """A tmpfs at `folder` that outlives a server, and the command that runs another inside."""
-    holding = subprocess.Popen(
-        [*OWN_MOUNTS, "sh", "-c", MOUNT, str(folder)], stdout=subprocess.PIPE
-    )
-    try:
-        assert holding.stdout is not None
-        if not holding.stdout.readline():
-            raise RuntimeError(f"no tmpfs could be mounted at {folder}")
-        enter = ("nsenter", f"--mount=/proc/{holding.pid}/ns/mnt")
-        yield (*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(ROOT))
-    finally:
-        holding.kill()
-        holding.communicate()
 
 
 def _told(stand: Stand) -> str:

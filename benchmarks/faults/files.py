@@ -69,7 +69,7 @@ def _wait_for(condition: Callable[[], bool], within: float = 90.0) -> None:
 
 def sentence(text: str) -> str:
     """Short enough for a table, without the folders of this run."""
-    flat = re.sub(r"/\S*/(?=sam3|Tensorrt)", "", " ".join(text.split())).replace("|", "/")
+    flat = re.sub(r"/\S*/(?=sam3)", "", " ".join(text.split())).replace("|", "/")
     flat = re.sub(r"^\W+loading the checkpoint \S+ ", "", flat)
     return flat if len(flat) <= LONGEST_SENTENCE else flat[: LONGEST_SENTENCE - 1] + "…"
 

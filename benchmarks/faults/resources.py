@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.faults import mounts
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Question, observe
 from benchmarks.faults.stand import Stand
@@ -27,12 +28,6 @@ from triton_sam3 import Client
 from triton_sam3.contract import DECODER
 
 SHM_MIB = 128
-OWN_SHM = (
-    *("unshare", "--mount", "sh", "-c"),
-    f'mount -t tmpfs -o size={SHM_MIB}m tmpfs /dev/shm && exec "$@"',
-    "sh",
-)
-"""A /dev/shm of its own, as a container has one; nobody else's is filled."""
 FULL_SECONDS = 6.0
 BOX = (4, 4, 60, 60)
 MUCH = (64, 160, 256)
@@ -43,9 +38,12 @@ FAKETIME_REGIONS = "*faketime_s*"
 
 def shm_full(bench: Bench, title: str) -> Result:
     """Not a byte left, while requests that need more shared memory than any before come in."""
-    if subprocess.run([*OWN_SHM, "true"], capture_output=True, check=False).returncode:
+    if mounts.refused():
         return Result(title, skipped="needs root, to give the server a /dev/shm of its own")
-    with Stand(bench.repository, bench.folder(), wrapper=OWN_SHM) as stand:
+    with (
+        mounts.small_disk(SHARED_MEMORY, SHM_MIB) as inside,
+        Stand(bench.repository, bench.folder(), wrapper=inside) as stand,
+    ):
         callers = [Caller(stand.http, {"remember_images": 0}), Caller(stand.grpc)]
         asked = bench.asked(stand)
         with Client(stand.grpc) as client:

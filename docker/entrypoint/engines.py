@@ -29,8 +29,9 @@ class EngineCaches:
     def overhear(self, lines: Iterable[str]) -> Iterator[str]:
         """The same lines; what Triton calls an error of a file in a cache is remembered."""
         for line in lines:
-            if logs.is_error(line):
-                self._blamed.update(one for one in self._folders if f"{one}/" in line)
+            named = [one for one in self._folders if f"{one}/" in line]
+            if named and logs.is_error(line):
+                self._blamed.update(named)
             yield line
 
     def clear_blamed(self) -> Iterator[str]:
