@@ -12,6 +12,7 @@ Only the step is read: the values its selectors stand for are given by the calle
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -81,8 +82,11 @@ def run_block(
 
     Returns a list of {"predictions": …}, one per image. Masks without a pixel are left out, as the
     block does; boxes end where a mask does, a pixel beyond the block's. Raises PromptError for a
-    step that is not this block's, a selector without a value, and all that `segment` raises.
+    step that is not this block's, a selector without a value, and all that `segment` raises;
+    TypeError for an `AsyncClient`.
     """
+    if inspect.iscoroutinefunction(segmenter.segment):
+        raise TypeError("run_block waits for its answers: give a Client, not an AsyncClient")
     results = []
     for call in block_calls(definition, images, inputs):
         answer = segmenter.segment(

@@ -35,7 +35,8 @@ class Client:
         http_proxy, are not used.
     headers: sent with every request, for example ``{"authorization": "Bearer …"}``.
     timeout: seconds a request may take, its retries included.
-    retries: how often a request is sent again when the server cannot be reached or is busy.
+    retries: how often a request is sent again when the server cannot be reached or is busy. What a
+        proxy refuses (status 429) is sent again until `timeout`, unless this is 0.
     shared_memory: "system" passes images to a server of the same host through shared memory
         instead of the connection, "cuda" through memory of the GPU they share.
     remember_images: how many images the client knows by content, so that asking about one again
@@ -119,7 +120,8 @@ class Client:
         images: taken one by one, as many as are at work.
         prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one per image:
             such a mapping, a list of `Prompt`, or a `supervision.Detections`.
-        concurrency: images at work at the same time.
+        concurrency: images at work at the same time. A proxy lets in two new images for each
+            server; further ones wait their turn, within `timeout`.
         in_order: as the images come; false yields each as soon as it is done.
         progress: draw a bar on stderr.
 

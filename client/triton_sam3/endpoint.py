@@ -4,6 +4,7 @@ The URL's scheme picks the protocol and TLS; PEM files and headers are checked b
 sent, because the protocol libraries abort the process over some of them.
 """
 
+import os
 import re
 import ssl
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ DEFAULT_URL = "grpc://127.0.0.1:8001"
 _DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
 """Triton's own ports, and the usual one where a proxy ends TLS."""
 _PLAIN = ("grpc", "http")
+
+_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+"""Where Debian's kin and Fedora's keep the system's authorities."""
 
 _HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", re.IGNORECASE)
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
@@ -58,7 +62,7 @@ class TLS:
     @property
     def authorities(self) -> str | Path | None:
         """The file of the authorities to trust; None where the system has none in one file."""
-        return self.root_certificates or ssl.get_default_verify_paths().cafile
+        return self.root_certificates or _system_authorities()
 
     def context(self) -> ssl.SSLContext:
         """The same as an SSL context, for HTTP."""
@@ -67,6 +71,17 @@ class TLS:
             # A password would be asked for on the terminal.
             context.load_cert_chain(self.certificate_chain, self.private_key, password="")
         return context
+
+
+def _system_authorities() -> str | None:
+    """Those that HTTPS trusts, in the one file that gRPC wants.
+
+    OpenSSL may know them by a folder alone, as Ubuntu's does; a file beside it has the same ones.
+    """
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys():
+        return paths.cafile
+    return next((bundle for bundle in _BUNDLES if Path(bundle).is_file()), None)
 
 
 @dataclass(frozen=True)

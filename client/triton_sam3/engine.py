@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import contract
-from .errors import ImageNotKept, PromptError
+from .errors import ImageNotKept, InvalidRequest, PromptError
 from .flow import Acquire, Compute, Flow, Infer, Lock, Query
 from .geometry import ImageLike, load_image, resize
 from .kept import ImageMemory, ImageSlot
@@ -131,7 +131,7 @@ class Engine:
         self._served: ServedModel | None = None
 
     def served(self) -> Flow[ServedModel]:
-        """What the server's configuration says; asked once."""
+        """What the server's configuration says; asked once, and again once it refused a request."""
         if self._served is None:
             interactive = yield from self._config(contract.INTERACTIVE)
             decoder = yield from self._config(contract.DECODER)
@@ -217,7 +217,11 @@ class Engine:
 
     def _infer(self, request: Infer) -> Flow[dict[str, npt.NDArray[Any]]]:
         send = self._shared_memory.send if self._shared_memory else _send_inline
-        outputs: dict[str, npt.NDArray[Any]] = yield from send(request, self.retries)
+        try:
+            outputs: dict[str, npt.NDArray[Any]] = yield from send(request, self.retries)
+        except InvalidRequest:
+            self._served = None  # another export may be served by now: its sizes are asked for anew
+            raise
         return outputs
 
     def close(self) -> Flow[None]:

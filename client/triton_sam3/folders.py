@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import ImageError, PromptError
+from .geometry import PROGRAM
 from .many import Outcome
 
 
@@ -28,7 +29,8 @@ def images_in(folder: Path) -> list[Path]:
 
 def _suffixes() -> set[str]:
     Image.init()
-    return {suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN}
+    readable = Image.OPEN.keys() - {PROGRAM}
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in readable}
 
 
 def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:

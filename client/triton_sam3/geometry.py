@@ -34,6 +34,9 @@ ACCEPTED = (
 
 FROM_BYTES = "open encoded bytes with PIL.Image.open(io.BytesIO(data))"
 
+PROGRAM = "EPS"
+"""The format for which Pillow starts another program, Ghostscript, on what the file says."""
+
 LONGEST_QUOTED = 255
 """Characters of a path that a message quotes in full; image data given as text is a longer one."""
 
@@ -72,11 +75,18 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
         return _from_array(image)
     if isinstance(image, Image.Image):
         with _decoding("the PIL image"):  # it may not have been decoded yet
+            _refuse_programs(image, "the PIL image")
             return _from_pil(image, "the PIL image")
     if isinstance(image, (str, os.PathLike)):
         return _from_file(os.fsdecode(image))
     hint = f"; {FROM_BYTES}" if isinstance(image, (bytes, bytearray, memoryview)) else ""
     raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{hint}")
+
+
+def _refuse_programs(image: Image.Image, name: str) -> None:
+    """Before it is decoded. Whatever a file is called, its first bytes say what it is."""
+    if image.format == PROGRAM:
+        raise ImageError(f"{name} is PostScript, a program, which is not run: convert it first")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -160,6 +170,7 @@ def _from_file(path: str) -> NDArray[np.uint8]:
         hint = f"; if it is an image's data, decode it and {FROM_BYTES}"
         raise ImageError(f"there is no file {name}{hint if len(path) > LONGEST_QUOTED else ''}")
     with _decoding(name), Image.open(path) as image:
+        _refuse_programs(image, name)
         return _from_pil(upright(image), name)
 
 

@@ -87,7 +87,10 @@ class CudaRegion:
     def __init__(self, size: int, device: int = 0) -> None:
         self._cuda = _cuda()
         self.name, self.size, self._device = new_name(), size, device
-        self._handle = self._cuda.create_shared_memory_region(self.name, size, device)
+        try:
+            self._handle = self._cuda.create_shared_memory_region(self.name, size, device)
+        except self._cuda.CudaSharedMemoryException as error:
+            raise OSError(f"the GPU has no {size} bytes for it: {error}") from error
 
     def write(self, arrays: Mapping[int, Array]) -> None:
         # The library writes from the beginning on, so that all go as one.

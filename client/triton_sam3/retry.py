@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import Overloaded, SAM3Error, ServerUnreachable
 from .flow import Call, Flow, Infer, Query, Sleep
-from .translation import ModelGone
+from .translation import ModelGone, Refused
 
 RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
 """A refused prompt stays refused and a spent deadline stays spent; these may pass."""
@@ -26,6 +26,9 @@ def check_count(name: str, value: Any) -> None:
 @dataclass(frozen=True)
 class Retries:
     """At most `attempts` further tries inside one deadline, pausing with jitter.
+
+    What a proxy refused has cost the server nothing and uses up no try, unless there are none: a
+    caller with more at work than the proxy lets in at once waits for its turn.
 
     The pause before try n is drawn evenly from the upper half of `base` * 2^n seconds, at most
     `cap`: many clients that lost the same server do not come back at the same moment, and no draw
@@ -55,16 +58,19 @@ class Retries:
         """Send `request`, again where that is safe, until `timeout` seconds from now."""
         started = self.clock()
         deadline = started + self.timeout
-        for attempt in count():
+        failed = 0
+        for turn in count():
             now = self.clock()
             try:
                 return (yield Call(request, max(deadline - now, 0.0), now - started))
             except RETRYABLE as error:
                 if isinstance(error, ModelGone) and isinstance(request, Query):
                     raise  # who asks about a model is told at once
-                longest = min(self.cap, self.base * 2**attempt)
+                failed += not isinstance(error, Refused)
+                longest = min(self.cap, self.base * 2**turn)
                 pause = self.uniform(longest / 2, longest)
-                if attempt >= self.attempts or self.clock() + pause >= deadline:
+                spent = not self.attempts or failed > self.attempts
+                if spent or self.clock() + pause >= deadline:
                     raise
             yield Sleep(pause)
         raise AssertionError("unreachable")

@@ -99,10 +99,12 @@ class SharedMemory:
         """A region of at least `size` bytes; None where there is no more memory to share."""
         region = self._reuse(size)
         if region is None:
-            yield from self._clean_up(retries)
+            with suppress(TransportError):  # who asks next tries again
+                yield from self._forget_lost(retries)
             region = self._make(_grains(size))
             if region is not None:
                 yield from self._register(region, retries)
+                yield from self._sweep(retries)
         return region
 
     def _reuse(self, size: int) -> Region | None:
@@ -157,10 +159,9 @@ class SharedMemory:
             self._lost += self._free
             self._free.clear()
 
-    def _clean_up(self, retries: Retries) -> Flow[None]:
-        """Let go of regions that went without an answer, and once of those of dead processes."""
-        with suppress(TransportError):  # who asks next tries again
-            yield from self._forget_lost(retries)
+    def _sweep(self, retries: Retries) -> Flow[None]:
+        """Once, and only when a region of ours has shown that the server is on this host: who is
+        dead here tells nothing of another one."""
         with self._guard:
             sweep, self._swept = not self._swept, True
         if sweep:

@@ -18,6 +18,26 @@ from .errors import (
     ServerUnreachable,
 )
 
+
+class RegionLost(ServerError):
+    """The server does not know a shared memory region, most likely because it was restarted."""
+
+
+class RegionInUse(ServerError):
+    """The server has not put away the last request whose tensors lie in a shared memory region.
+
+    Triton 2.51 refuses to let go of such a region, for a moment even after it has answered.
+    """
+
+
+class Refused(Overloaded):
+    """Let in by nobody: more is under way than a proxy, or Triton's queue, has places for."""
+
+
+class ModelGone(ModelUnavailable):
+    """The model has been unloaded: of a server that ends, whose gRPC outlives its models."""
+
+
 _GRPC = "StatusCode."
 _KINDS: dict[str, type[SAM3Error]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -26,7 +46,7 @@ _KINDS: dict[str, type[SAM3Error]] = {
     "413": InvalidRequest,
     "422": InvalidRequest,
     "RESOURCE_EXHAUSTED": Overloaded,
-    "429": Overloaded,
+    "429": Refused,
     "CANCELLED": ServerUnreachable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "504": DeadlineExceeded,
@@ -45,40 +65,26 @@ _NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.
 _UNTRUSTED = re.compile(r"certificate[ _]verify[ _]failed|hostname verification check", re.I)
 """OpenSSL's words, and those of gRPC for another host's certificate."""
 
-
-class RegionLost(ServerError):
-    """The server does not know a shared memory region, most likely because it was restarted."""
-
-
-class RegionInUse(ServerError):
-    """The server has not put away the last request whose tensors lie in a shared memory region.
-
-    Triton 2.51 refuses to let go of such a region, for a moment even after it has answered.
-    """
-
-
-class ModelGone(ModelUnavailable):
-    """The model has been unloaded: of a server that ends, whose gRPC outlives its models."""
-
-
 _SENTENCES: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
     (re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}"), ImageNotKept),
     (re.compile("unable to find .*shared memory region", re.I), RegionLost),
     (re.compile("shared memory region .* currently in use", re.I), RegionInUse),
     (re.compile("no available versions", re.I), ModelGone),
     (re.compile("unknown model|is not ready|not healthy", re.I), ModelUnavailable),
-    (re.compile("exceeds maximum queue size|queue .*full|too many requests", re.I), Overloaded),
-    (re.compile("header with status: 429"), Overloaded),  # gRPC's words for an HTTP status
+    (re.compile("exceeds maximum queue size|queue .*full|too many requests", re.I), Refused),
+    (re.compile("header with status: 429"), Refused),  # gRPC's words for an HTTP status
+    (re.compile("header with status: 504|upstream request timeout"), DeadlineExceeded),
     (_NO_SHARED_MEMORY, Overloaded),
 )
 """Of Triton, of the proxies and of gRPC. Triton's codes are coarse, so these come first."""
 
 _REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_BUSY = (Overloaded, Refused)
 _UNAVAILABLE = (ModelUnavailable, ModelGone)
 _REMEDIES: dict[str | type[SAM3Error], str] = {
     **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
     "413": "; a proxy's limit on request bodies is lower than an image's size",
-    Overloaded: "; the server is busy: try again later, or send less at a time",
+    **dict.fromkeys(_BUSY, "; the server is busy: try again later, or send less at a time"),
     **dict.fromkeys(_UNAVAILABLE, "; check `triton-sam3 status` and the server's log"),
 }
 

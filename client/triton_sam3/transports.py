@@ -31,6 +31,11 @@ _GRPC_OPTIONS = [
     # (Not the *min* backoff: it bounds how long a connection may take to come about.)
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A host that vanished is noticed by what it does not acknowledge in 20 s (TCP_USER_TIMEOUT);
+    # else each call would wait out its own timeout, for a quarter of an hour. Pings themselves go
+    # no oftener than Triton takes them for harmless, every 300 s.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # As over HTTP: the environment's http_proxy would be asked for a server on this very host too.
     ("grpc.enable_http_proxy", 0),
 ]
@@ -109,7 +114,7 @@ class AsyncGrpcTransport(AsyncEndable):
 class AsyncHttpTransport(AsyncEndable):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         super().__init__(endpoint)
-        self._headers = dict(headers)
+        self._headers = _lower(headers)
         self._client = triton_http_aio.InferenceServerClient(
             endpoint.address,
             conn_limit=_HTTP_CONNECTIONS,
@@ -195,7 +200,7 @@ async def _open_http(endpoint: Endpoint, headers: Mapping[str, str]) -> AsyncHtt
 
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    """gRPC accepts lower-case metadata keys only."""
+    """gRPC accepts lower-case keys only, and to HTTP they are the same."""
     return {name.lower(): value for name, value in headers.items()}
 
 
@@ -229,7 +234,7 @@ def _infer_arguments(
         "model_name": request.model,
         "inputs": [_input(module, name, value) for name, value in request.inputs.items()],
         "outputs": [module.InferRequestedOutput(name) for name in request.outputs],
-        "headers": {**headers, **request.headers},
+        "headers": {**headers, **_lower(request.headers)},
     }
 
 

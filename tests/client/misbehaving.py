@@ -86,6 +86,10 @@ def http(*answers: tuple[int, bytes]) -> Iterator[tuple[str, Counter]]:
             self.end_headers()
             self.wfile.write(body)
 
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
         def log_message(self, *args: Any) -> None:
             """Nothing on stderr."""
 
@@ -106,13 +110,20 @@ def grpc_server(*answers: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, Co
     """A gRPC server that gives these codes in turn; yields URL and counter."""
     counter = Counter(answers)
 
+    def answer(context: Any) -> None:
+        counter.headers.append(dict(context.invocation_metadata()))
+        code, text = counter.next()
+        if code is not grpc.StatusCode.OK:
+            context.abort(code, text)
+
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - Triton's
-            counter.headers.append(dict(context.invocation_metadata()))
-            code, text = counter.next()
-            if code is not grpc.StatusCode.OK:
-                context.abort(code, text)
+            answer(context)
             return service_pb2.ServerMetadataResponse(name="triton", version="1")
+
+        def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - Triton's
+            answer(context)
+            return service_pb2.ModelInferResponse()
 
     server = grpc.server(ThreadPoolExecutor(4))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)

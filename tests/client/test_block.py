@@ -14,7 +14,7 @@ from demo.prompts import iou
 from export.check import load_photo
 from server import TritonServer
 from tests.conftest import DEMO_CHECKPOINT
-from triton_sam3 import Client
+from triton_sam3 import AsyncClient, Client
 from triton_sam3.block import BLOCK_TYPE, run_block
 from triton_sam3.errors import PromptError
 from triton_sam3.geometry import ImageLike, load_image
@@ -263,6 +263,12 @@ def test_wrong_steps(
     with pytest.raises(PromptError, match=message):
         run_block(segmenter, definition, image, inputs)
     assert segmenter.calls == []
+
+
+def test_a_client_that_does_not_wait_is_told_apart(image: NDArray[np.uint8]) -> None:
+    client: Any = AsyncClient("http://127.0.0.1:9")
+    with pytest.raises(TypeError, match="give a Client, not an AsyncClient"):
+        run_block(client, step(points=[(1, 2)]), image)
 
 
 def test_images_come_from_somewhere(segmenter: Boxes) -> None:

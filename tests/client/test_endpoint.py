@@ -1,12 +1,13 @@
 """URLs: the scheme picks protocol and TLS. PEM files and headers: what would fail later is said."""
 
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
-from triton_sam3 import AsyncClient, Client
+from triton_sam3 import AsyncClient, Client, endpoint
 from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 
 
@@ -112,6 +113,21 @@ def test_the_systems_authorities_are_a_file_of_the_environment(
     assert TLS().authorities == str(pem["chain"])
     assert TLS(root_certificates=pem["chain"]).authorities == pem["chain"]
     monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
+    assert TLS().authorities is None
+
+
+def test_authorities_in_a_folder_are_taken_from_the_file_beside_it(
+    pem: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Ubuntu, whose OpenSSL names no file, and gRPC reads nothing else."""
+    found: Any = ssl.get_default_verify_paths()
+    known = found._replace(cafile=None)
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: known)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setattr(endpoint, "_BUNDLES", ("nowhere.pem", str(pem["chain"])))
+    assert TLS().authorities == str(pem["chain"])
+    monkeypatch.setenv("SSL_CERT_DIR", "elsewhere")
     assert TLS().authorities is None
 
 

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from triton_sam3 import contract
 from triton_sam3.engine import Engine, Options, Picture, gather_prompts
-from triton_sam3.errors import ImageNotKept, PromptError, SAM3Error, ServerError
+from triton_sam3.errors import (
+    ImageNotKept,
+    InvalidRequest,
+    PromptError,
+    SAM3Error,
+    ServerError,
+)
 from triton_sam3.flow import Acquire, Array, Call, Flow, Infer, Query
 from triton_sam3.prompts import Prompt
 from triton_sam3.protocol import ServedModel
@@ -97,6 +103,21 @@ def test_the_configuration_is_read_once(hand: Hand) -> None:
         segment(hand, known, POINT)
     asked = [query.args for query in hand.queries]
     assert asked == [(contract.INTERACTIVE,), (contract.DECODER,)]
+
+
+def test_the_configuration_is_read_again_after_a_refused_request(hand: Hand) -> None:
+    """Another export may be served by now, of another size."""
+
+    class Refuses(Hand):
+        def infer(self, _: Infer) -> dict[str, Array]:
+            raise InvalidRequest("unexpected shape for input 'image'")
+
+    known = engine()
+    segment(hand, known, POINT)
+    with pytest.raises(InvalidRequest):
+        segment(Refuses(), known, POINT)
+    segment(hand, known, POINT)
+    assert len(hand.queries) == 2 * len({query.args for query in hand.queries})
 
 
 def test_without_memory_every_call_sends_the_image(hand: Hand) -> None:

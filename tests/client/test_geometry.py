@@ -13,7 +13,7 @@ import pytest
 import skimage.data
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import Resize, ToTensor
 
 from triton_sam3.errors import ImageError
@@ -222,6 +222,24 @@ def test_not_an_image(tmp_path: Path) -> None:
         load_image(path)
     with pytest.raises(ImageError, match="there is no file"):
         load_image(tmp_path)
+
+
+def test_postscript_is_not_run(
+    tmp_path: Path, photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow would start Ghostscript on it, where that is installed."""
+
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(photo).save(path, "EPS")
+    told = pytest.raises(ImageError, match="is PostScript, a program, which is not run")
+    with told:
+        load_image(path)
+    with told, Image.open(path) as image:
+        load_image(image)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage

@@ -17,7 +17,7 @@ from triton_sam3.errors import (
 )
 from triton_sam3.flow import Call, Infer, Query, Sleep
 from triton_sam3.retry import Retries
-from triton_sam3.translation import ModelGone
+from triton_sam3.translation import ModelGone, Refused
 
 REQUEST = Infer("sam3_prompt_decoder", {}, ())
 
@@ -121,6 +121,34 @@ def test_attempts_end() -> None:
     with pytest.raises(Overloaded):
         drive(Retries(2, 60.0, clock=clock, uniform=longest), clock, answer)
     assert len(seen) == 3
+
+
+def test_what_a_proxy_refused_waits_for_its_turn_until_the_deadline() -> None:
+    clock = Clock()
+    retries = Retries(1, 60.0, clock=clock, uniform=longest)
+    value, calls, _ = drive(retries, clock, failing(Refused, 12))
+    assert (value, len(calls)) == ("yes", 13)
+    with pytest.raises(Refused):
+        drive(retries, clock, failing(Refused, 99))
+
+
+def test_without_retries_what_a_proxy_refused_is_told_at_once() -> None:
+    clock = Clock()
+    with pytest.raises(Refused):
+        drive(Retries(0, 60.0, clock=clock), clock, failing(Refused, 1))
+    assert clock.now == 100.0
+
+
+def test_refusals_leave_the_tries_to_what_failed() -> None:
+    clock = Clock()
+    errors = [Refused("full"), ServerUnreachable("gone")] * 2
+
+    def answer(call: Call) -> None:
+        raise errors.pop(0)
+
+    with pytest.raises(ServerUnreachable):
+        drive(Retries(1, 60.0, clock=clock, uniform=shortest), clock, answer)
+    assert not errors
 
 
 def test_pauses_double_up_to_a_cap() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from triton_sam3 import (
     TransportError,
     shared_memory,
 )
+from triton_sam3 import regions as shared_regions
 from triton_sam3.flow import Call, Flow, Infer, InSharedMemory, Query, Sleep
 from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name, owner_is_dead
 from triton_sam3.retry import Retries
@@ -346,6 +348,37 @@ def test_closing_waits_for_a_request_under_way_and_hands_nothing_out() -> None:
     assert taking_back.request == unregistering(region)
     with pytest.raises(StopIteration):
         closing.send({})
+
+
+def test_a_server_elsewhere_is_not_told_who_is_dead_here() -> None:
+    """Its list may have regions of living clients of another host."""
+    memory = SharedMemory("system")
+    elsewhere = answering(InvalidRequest("no such file"), to="register")
+    assert _STATUS not in by_hand(an_image(memory), elsewhere)
+    assert _STATUS in by_hand(an_image(memory), answering(None))
+    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+
+
+def test_without_memory_of_the_gpu_the_image_travels_in_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failed(Exception):
+        pass
+
+    def create(*_: object) -> object:
+        if full:
+            raise Failed("unable to create cuda shared memory handle")
+        return object()
+
+    full = False
+    names = {"CudaSharedMemoryException": Failed, "create_shared_memory_region": create}
+    library = SimpleNamespace(**names, destroy_shared_memory_region=lambda _: None)
+    monkeypatch.setattr(shared_regions, "_cuda", lambda: library)
+    memory = SharedMemory("cuda")
+    full = True
+    (sent,) = by_hand(an_image(memory), answering(None))
+    assert isinstance(sent, Infer)
+    assert isinstance(sent.inputs["image"], np.ndarray)
 
 
 def test_one_region_in_use_does_not_end_the_sweep() -> None:

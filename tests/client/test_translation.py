@@ -21,7 +21,7 @@ from triton_sam3.errors import (
     ServerUnreachable,
 )
 from triton_sam3.flow import Call, Query
-from triton_sam3.translation import RegionInUse, RegionLost, translate
+from triton_sam3.translation import Refused, RegionInUse, RegionLost, translate
 from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
@@ -109,7 +109,7 @@ def test_the_other_protocol_on_the_port(send: Send) -> None:
         (401, ServerError),
         (404, ServerError),
         (413, InvalidRequest),
-        (429, Overloaded),
+        (429, Refused),
         (500, ServerError),
         (502, ServerUnreachable),
         (503, ServerUnreachable),
@@ -148,9 +148,13 @@ def test_the_limit_of_another_is_not_called_ours(send: Send) -> None:
     told = pytest.raises(DeadlineExceeded, match=r"gave up after .* not this client's timeout")
     with misbehaving.http((504, b"<html>")) as (url, _), told:
         send(url)
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
-    with misbehaving.grpc_server((code, "upstream request timeout")) as (url, _), told:
-        send(url)
+    for code, words in (
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "stream timeout"),
+        (grpc.StatusCode.UNAVAILABLE, "upstream request timeout"),
+        (grpc.StatusCode.UNAVAILABLE, "Received http2 header with status: 504"),
+    ):
+        with misbehaving.grpc_server((code, words)) as (url, _), told:
+            send(url)
 
 
 def test_what_was_waited_for_counts_earlier_tries() -> None:
@@ -190,8 +194,8 @@ def test_grpc_code(send: Send, code: grpc.StatusCode, error: type[SAM3Error]) ->
         ("StatusCode.NOT_FOUND", "Request for unknown model: 'x' is not found", ModelUnavailable),
         ("StatusCode.UNAVAILABLE", "Request for unknown model: 'x'", ModelUnavailable),
         ("500", "Stub process 'sam3_prompt_decoder_0' is not healthy.", ModelUnavailable),
-        ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", Overloaded),
-        ("503", "Exceeds maximum queue size", Overloaded),
+        ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", Refused),
+        ("503", "Exceeds maximum queue size", Refused),
         ("404", "Unable to find shared memory region: 'x'", RegionLost),
         ("400", "Cannot unregister shared memory region 'x', it is currently in use.", RegionInUse),
         ("500", "Failed to increase the shared memory pool size for key 'x' to 9", Overloaded),

@@ -1,6 +1,8 @@
 """Headers, TLS and retries on real connections."""
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
+import psutil
 import pytest
 import trustme
 from numpy.typing import NDArray
@@ -16,9 +19,9 @@ from numpy.typing import NDArray
 from server import TritonServer
 from tests.client import misbehaving
 from tests.client.wire import wire
-from triton_sam3 import AsyncClient, Client, ServerUnreachable
+from triton_sam3 import AsyncClient, Client, ServerError, ServerUnreachable
 from triton_sam3.endpoint import Endpoint
-from triton_sam3.flow import Call, Flow, Query
+from triton_sam3.flow import Call, Flow, Infer, Query
 from triton_sam3.retry import Retries
 from triton_sam3.steps import perform, perform_async
 from triton_sam3.transports import open_async_transport, open_transport
@@ -89,6 +92,38 @@ def test_retries_end(perform_flow: Run, scheme: str) -> None:
     url = f"{scheme}://127.0.0.1:{misbehaving.unused_port()}"
     with pytest.raises(ServerUnreachable):
         perform_flow(QUICK.send(METADATA), url)
+
+
+@both
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_headers_of_a_request_may_be_written_in_any_case(perform_flow: Run, scheme: str) -> None:
+    """As some propagators of traces write them; gRPC itself takes lower case alone."""
+    headers = {"X-Amzn-Trace-Id": "Root=1", "Authorization": "b"}
+    request = Infer("sam3_prompt_decoder", {}, (), headers)
+    grpc_server = misbehaving.grpc_server((grpc.StatusCode.NOT_FOUND, "no such model"))
+    http_server = misbehaving.http((404, b'{"error": "no such model"}'))
+    with grpc_server if scheme == "grpc" else http_server as (url, counter):
+        with pytest.raises(ServerError, match="no such model"):
+            perform_flow(QUICK.send(request), url)
+        (sent,) = counter.headers
+        assert (sent["x-amzn-trace-id"], sent["authorization"]) == ("Root=1", "b")
+
+
+def test_what_a_vanished_host_does_not_acknowledge_ends_the_connection() -> None:
+    """Within 20 s and not the kernel's quarter of an hour, in which every call would time out."""
+    with misbehaving.grpc_server((grpc.StatusCode.OK, "")) as (url, _):
+        endpoint = Endpoint.parse(url)
+        transport = open_transport(endpoint, {})
+        transport.call(Call(METADATA, 9.0))
+        port = int(endpoint.address.rpartition(":")[2])
+        (ours,) = (
+            connection.fd
+            for connection in psutil.Process().net_connections("tcp")
+            if connection.raddr and connection.raddr.port == port
+        )
+        with socket.socket(fileno=os.dup(ours)) as connected:
+            assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+        transport.close()
 
 
 @pytest.mark.semantic("ways to call", "headers go with every request", "the contract")
