@@ -54,24 +54,33 @@ class Slope:
 
 
 class Repeating:
-    """Calls `look` in a thread, `pause` seconds apart, until the end of the block."""
+    """Calls `look` in a thread, `pause` seconds apart, until the end of the block.
+
+    What `look` raises ends it, and is raised at the end of the block: nobody looked on from then.
+    """
 
     def __init__(self, look: Callable[[], None], pause: float) -> None:
         self._look, self._pause = look, pause
         self._stop = threading.Event()
+        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._pause):
-            self._look()
+        try:
+            while not self._stop.wait(self._pause):
+                self._look()
+        except Exception as error:
+            self._failed = error
 
     def __enter__(self) -> Repeating:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._failed is not None and kind is None:
+            raise self._failed
 
 
 def ask_readiness(target: Target) -> Verdict:

@@ -116,13 +116,16 @@ def loaded(target: Target, timeout: float) -> bool:
     """Whether Triton says that every model is loaded: it may be ended from now on if it is sick."""
     try:
         return _readiness(target, timeout) == http.client.OK
-    except (ProbeFailed, _Unanswered):
+    except ProbeFailed:
         return False
 
 
 def _readiness(target: Target, timeout: float) -> int:
-    """The status with which Triton says whether it is ready."""
-    return _request(target, target.http_port, "/v2/health/ready", timeout)[0]
+    """The status with which Triton says whether it is ready. Raises ProbeFailed without one."""
+    try:
+        return _request(target, target.http_port, "/v2/health/ready", timeout)[0]
+    except _Unanswered as error:
+        raise ProbeFailed(str(error)) from error
 
 
 PROBES: Mapping[str, Callable[[Target, float], str]] = {

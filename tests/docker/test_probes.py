@@ -12,6 +12,7 @@ import pytest
 from docker.entrypoint.__main__ import main
 from docker.entrypoint.probes import ProbeFailed, Target, live, ready, startup
 from server import TritonServer
+from tests.client import misbehaving
 from tests.docker.harness import Container, free_ports
 from triton_sam3 import Client, SAM3Error
 
@@ -59,11 +60,20 @@ def test_the_command_says_why_and_exits_with_0_or_1(
 def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
     http_port, metrics_port = free_ports(2)
     target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
-    for probe in (startup, live):
+    for probe in (startup, live, ready):
         began = time.monotonic()
         with pytest.raises(ProbeFailed, match="nobody listens"):
             probe(target, 30.0)
         assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("hang_up", [False, True])
+def test_what_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: bool) -> None:
+    with misbehaving.tcp(hang_up) as port:
+        target = Target("127.0.0.1", port, port, tmp_path / "draining")
+        for probe in (startup, live, ready):
+            with pytest.raises(ProbeFailed, match="no answer from /"):
+                probe(target, 0.5)
 
 
 def test_another_repository_is_not_taken_for_ours(tmp_path: Path) -> None:

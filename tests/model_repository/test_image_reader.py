@@ -106,6 +106,15 @@ def test_a_photo_that_shrinks(ask: Ask, photo: Path, image_side: int) -> None:
     np.testing.assert_array_equal(read(ask, photo.read_bytes())["image"][0], expected)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_motion_photo_is_its_picture(ask: Ask, progressive: bool) -> None:
+    """Its film is no part of it, though some of its bytes look like a JPEG's scans."""
+    plain = saved(small(), "JPEG", progressive=progressive)
+    assert FILM.count(b"\xff\xda") > 25
+    alone, filmed = (read(ask, data)["image"] for data in (plain, plain + FILM))
+    np.testing.assert_array_equal(filmed, alone)
+
+
 @pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
 def test_text_carries_the_same_file(disguise: Callable[[bytes], bytes], ask: Ask) -> None:
     plain, text = (read(ask, data) for data in (turned(6), disguise(turned(6))))
@@ -142,11 +151,21 @@ def webp(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+def scans(count: int, between: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again and again, with segments before each."""
     data = saved(small(), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
-    return data[:last] + data[last:-2] * count + data[-2:]
+    return data[:last] + (between + data[last:-2]) * count + data[-2:]
+
+
+def comment(data: bytes) -> bytes:
+    """A JPEG's segment that says nothing of the picture."""
+    return b"\xff\xfe" + struct.pack(">H", 2 + len(data)) + data
+
+
+END_OF_IMAGE = b"\xff\xd9"
+FILM = np.random.default_rng(0).bytes(4 << 20)
+"""What a phone puts behind the end of a motion photo, as far as a JPEG's reader can tell."""
 
 
 def padded(octets: int) -> bytes:
@@ -197,6 +216,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG, truncated": (lambda: saved(small(), "JPEG")[:-400], "cannot be decoded"),
     "WebP, truncated": (lambda: saved(small(), "WEBP")[:-300], "whole file"),
     "JPEG, scanned for ever": (lambda: scans(26), "more than the 25 scans"),
+    "JPEG, scanned for ever, with an end in comments": (
+        lambda: scans(26, comment(END_OF_IMAGE)),
+        "more than the 25 scans",
+    ),
+    "JPEG, commented for ever": (lambda: scans(1, comment(b"") * 20_000), "10000 segments"),
     "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
     "PNG, of empty chunks": (lambda: commented(200_000), PIECES),
     "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, and a side may have at most"),

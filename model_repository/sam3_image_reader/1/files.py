@@ -27,6 +27,13 @@ MAX_READS = 200_000
 """How often a decoder may read. Large files take some ten thousand; one of empty chunks, or of a
 JPEG's filling, would take millions, a second for each."""
 
+MAX_SEGMENTS = 10_000
+"""Segments of a JPEG; each holds up to 64 KB, so that a profile takes a few, a preview some ten."""
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""Of a segment that says its length: no stuffed byte, restart, or filling (ITU-T T.81, B.1.1)."""
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+
 DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
 """What a browser puts before base64."""
 
@@ -61,6 +68,25 @@ class _Reads(BytesIO):
                 "no picture in it"
             )
         return super().read(size)
+
+
+def _scans(file: bytes) -> int:
+    """Scans of the first image in a JPEG; behind its end a phone may have put a film.
+
+    The segments are followed as libjpeg does it, so that none is counted which is not decoded, nor
+    an end believed that a comment has within.
+    """
+    scans = at = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = _MARKER.search(file, at)
+        if marker is None or file[marker.end() - 1] == _END_OF_IMAGE:
+            return scans
+        scans += file[marker.end() - 1] == _START_OF_SCAN
+        at = marker.end() + int.from_bytes(file[marker.end() : marker.end() + 2], "big")
+    raise InvalidFile(
+        f"encoded_image has more than {MAX_SEGMENTS} segments: save it again, without what is no "
+        "picture in it"
+    )
 
 
 class FileReader:
@@ -119,8 +145,7 @@ class FileReader:
                 f"encoded_image has {frames} frames, and at most {self._limits.max_frames} are "
                 "accepted: send one frame as a picture of its own"
             )
-        # Where a JPEG holds pixels, this byte pair can only start a scan.
-        if image.format in ("JPEG", "MPO") and file.count(b"\xff\xda") > MAX_SCANS:
+        if image.format in ("JPEG", "MPO") and _scans(file) > MAX_SCANS:
             raise InvalidFile(
                 f"encoded_image has more than the {MAX_SCANS} scans that are accepted: save it "
                 "again as a baseline JPEG"
