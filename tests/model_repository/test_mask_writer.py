@@ -48,6 +48,15 @@ def test_a_size_no_image_has_is_refused(
     assert f"image_size is {wrong[0]}×{wrong[1]}; expected width and height" in sentence
 
 
+def test_more_pixels_than_one_request_may_ask_for_are_refused(
+    ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    """Many masks of a size that is accepted by itself: nobody could stop the writer at them."""
+    many = {name: np.repeat(array, 128, axis=1) for name, array in foreground.items()}
+    sentence = refusal(ask, WRITER, **many, image_size=size(7_000, 7_000))
+    assert "128 masks of each image would have 6272000000 pixels in all" in sentence
+
+
 def test_logits_and_scores_of_different_answers_are_refused(
     ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:

@@ -45,6 +45,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {k: int(v["string_value"]) for k, v in config["parameters"].items()}
         self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
+        self._max_mask_pixels = parameters["max_mask_pixels"]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request by itself: a bad one gets an error, the others their masks."""
@@ -71,6 +72,7 @@ class TritonPythonModel:
         _check_candidates(logits, ious)
         for width, height in sizes.tolist():
             self._check_size(width, height)
+        self._check_work(logits.shape[1], sizes)
         images = [_finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
         return dict(zip(Finished._fields, zip(*images, strict=True), strict=True))
 
@@ -80,6 +82,15 @@ class TritonPythonModel:
             raise InvalidSize(
                 f"image_size is {width}×{height}; expected width and height of the image in "
                 f"pixels, each of at most {self._max_side} and at most {self._max_pixels} together"
+            )
+
+    def _check_work(self, objects: int, sizes: NDArray[np.int32]) -> None:
+        pixels = objects * sum(width * height for width, height in sizes.tolist())
+        if pixels > self._max_mask_pixels:
+            raise InvalidSize(
+                f"{objects} masks of each image would have {pixels} pixels in all, and one request "
+                f"may ask for {self._max_mask_pixels}: ask for fewer objects at a time, or send a "
+                "smaller image"
             )
 
 

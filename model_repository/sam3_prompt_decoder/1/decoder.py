@@ -86,6 +86,11 @@ class Decoder:
         """
         try:
             self.decode([Job(self._random_image(shapes, torch.float32), [_click(0.5)])])
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise ProgramError(
+                f"the decoder does not run on {self.device} ({first_line(error)}); see what else "
+                "uses it, and whether it is of a kind that this torch is built for"
+            ) from error
         except Exception as error:  # torch's guards and kernels share no exception
             raise ProgramError(
                 f"the decoder does not fit the shapes in config.pbtxt ({first_line(error)}); "
@@ -122,10 +127,11 @@ class Decoder:
 
     def _replay(self, clicks: Sequence[Sequence[Job]]) -> str:
         """Replay from now on what has these shapes; say why not, where that is so."""
-        expected = [self.decode(jobs) for jobs in clicks]
-        replay = self._record(clicks)
-        self._replays.append(replay)
+        before = list(self._replays)
         try:
+            expected = [self.decode(jobs) for jobs in clicks]
+            replay = self._record(clicks)
+            self._replays.append(replay)
             for jobs, answers in zip(clicks, expected, strict=True):
                 best = self.decode([replace(job, best_only=True) for job in jobs])
                 for ours, theirs, chosen in zip(self.decode(jobs), answers, best, strict=True):
@@ -134,7 +140,7 @@ class Decoder:
                     ours_best = ours.low_res_masks[torch.arange(len(highest)), highest]
                     _check_same(chosen.low_res_masks.squeeze(1), ours_best)
         except RuntimeError as error:
-            self._replays.remove(replay)
+            self._replays = before
             return first_line(error)
         return replay.refusal
 

@@ -18,6 +18,10 @@ from prompts import ObjectPrompt
 from store import Features
 from torch import Tensor
 
+MOST_PINNED_BYTES = 64 * 2**20
+"""Of one answer in page-locked memory, which torch never gives back: some 130 objects' three masks.
+What is larger is copied in a multiple of the time, and its memory freed."""
+
 LOGIT_LIMIT = 32.0
 """Returned logits are clamped to ±32, as Meta's predictor does."""
 
@@ -74,16 +78,23 @@ class Room:
     def write(self, where: slice | list[int], logits: Tensor, ious: Tensor) -> None:
         """Write into rows, clamping the logits [R, K, M, M] where they are; ious: [R, K]."""
         clamped = logits.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-        self.masks.sums[where] = clamped.sum((1, 2, 3)) + ious.sum(1)
-        # Assigning to a slice converts as it copies; to a list of rows it does not convert.
-        narrow = clamped if isinstance(where, slice) else clamped.half()
-        self.masks.low_res_masks[where] = narrow
-        self.masks.iou_predictions[where] = ious
+        self._put(where, self.masks.sums, clamped.sum((1, 2, 3)) + ious.sum(1))
+        self._put(where, self.masks.low_res_masks, clamped)
+        self._put(where, self.masks.iou_predictions, ious)
+
+    def _put(self, where: slice | list[int], room: Tensor, values: Tensor) -> None:
+        if isinstance(where, slice):
+            room[where] = values  # converts as it copies
+            return
+        # A list as an index would have the host wait for all that the GPU was given before.
+        rows = torch.tensor(where).to(room.device, non_blocking=True)
+        room.index_copy_(0, rows, values.to(room.dtype))
 
     def on_host(self) -> Masks:
         """A copy of what was written; there once the device was waited for."""
         room = self._bytes
-        host = torch.empty(room.shape, dtype=room.dtype, pin_memory=room.is_cuda)
+        pinned = room.is_cuda and room.nbytes <= MOST_PINNED_BYTES
+        host = torch.empty(room.shape, dtype=room.dtype, pin_memory=pinned)
         return self._cut(host.copy_(room, non_blocking=True))
 
     def _cut(self, room: Tensor) -> Masks:

@@ -46,7 +46,7 @@ class ClickReplay:
         """Why what has some shape runs as it is."""
 
     def record(self, inputs: Inputs) -> None:
-        """Record a shape that was not recorded; everyone at work has to wait for it."""
+        """Record a shape that was not recorded."""
         if inputs.shape in self._recordings:
             return
         if self._rooms is None:
@@ -135,7 +135,7 @@ def _record(
             run()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on: the metrics' one forgets idle images.
+    # What threads that are none of ours ask of CUDA meanwhile does not end the recording.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = run()
     return outputs, graph.replay

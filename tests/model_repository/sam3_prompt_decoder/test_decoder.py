@@ -221,6 +221,17 @@ def test_a_program_of_other_sizes_is_refused(decoder: Decoder) -> None:
         decoder.check({**SHAPES, "image_embed": (64, 9, 9)})
 
 
+def test_a_device_without_room_is_not_called_a_wrong_export(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(_: Sequence[Job]) -> list[Masks]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 170.00 MiB")
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    with pytest.raises(ProgramError, match=r"does not run on cpu .CUDA out of memory"):
+        decoder.check(SHAPES)
+
+
 def _features_of(meta: Any) -> Features:
     found = meta._features
     return Features(found["image_embed"][0], *(level[0] for level in found["high_res_feats"]))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from decoder import REPLAYED_OBJECTS, REPLAYED_OBJECTS_TOKENS, REPLAYED_TOKENS, Decoder
-from jobs import Job
+from jobs import Job, Masks
 from store import Features
 from torch import Tensor
 
@@ -215,5 +216,27 @@ def test_what_refuses_merged_clicks_leaves_the_others(
     sentence = f"merged clicks are not replayed, which makes them slower: {why}"
     assert decoder.remark.startswith(sentence)
     decoder.decode(_jobs(2, 1))
+    decoder.decode(_jobs(1, 1))
+    assert REPLAYED == {1: 1}
+
+
+def test_no_memory_for_merged_clicks_leaves_the_others(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder is loaded all the same."""
+    monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
+    decoder = _decoder(program)
+    decode = decoder.decode
+
+    def only_one(jobs: Sequence[Job]) -> list[Masks]:
+        if len(jobs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 170.00 MiB")
+        return decode(jobs)
+
+    monkeypatch.setattr(decoder, "decode", only_one)
+    _replay(decoder, record)
+    assert decoder.remark.startswith(
+        "merged clicks are not replayed, which makes them slower: CUDA"
+    )
     decoder.decode(_jobs(1, 1))
     assert REPLAYED == {1: 1}
