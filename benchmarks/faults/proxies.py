@@ -46,6 +46,9 @@ def certify(openssl: Path, folder: Path) -> Path:
 class Proxy:
     """One running proxy; a context manager."""
 
+    tenant: str
+    """How its log calls who has the token."""
+
     def __init__(self, program: Path, folder: Path, certificate: Path) -> None:
         (self.port,) = free_ports(1)
         self.folder, self.log = folder, folder / "output"
@@ -112,6 +115,8 @@ class Proxy:
 
 
 class Nginx(Proxy):
+    tenant = "one"
+
     def configure(self, servers: Sequence[Container]) -> None:
         text = (NGINX / "nginx.conf").read_text()
         text = text.replace("listen 8443 ", f"listen 127.0.0.1:{self.port} ")
@@ -121,7 +126,7 @@ class Nginx(Proxy):
         assert limit is not None
         encodings = f"limit_conn encodings {int(limit[1]) * len(servers)};"
         (self.folder / "nginx.conf").write_text(text.replace(limit[0], encodings))
-        (self.folder / "tokens.conf").write_text(f'"Bearer {TOKEN}" 1;\n')
+        (self.folder / "tokens.conf").write_text(f'"Bearer {TOKEN}" {self.tenant};\n')
         for protocol in ("http", "grpc"):
             shipped = (NGINX / f"{protocol}_servers.conf").read_text()
             line = next(line for line in shipped.splitlines() if line.startswith("server"))
@@ -155,6 +160,8 @@ class Nginx(Proxy):
 
 class Envoy(Proxy):
     """ports: where it listens in place of each port of the shipped configuration."""
+
+    tenant = "one-tenant"
 
     def __init__(self, program: Path, folder: Path, certificate: Path) -> None:
         super().__init__(program, folder, certificate)

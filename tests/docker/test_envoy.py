@@ -239,8 +239,8 @@ def test_connections_are_bounded(start: Start) -> None:
 def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:
     envoy = start()
     rules = yaml.safe_load((CHART / "files" / "rules.yml").read_text())["groups"][1]["rules"]
-    (rule,) = (rule for rule in rules if rule["alert"] == "SAM3Refusing")
-    series = set(re.findall(r"envoy_\w+", re.sub(r"\{[^}]*\}", "", rule["expr"])))
+    everything = " ".join(re.sub(r"\{[^}]*\}", "", rule["expr"]) for rule in rules)
+    series = set(re.findall(r"envoy_\w+", everything))
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: ask(envoy, IMAGE, 1), range(8)))
     refused = answers.count(http.client.TOO_MANY_REQUESTS)
@@ -248,11 +248,11 @@ def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:
     text = observe(envoy, "/metrics")[1]
     found = {
         name: int(value)
-        for name, value in re.findall(
-            r'^(\w+)\{[^}]*envoy_cluster_name="sam3_http"[^}]*\} (\d+)$', text, re.M
-        )
+        for name, labels, value in re.findall(r"^(envoy_\w+)\{([^}]*)\} (\d+)$", text, re.M)
+        if "_cluster_" not in name or 'envoy_cluster_name="sam3_http"' in labels
     }
     assert series <= set(found)
+    assert 'envoy_http_downstream_rq_xx{envoy_response_code_class="5",' in text
     assert found["envoy_cluster_upstream_rq_active_overflow"] == refused
     assert found["envoy_cluster_upstream_rq_total"] >= 8 - refused
     assert TOKEN not in text

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import psutil
@@ -194,7 +195,7 @@ def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
         assert call(nginx, "/v2/health/ready", None, new) == 401
         tokens = tmp_path / "tokens.conf"
         replacement = tmp_path / "replacement"
-        replacement.write_text(f'"{new["authorization"]}" 1;\n')
+        replacement.write_text(f'"{new["authorization"]}" another;\n')
         replacement.replace(tokens)
         (tmp_path / "later").mkdir()
         certify(tool("openssl", "apt-get install openssl"), tmp_path / "later")
@@ -203,6 +204,29 @@ def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
         nginx.reload()
         assert call(nginx, "/v2/health/ready", None, new) == 200  # the new certificate is trusted
         assert call(nginx, "/v2/health/ready", None, HEADERS) == 401
+
+
+def test_nginx_counts_a_tenant_however_its_token_is_written(
+    servers: tuple[Container, Container],
+    certificate: Path,
+    tmp_path: Path,
+    tool: Callable[[str, str], Path],
+) -> None:
+    """It compares without regard to case, and would count every spelling by itself."""
+    nginx = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
+    nginx.configure(servers)
+    config = tmp_path / "nginx.conf"
+    config.write_text(config.read_text().replace("limit_conn tenants 64", "limit_conn tenants 1"))
+    image = pictures(1)[0]
+    shouted = {"authorization": HEADERS["authorization"].upper()}
+    with nginx, connect(nginx, "https", retries=0) as one, ThreadPoolExecutor(4) as pool:
+        busy = [pool.submit(one.segment, image, boxes=[(5, 5, 40, 30)] * 200) for _ in range(3)]
+        statuses = [call(nginx, "/v2/health/ready", None, shouted) for _ in range(20)]
+        for each in busy:
+            with suppress(Overloaded):
+                each.result()
+    assert 429 in statuses
+    assert {record["tenant"] for record in nginx.records()} == {nginx.tenant}
 
 
 def test_nothing_but_segmentation_is_served(proxy: Proxy) -> None:
@@ -296,6 +320,28 @@ def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
     assert any("quoted" in record["path"] for record in records)
     assert (records[-1]["status"], records[-1]["method"]) == (200, "POST")
     assert max(len(line) for line in text.splitlines()) < 1000
+
+
+def test_logs_tell_who_asked_and_how_grpc_ended(proxy: Proxy) -> None:
+    client = triton_grpc.InferenceServerClient(
+        f"127.0.0.1:{proxy.port}", ssl=True, root_certificates=str(trusted(proxy))
+    )
+    with pytest.raises(InferenceServerException) as refused:
+        client.get_model_config("none-of-ours", headers=HEADERS)
+    client.close()
+    assert call(proxy, "/v2/health/ready", None, {}) in (401, 403)
+
+    def told() -> list[dict[str, object]]:
+        return [one for one in proxy.records() if str(one["path"]).endswith("/ModelConfig")]
+
+    assert tiny.wait_for(told, 20)
+    (record,) = told()
+    assert record["tenant"] == proxy.tenant
+    assert record["address"] == "127.0.0.1"
+    assert refused.value.status() == "StatusCode.NOT_FOUND"
+    assert (record["status"], int(str(record["grpc"]))) == (200, grpc.StatusCode.NOT_FOUND.value[0])
+    strangers = [one for one in proxy.records() if one["status"] in (401, 403)]
+    assert [one["tenant"] for one in strangers] in ([""], [None])
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Metrics:
         self._objects = 0
         self._launches = 0
         self._seconds = 0.0
+        self._failures = 0
         self._requests: deque[int] = deque()
         self._failed = False
         self._numbers = self._declare(store)
@@ -45,6 +46,9 @@ class Metrics:
             f"{kept}_evictions_total": _Counter(
                 "Images forgotten, idle or for want of room", lambda: counts.evictions
             ),
+            "sam3_failures_total": _Counter(
+                "Requests that were right and failed in the decoder", lambda: self._failures
+            ),
             "sam3_objects_total": _Counter("Objects answered", lambda: self._objects),
             "sam3_objects_per_request": _Histogram("Objects in one request", self._take_requests),
             "sam3_decode_seconds_total": _Counter("Time spent decoding", lambda: self._seconds),
@@ -62,6 +66,10 @@ class Metrics:
         """The decoder's program ran `launches` times in `seconds`."""
         self._seconds += seconds
         self._launches += launches
+
+    def count_failure(self) -> None:
+        """A request was refused that had nothing wrong: Triton counts it as answered."""
+        self._failures += 1
 
     def close(self) -> None:
         """End the thread and take the numbers off the endpoint."""

@@ -33,6 +33,7 @@ NOT_FOUND = (
 OUT_OF_MEMORY = (
     "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
 )
+FAILED = "the decoder failed on this request; the server's log says why"
 
 Decoding = list[tuple[list[int], Answers]]
 """The numbers of questions that are decoded together, and their masks, maybe on their way."""
@@ -76,7 +77,7 @@ class TritonPythonModel:
 
     def _ask(self, requests: Sequence[Any]) -> tuple[list[Any], Decoding]:
         """Each request's question or refusal, and what is decoded of the questions."""
-        questions = [_attempt(self._read, request) for request in requests]
+        questions = [self._attempt(self._read, request) for request in requests]
         good = [i for i, question in enumerate(questions) if isinstance(question, Question)]
         return questions, self._start(questions, good)
 
@@ -92,7 +93,7 @@ class TritonPythonModel:
             return [(good, started)]
         except Exception as error:
             if len(good) == 1:
-                questions[good[0]] = _explain(error)
+                questions[good[0]] = self._explain(error)
                 return []
         # Outside of the handler, where the failure no longer holds its tensors.
         return [one for i in good for one in self._start(questions, [i])]
@@ -105,12 +106,12 @@ class TritonPythonModel:
                 masks = iter(started.by_job())
             except Exception as error:  # of a GPU, which fails later than it is asked
                 for i in good:
-                    questions[i] = _explain(error)
+                    questions[i] = self._explain(error)
                 continue
             self._count(start, 0)
             for i in good:
                 own = [next(masks) for _ in questions[i].jobs]
-                questions[i] = _attempt(self._respond, questions[i], own)
+                questions[i] = self._attempt(self._respond, questions[i], own)
         return questions
 
     def _count(self, start: float, launches: int) -> None:
@@ -121,26 +122,23 @@ class TritonPythonModel:
         self._metrics.count_request(question.objects)
         return response
 
+    def _attempt(self, step: Callable[..., Any], *args: Any) -> Any:
+        """The step's result, or the refusal of the one request that it was about."""
+        try:
+            return step(*args)
+        except Exception as error:
+            return self._explain(error)
 
-def _attempt(step: Callable[..., Any], *args: Any) -> Any:
-    """The step's result, or the refusal of the one request that it was about."""
-    try:
-        return step(*args)
-    except Exception as error:
-        return _explain(error)
-
-
-def _explain(error: Exception) -> Any:
-    """Refuse a request: in full where the caller can do something about it, or else in the log."""
-    codes = pb_utils.TritonError
-    if isinstance(error, InvalidPrompt | InvalidEmbeddings | StoreTooSmall):
-        return refuse(str(error), codes.INVALID_ARG)
-    if isinstance(error, ImageNotKept):
-        return refuse(NOT_FOUND, codes.NOT_FOUND)
-    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-    if _is_out_of_memory(error):
-        return refuse(OUT_OF_MEMORY, codes.INTERNAL)
-    return refuse("the decoder failed on this request; the server's log says why", codes.INTERNAL)
+    def _explain(self, error: Exception) -> Any:
+        """Refuse a request: in full where the caller can do something, or else in the log."""
+        codes = pb_utils.TritonError
+        if isinstance(error, InvalidPrompt | InvalidEmbeddings | StoreTooSmall):
+            return refuse(str(error), codes.INVALID_ARG)
+        if isinstance(error, ImageNotKept):
+            return refuse(NOT_FOUND, codes.NOT_FOUND)
+        self._metrics.count_failure()
+        pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        return refuse(OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED, codes.INTERNAL)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -73,7 +73,7 @@ exec:
     - probe
     - {{ .question }}
     - --timeout={{ .probes.timeoutSeconds }}
-periodSeconds: {{ .probes.periodSeconds }}
+periodSeconds: {{ .period }}
 timeoutSeconds: {{ add .probes.timeoutSeconds 5 }}
 {{- end -}}
 
