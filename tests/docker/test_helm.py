@@ -153,10 +153,10 @@ def test_slow_starts_are_waited_for() -> None:
 
 def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> None:
     """A canary is an image's encoding, 22 s at full size on two cores."""
-    values = {"proxy": {"tokens": [TOKEN]}, "probes": {"periodSeconds": 300}}
+    values = {"proxy": {"tokens": [TOKEN]}, "probes": {"periodSeconds": 120}}
     (container,) = server(render(values))["containers"]
     periods = [container[probe]["periodSeconds"] for probe in PROBES]
-    assert periods == [15, 300, 300]
+    assert periods == [15, 120, 120]
 
 
 def test_the_dead_are_not_drained() -> None:

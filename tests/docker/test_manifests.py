@@ -194,6 +194,27 @@ def test_compose_opens_only_the_proxy() -> None:
     assert "ports" not in compose()["services"]["triton"]
 
 
+class _Overrides(yaml.SafeLoader):
+    """Reads Compose's tags as what they leave behind."""
+
+
+_Overrides.add_constructor("!reset", lambda _loader, _node: None)
+
+
+def test_without_a_gpu_compose_is_patient_and_asks_for_none() -> None:
+    text = (DOCKER / "compose.cpu.yaml").read_text()
+    (triton,) = yaml.load(text, _Overrides)["services"].values()
+    assert triton["deploy"]["resources"] == {"reservations": None}
+    args = parse(triton["command"])
+    assert args.triton_args == []  # no CUDA pool
+    check = triton["healthcheck"]
+    asked = parse(check["test"][4:])
+    assert asked.question == "live"
+    assert asked.timeout == args.watch_timeout < int(check["timeout"].removesuffix("s"))
+    # As the image's own, but for the patience.
+    assert check["start_period"] in instruction("HEALTHCHECK")[0]
+
+
 def test_compose_mounts_files_that_exist() -> None:
     for service in compose()["services"].values():
         for volume in service.get("volumes", []):
