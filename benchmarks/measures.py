@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from benchmarks.peers import Peer, whole
 from benchmarks.peers.in_process import InProcess
 from benchmarks.stage import IN_PROCESS, OURS, PLACE, WHOLE, Stage
-from benchmarks.timing import Sample, alternate, difference, ratio, stopwatch
+from benchmarks.timing import Sample, alternate, difference, ratio, seconds, stopwatch
+from benchmarks.wire import Decoding
 from triton_sam3.geometry import resize
+
+ONE_SHOT = "one-shot request"
 
 
 def clicks(stage: Stage, rounds: int, *, pause: float = 0.0) -> dict[str, Sample]:
@@ -38,14 +42,9 @@ def first_masks(stage: Stage, rounds: int) -> dict[str, Sample]:
     return alternate(meters, rounds)
 
 
-def one_shot(stage: Stage, rounds: int) -> Sample:
-    """Seconds of our request that brings the photo along and keeps nothing."""
-    ask = partial(stage.ours.client.segment, stage.photo, points=[PLACE])
-    return alternate({OURS: stopwatch(ask)}, rounds, warmup=0)[OURS]
-
-
 def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
-    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`.
+    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`; and
+    of our request that brings the photo along, is answered with a mask and keeps nothing.
 
     budget: seconds after which no further round begins.
     """
@@ -54,6 +53,7 @@ def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
     meters = {
         OURS: stopwatch(lambda: stage.wire.encode(resize(stage.photo, stage.wire.side)[None])),
         IN_PROCESS: stopwatch(lambda: meta.predictor.set_image(stage.photo)),
+        ONE_SHOT: stopwatch(partial(stage.ours.client.segment, stage.photo, points=[PLACE])),
     }
     return alternate(meters, rounds, warmup=0, budget=budget)
 
@@ -79,21 +79,28 @@ def _boxes(stage: Stage, count: int) -> NDArray[np.float32]:
     return boxes.astype(np.float32)
 
 
-def server_cost(stage: Stage, rounds: int) -> dict[str, Sample]:
-    """Seconds: a click as the wire sees it, the decoder's own compute, and what lies between.
+def server_cost(stage: Stage, blocks: int, clicks: int = 30) -> dict[str, Sample]:
+    """Seconds: a click as the wire sees it, what of it the decoder decoded, and the rest; the
+    means of each block of clicks.
 
     "trip" is there and back without decoding, after a rest as long as that: whatever a request
     passes through sleeps by then.
     """
     kept = stage.keep_photo()
-    samples = alternate(
-        {
-            "click": stopwatch(lambda: stage.wire.click(kept)),
-            "compute": stage.engine.decode,
-        },
-        rounds,
-        warmup=3,
-    )
-    rest = samples["compute"].median
-    trip = alternate({"trip": stopwatch(stage.wire.refused_click)}, rounds, warmup=3, pause=rest)
-    return {**samples, **trip, "server": difference(samples["click"], samples["compute"])}
+    click = partial(stage.wire.click, kept)
+    for _ in range(clicks):
+        click()
+    pairs = [_block(stage.decoding, click, clicks) for _ in range(blocks)]
+    whole, compute = (Sample(values) for values in zip(*pairs, strict=True))
+    trips = {"trip": stopwatch(stage.wire.refused_click)}
+    trip = alternate(trips, clicks, warmup=3, pause=compute.median)
+    parts = {"click": whole, "compute": compute, "server": difference(whole, compute)}
+    return {**parts, **trip}
+
+
+def _block(decoding: Decoding, click: Callable[[], object], clicks: int) -> tuple[float, float]:
+    """Mean seconds of a click, and of its decoding as the decoder counted it."""
+    before = decoding.settled()
+    took = [seconds(click) for _ in range(clicks)]
+    after = decoding.settled(before.launches + clicks)
+    return fmean(took), (after.seconds - before.seconds) / clicks

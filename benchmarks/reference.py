@@ -28,7 +28,7 @@ HOLE_SIDE_FRACTION = 18
 def meta_predictor(
     checkpoint_file: Path, device: torch.device | str = "cpu"
 ) -> SAM3InteractiveImagePredictor:
-    """Load a checkpoint in the official layout into Meta's predictor."""
+    """Load a checkpoint in the official layout into Meta's predictor: FP32, on a GPU BF16."""
     weights = checkpoint.read(checkpoint_file)
     architecture = Architecture.of(weights)
     tracker = _tracker(architecture)
@@ -38,6 +38,10 @@ def meta_predictor(
     predictor = SAM3InteractiveImagePredictor(
         tracker, max_hole_area=size**2 // HOLE_SIDE_FRACTION**2
     )
+    if torch.device(device).type == "cuda":
+        # As the predictor that Meta builds, whose `Sam3TrackerPredictor` enters it for good.
+        bf16 = torch.autocast("cuda", torch.bfloat16)
+        predictor.set_image, predictor.predict = bf16(predictor.set_image), bf16(predictor.predict)
     predictor._bb_feat_sizes = [(size, size), (size // 2, size // 2), (size // 4, size // 4)]
     return predictor
 

@@ -15,13 +15,12 @@ import skimage.data
 from numpy.typing import NDArray
 
 from benchmarks.artifacts import Artifacts
-from benchmarks.engine import Engine
 from benchmarks.peers import Click, Peer, Photo, http_service, whole
 from benchmarks.peers.embeddings import EmbeddingsOverTheWire
 from benchmarks.peers.http import OverHttp
 from benchmarks.peers.in_process import InProcess
 from benchmarks.peers.ours import Ours
-from benchmarks.wire import Wire
+from benchmarks.wire import Decoding, Wire
 from demo.prompts import iou
 from server import TritonServer
 from triton_sam3 import contract
@@ -58,7 +57,7 @@ class Stage:
     artifacts: Artifacts
     photo: Photo
     wire: Wire
-    engine: Engine
+    decoding: Decoding
     makers: dict[str, Callable[[], Peer]]
     """How to make another caller of the same servers; picklable, but for the one in process."""
     peers: dict[str, Peer]
@@ -94,7 +93,6 @@ def stage(
     with ExitStack() as cleanup:
         progress(f"{artifacts.name}: starting servers")
         server = cleanup.enter_context(TritonServer(artifacts.repository))
-        engine = cleanup.enter_context(Engine(artifacts.repository, device))
         makers: dict[str, Callable[[], Peer]] = {
             OURS: partial(Ours, server.grpc_url),
             EMBEDDINGS: partial(EmbeddingsOverTheWire, server.grpc_url),
@@ -117,7 +115,8 @@ def stage(
         agreements = _check_agreement(clicks, agreement)
         wire = Wire(server.grpc_url)
         cleanup.callback(wire.close)
-        yield Stage(artifacts, photo, wire, engine, makers, made, clicks, agreements)
+        decoding = Decoding(server.metrics_url)
+        yield Stage(artifacts, photo, wire, decoding, makers, made, clicks, agreements)
 
 
 def _opened(

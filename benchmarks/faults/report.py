@@ -71,7 +71,7 @@ def _row(result: Result) -> tuple[str, ...]:
         f"{result.sent:,}",
         *(f"{result.counts.get(kind, 0):,}" for kind in kinds),
         _seconds(result.noticed),
-        _seconds(result.recovered),
+        "never" if result.never_recovered else _seconds(result.recovered),
         _truth(result.truth),
         _slope(result.private),
         _slope(result.shm),

@@ -65,10 +65,18 @@ class Result:
     """What was not answered right, by sentence."""
     skipped: str = ""
     """Why it was not run."""
+    never_recovered: bool = False
+    """Callers did not get right answers alone again in the time given."""
 
     @property
     def sent(self) -> int:
         return sum(self.counts.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether something came of it that must not."""
+        lost_or_wrong = self.counts.get(Kind.LOST, 0) + self.counts.get(Kind.WRONG, 0)
+        return lost_or_wrong > 0 or self.never_recovered
 
 
 class Trial:
@@ -91,6 +99,8 @@ class Trial:
         self.load = Load(callers or usual(stand), asked, timeout=timeout, hidden=hidden)
         self.others: list[Outcome] = []
         """Requests of the fault itself, such as poisoned ones."""
+        self.unasked: list[Outcome] = []
+        """Those of them that asked for no mask: counted only where they failed."""
         self.remark = ""
         self.struck: float | None = None
         self._over = 0.0
@@ -130,13 +140,15 @@ class Trial:
     def result(self) -> Result:
         """What it amounts to, once the block is over."""
         outcomes = self.load.outcomes
-        everything = [*outcomes, *self.others]
+        failed = [one for one in self.unasked if one.kind is not Kind.RIGHT]
+        everything = [*outcomes, *self.others, *failed]
         said = Counter(one.said for one in everything if one.kind is not Kind.RIGHT)
         return Result(
             self.name,
             {kind: sum(one.kind is kind for one in everything) for kind in Kind},
             noticed=self._noticed(),
             recovered=self._recovered(),
+            never_recovered=self.struck is not None and self._recovered() is None,
             truth=truth(self._verdicts, outcomes),
             private=slope(self._sizes, lambda size: size.private),
             shm=slope(self._sizes, lambda size: size.shm),
@@ -161,7 +173,8 @@ class Trial:
         self._verdicts.append(ask_readiness(self.stand.container.target))
 
     def _weigh(self) -> None:
-        size = measure(self.stand.container, self.load.ended + len(self.others))
+        requests = self.load.ended + len(self.others) + len(self.unasked)
+        size = measure(self.stand.container, requests)
         if size is not None:
             self._sizes.append(size)
 

@@ -19,8 +19,12 @@ def test_a_first_mask_of_ours_is_a_one_shot_request(monkeypatch: pytest.MonkeyPa
     measured = SimpleNamespace(
         clicks=lambda *_, **__: clicks,
         boxes_together=lambda *_, **__: Sample((1.0,)),
-        encoding=lambda *_: {OURS: Sample((10.0,)), IN_PROCESS: Sample((20.0,))},
-        one_shot=lambda *_: Sample((7.0,)),
+        ONE_SHOT="one-shot",
+        encoding=lambda *_: {
+            OURS: Sample((10.0,)),
+            IN_PROCESS: Sample((20.0,)),
+            "one-shot": Sample((7.0,)),
+        },
     )
     monkeypatch.setattr(cpu, "measures", measured)
     monkeypatch.setattr(cpu, "stage", lambda *_, **__: nullcontext())

@@ -5,6 +5,8 @@ import re
 import socket
 import subprocess
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +23,10 @@ from benchmarks.faults.load import Caller, Kind, Load, Outcome, judge, observe, 
 from benchmarks.faults.relay import Relay
 from benchmarks.faults.resources import removing_regions
 from benchmarks.faults.scenarios import Fault
+from benchmarks.faults.soak import Soak
 from benchmarks.faults.stand import variant
 from benchmarks.faults.trial import Result, Truth, last_trouble, truth
-from benchmarks.faults.watching import Size, Slope, Verdict, slope
+from benchmarks.faults.watching import Repeating, Size, Slope, Verdict, slope
 from benchmarks.fuzz.census import is_alive
 from export.repository import DECODER, read_config
 from server import TritonServer
@@ -103,6 +106,32 @@ def test_readiness_lies_when_it_says_no_and_all_are_answered() -> None:
     seen = [Outcome(i / 10, i / 10 + 0.05, Kind.RIGHT) for i in range(50)]
     assert truth(verdicts(2.0, ready=False), seen) == Truth(1, 0, 1)
     assert truth(verdicts(2.0, ready=True), seen) == Truth(1, 0, 0)
+
+
+@pytest.mark.parametrize(("growth", "grows"), [(0.5, False), (2.0, True)])
+def test_a_soak_fails_where_memory_grows(growth: float, grows: bool) -> None:
+    """MiB for 10,000 requests, in steps of pages."""
+    sizes = [Size(1, n, int(growth * 2**20 * n / 1e4) & -4096, 4096) for n in range(0, 40_000, 500)]
+    assert Soak(30.0, Counter(), sizes).grows is grows
+
+
+def test_a_fault_after_which_nobody_is_answered_right_fails() -> None:
+    right = {Kind.RIGHT: 100}
+    assert not Result("a", right, recovered=2.0).failed
+    assert not Result("none was made", right).failed
+    dead = Result("b", right, never_recovered=True)
+    assert dead.failed
+    assert "| never |" in report.table([dead])
+
+
+def test_what_a_watcher_raises_is_raised_at_the_end() -> None:
+    """Otherwise nobody would know that nobody looked on."""
+
+    def look() -> None:
+        raise OSError("reset by peer")
+
+    with pytest.raises(OSError, match="reset by peer"), Repeating(look, 0.001):
+        time.sleep(0.1)
 
 
 def test_slopes_are_of_the_last_server_alone() -> None:
