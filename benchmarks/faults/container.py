@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,15 +25,23 @@ from server import failure
 
 START_SECONDS = 240.0
 END_SECONDS = 30.0
+PORTS = range(16384, 32768)
+"""Below those that Linux takes for connections (ip_local_port_range)."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
+    """Ports nobody listens on now, and that the system gives to no connection either.
+
+    A server takes its ports when its models are loaded, seconds later.
+    """
+    found: list[int] = []
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for holder in sockets:
-            holder.bind(("127.0.0.1", 0))
-        return [int(holder.getsockname()[1]) for holder in sockets]
+        while len(found) < count:
+            port = secrets.choice(PORTS)
+            with suppress(OSError):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 class Container:
