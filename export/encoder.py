@@ -128,8 +128,9 @@ class _PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         n, w, p = self.windows.count, self.windows.side, self.patch
-        cut = image.reshape(-1, n, w, p, n, w, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        patches = cut.reshape(-1, n * n * w, w, p * p * 3).to(self.weight.dtype)
+        pixels = image.to(self.weight.dtype)  # first: TensorRT takes UINT8 into a Cast alone
+        cut = pixels.reshape(-1, n, w, p, n, w, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        patches = cut.reshape(-1, n * n * w, w, p * p * 3)
         return nn.functional.linear((patches - 127.5) / 128, self.weight)
 
 

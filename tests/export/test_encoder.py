@@ -165,6 +165,18 @@ def test_the_graphs_operators(exported: tiny.Export, exported_fp16: tiny.Export)
         assert not proto.functions
 
 
+def _takers_of_the_image(proto: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in proto.graph.node if "image" in node.input]
+
+
+def test_the_image_goes_into_a_cast_alone(
+    exported: tiny.Export, exported_fp16: tiny.Export
+) -> None:
+    """As TensorRT demands of UINT8; of the graph that is made for it, the next test says so."""
+    for export in (exported, exported_fp16):
+        assert _takers_of_the_image(_graph(export)) == ["Cast"]
+
+
 def test_spelled_out_the_graph_is_of_plain_operators_and_computes_the_same(
     model: InteractiveModel, tmp_path: Path
 ) -> None:
@@ -172,6 +184,7 @@ def test_spelled_out_the_graph_is_of_plain_operators_and_computes_the_same(
     export_encoder(ImageEncoder(model, fused=False), FITS, path)
     proto = onnx.load(path)
     assert {entry.domain for entry in proto.opset_import} == {""}
+    assert _takers_of_the_image(proto) == ["Cast"]
     kinds = Counter(node.op_type for node in proto.graph.node)
     assert kinds["Softmax"] == tiny.ARCHITECTURE.depth
     images = _images(3, FITS)
