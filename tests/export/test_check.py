@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch.export import ExportedProgram
@@ -78,6 +79,15 @@ def test_values_agree(exported: tiny.Export, program: ExportedProgram) -> None:
     assert all(c.passed for c in checks.values())
     kinds = ("point", "points", "box", "box and points", "refined mask")
     assert {f"{kind}: mask IoU" for kind in kinds} < checks.keys()
+
+
+def test_the_graph_is_checked_on_the_cpu_wherever_it_is(
+    exported: tiny.Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, object]] = []
+    monkeypatch.setattr(ort, "InferenceSession", lambda _, **options: opened.append(options))
+    check._session(exported.repository)
+    assert opened == [{"providers": ["CPUExecutionProvider"]}]
 
 
 def test_a_wrong_encoder_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
