@@ -23,7 +23,12 @@ from sam3.model.vitdet import Attention, Block, get_abs_pos
 from torch import Tensor, nn
 
 from export.architecture import Architecture, InteractiveModel
-from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
+from export.half_precision import (
+    STREAM_SCALE,
+    HalfPrecisionBlocks,
+    scaled_linear,
+    scaled_norm,
+)
 from export.operators import attention, rotary_embedding
 
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
@@ -37,9 +42,10 @@ class ImageEncoder(nn.Module):
     """UINT8 RGB [B, S, S, 3] → image_embed, high_res_feats_0, high_res_feats_1.
 
     With `dtype` FP16, matrix products, attention and convolutions are in half precision and the
-    outputs are FP16; the patches' projection, sums inside of layer norms and the softmax inside
-    attention stay FP32. So does the residual stream, which leaves half precision's range, where
-    operators are spelled out; where they are fused it is kept to scale (see half_precision.py).
+    outputs are FP16; the patches' projection and sums inside of layer norms stay FP32. The residual
+    stream leaves half precision's range and is kept divided by `STREAM_SCALE`: in FP16 where
+    operators are fused and windows fit the grid (see half_precision.py), in FP32 elsewhere. The
+    softmax inside attention is FP32 where operators are fused, FP16 where they are spelled out.
 
     `fused`: rotation and attention as ONNX Runtime's own operators, or spelled out (see
     operators.py).
@@ -64,7 +70,7 @@ class ImageEncoder(nn.Module):
             if halved
             else _Blocks(model, self.windows, dtype, fused)
         )
-        neck = _folded_neck(model, STREAM_SCALE if halved else 1)
+        neck = _folded_neck(model, 1 if dtype == torch.float32 else STREAM_SCALE)
         self.fine, self.middle, self.coarse = (level.to(dtype) for level in neck)
         self.eval().requires_grad_(False)
 
@@ -175,13 +181,18 @@ class _Attention(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Meta's blocks one after the other, on an FP32 stream."""
+    """Meta's blocks one after the other, on an FP32 stream.
+
+    Behind FP16 products it is kept divided by `STREAM_SCALE`: what they add to it, and the whole in
+    the end, has to fit their range.
+    """
 
     def __init__(
         self, model: InteractiveModel, windows: _Windows, dtype: torch.dtype, fused: bool
     ) -> None:
         super().__init__()
         self.windows = windows
+        self.scaled = dtype != torch.float32
         self.global_att_blocks = frozenset(model.architecture.global_att_blocks)
         self.blocks = nn.ModuleList(
             _block(block, i in self.global_att_blocks, windows, dtype, fused)
@@ -189,6 +200,8 @@ class _Blocks(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.scaled:
+            tokens = tokens / STREAM_SCALE
         for i, block in enumerate(self.blocks):
             whole = i in self.global_att_blocks
             tokens = block(self.windows.join(tokens) if whole else self.windows.part(tokens))
@@ -212,8 +225,11 @@ def _block(
         ours.window_size = 0  # the tokens arrive cut into windows
     ours.attn = _Attention(block.attn, rotary, dtype, fused)
     if dtype != torch.float32:
-        ours.norm1, ours.norm2 = _Narrow(ours.norm1, dtype), _Narrow(ours.norm2, dtype)
-        ours.mlp.to(dtype)
+        ours.norm1 = _Narrow(scaled_norm(block.norm1), dtype)
+        ours.norm2 = _Narrow(scaled_norm(block.norm2), dtype)
+        ours.attn.proj = scaled_linear(block.attn.proj)
+        ours.mlp.fc1.to(dtype)
+        ours.mlp.fc2 = scaled_linear(block.mlp.fc2)
     return cast(nn.Module, ours)
 
 

@@ -49,8 +49,11 @@ def test_the_numbers_are_fp32s_but_for_rounding(
         assert _error(torch.from_numpy(graphs), theirs) < ROUNDING
 
 
-def test_a_stream_beyond_half_precision_does_not_overflow(model: InteractiveModel) -> None:
-    half, single = ImageEncoder(model, torch.float16), ImageEncoder(model)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_stream_beyond_half_precision_does_not_overflow(
+    model: InteractiveModel, fused: bool
+) -> None:
+    half, single = ImageEncoder(model, torch.float16, fused=fused), ImageEncoder(model)
     grid, channels = tiny.ARCHITECTURE.grid, tiny.ARCHITECTURE.embed_dim
     tokens = torch.randn(2, grid, grid, channels, generator=torch.manual_seed(0)) * LARGEST
     tokens = half.windows.split(tokens)
@@ -58,6 +61,19 @@ def test_a_stream_beyond_half_precision_does_not_overflow(model: InteractiveMode
     assert theirs.abs().max() > 2 * LARGEST
     ours = half.blocks(tokens).float() * STREAM_SCALE
     assert _error(ours.reshape(theirs.shape), theirs) < ROUNDING
+
+
+@pytest.mark.parametrize(("side", "fused"), [(FITS, True), (FITS, False), (DOES_NOT_DIVIDE, True)])
+def test_a_block_may_add_more_than_half_precision_holds(
+    tiny_checkpoint: Path, side: int, fused: bool
+) -> None:
+    """As vision transformers do, in a channel or two."""
+    model = checkpoint.load(tiny_checkpoint, image_size=side)
+    model.trunk.blocks[-1].mlp.fc2.bias[3] = 3 * LARGEST
+    images = _images(1, side)
+    ours = ImageEncoder(model, torch.float16, fused=fused)(torch.from_numpy(images))
+    for mine, theirs in zip(ours, _reference(model, images), strict=True):
+        assert _error(mine, theirs) < ROUNDING
 
 
 def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> None:
