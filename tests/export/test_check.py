@@ -10,7 +10,13 @@ import torch
 from torch.export import ExportedProgram
 
 from export import check, checkpoint
-from export.check import Check, answer_iou, check_values, mask_iou, relative_error
+from export.check import (
+    Check,
+    answer_iou,
+    check_values,
+    mask_iou,
+    relative_error,
+)
 from tests.export import tiny
 
 
@@ -63,13 +69,18 @@ def test_a_check_passes_within_its_limit(value: float, passed: bool) -> None:
 
 
 def _values(
-    exported: tiny.Export, program: ExportedProgram, changed: str, change: float
+    exported: tiny.Export,
+    program: ExportedProgram,
+    changed: str,
+    change: float,
+    *,
+    exact: bool = True,
 ) -> dict[str, Check]:
     model = checkpoint.load(exported.checkpoint)
     if changed:
         model.get_parameter(changed).add_(change)
     checks = check_values(
-        exported.repository, program, model, photos=check.PHOTOS[:1], min_iou=0.995, exact=True
+        exported.repository, program, model, photos=check.PHOTOS[:1], min_iou=0.995, exact=exact
     )
     return {c.name: c for c in checks}
 
@@ -118,3 +129,20 @@ def test_only_the_refinement_finds_a_wrong_mask_encoder(
 def test_values_that_are_no_numbers_fail(exported: tiny.Export, program: ExportedProgram) -> None:
     checks = _values(exported, program, "trunk.pos_embed", math.nan)
     assert not any(c.passed for c in checks.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "passed"),
+    [
+        ("", True),
+        ("trunk.blocks.0.attn.qkv.bias", False),
+        ("trunk.blocks.0.mlp.fc1.bias", False),
+        ("mask_decoder.conv_s1.bias", False),
+    ],
+)
+def test_what_overflows_on_a_gpu_fails_in_half_precision(
+    exported: tiny.Export, program: ExportedProgram, changed: str, passed: bool
+) -> None:
+    checks = _values(exported, program, changed, 4e4, exact=False)
+    assert checks["largest value in FP16"].passed == passed
+    assert "image_embed: relative error" not in checks

@@ -1,0 +1,48 @@
+"""What a half-precision graph has to hold, seen in the FP32 run beside it.
+
+ONNX Runtime computes most of an FP16 graph in FP32 on a CPU: values that overflow on a GPU do not
+show in what it puts out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from export.architecture import InteractiveModel
+from export.half_precision import STREAM_SCALE
+
+LARGEST_ACCEPTED = 2.0**15
+"""Half of what FP16 holds: other photos have other values."""
+
+
+@contextmanager
+def noting_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[float]]:
+    """Lists the largest value of each layer, divided as given, whenever the model runs."""
+    found: list[float] = []
+
+    def note(scale: int, _: nn.Module, __: object, output: Tensor) -> None:
+        found.append(float(output.abs().max()) / scale)
+
+    hooks = [layer.register_forward_hook(partial(note, by)) for layer, by in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def narrowed(model: InteractiveModel) -> Iterator[tuple[nn.Module, int]]:
+    """The layers whose outputs an FP16 graph has in FP16, and by what they are divided there."""
+    for block in model.trunk.blocks:
+        yield from ((layer, 1) for layer in (block.attn.qkv, block.mlp.fc1))
+        yield from ((layer, STREAM_SCALE) for layer in (block.attn.proj, block.mlp.fc2, block))
+    fine, middle, coarse = model.neck
+    decoder = model.mask_decoder
+    firsts = (fine.dconv_2x2_0, fine.conv_1x1, middle.conv_1x1, coarse.conv_1x1)
+    yield from (
+        (layer, 1) for layer in (*firsts, coarse.conv_3x3, decoder.conv_s0, decoder.conv_s1)
+    )
