@@ -14,6 +14,7 @@ from export.check import (
     Check,
     answer_iou,
     check_values,
+    largest_difference,
     mask_iou,
     relative_error,
 )
@@ -26,6 +27,13 @@ def test_relative_error() -> None:
     assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
     assert relative_error(torch.full((4,), math.nan), ones) == math.inf
     assert relative_error(ones, torch.full((4,), math.inf)) == math.inf
+
+
+def test_largest_difference() -> None:
+    ones = torch.ones(3)
+    assert largest_difference(ones, ones) == 0
+    assert largest_difference(ones, torch.tensor([1.0, 1.5, 0.8])) == pytest.approx(0.5)
+    assert largest_difference(ones, torch.tensor([1.0, math.nan, 1.0])) == math.inf
 
 
 def test_mask_iou() -> None:
@@ -110,6 +118,17 @@ def test_a_wrong_decoder_is_found(exported: tiny.Export, program: ExportedProgra
     checks = _values(exported, program, "mask_decoder.mask_tokens.weight", 0.05)
     assert checks["image_embed: relative error"].passed
     assert not checks["point: logits' relative error"].passed
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_wrong_prediction_is_found(
+    exported: tiny.Export, program: ExportedProgram, exact: bool
+) -> None:
+    """By which the answer is chosen; no mask depends on it else."""
+    own = "mask_decoder.iou_prediction_head.layers.2.bias"
+    checks = _values(exported, program, own, 0.2, exact=exact)
+    assert not checks["box: predicted IoU's error"].passed
+    assert checks["box: mask IoU"].passed
 
 
 def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
