@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +44,9 @@ def load(path: Path, image_size: int | None = None) -> InteractiveModel:
     `image_size` replaces the side the checkpoint was made for: the rotary tables are interpolated
     and the position embedding is tiled, as Meta's ViT does.
 
-    Raises `CheckpointError` for a file that is missing, unreadable, of another layout or
-    incomplete, and `SizeError` for an image size that is not a multiple of the patch size.
+    Raises `CheckpointError` for a file that is missing, unreadable, of another layout, incomplete
+    or with weights that SAM 3 does not have, and `SizeError` for an image size that is not a
+    multiple of the patch size.
     """
     weights = read(path)
     architecture = _architecture(path, weights)
@@ -190,8 +191,27 @@ def _architecture(path: Path, weights: Mapping[str, Tensor]) -> Architecture:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
+
+
+def _check_known(path: Path, others: Set[str]) -> None:
+    """Raise on weights that belong to no module of Meta's, as fine-tuning adds them.
+
+    Meta's video model loads sam3.pt strictly: it has none. The neck's fourth level is not used.
+    """
+    unknown = sorted(k for k in others if not k.startswith(NECK) and not k.endswith(ROTARY_TABLE))
+    if unknown:
+        raise CheckpointError(
+            f"{path}: holds {_first_of(unknown)}, for which SAM 3 has no place: the export would "
+            "leave out what they do; merge them into SAM 3's own weights (as LoRA's can be), or "
+            "use Meta's sam3.pt"
+        )
+
+
 def _assign(path: Path, model: InteractiveModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every parameter its weight; raise on the first that is absent or of another shape."""
+    """Give every parameter its weight; raise on the first absent, unknown or of another shape."""
     destinations = {
         prefix + key: value
         for prefix, module in model.layout().items()
@@ -201,8 +221,8 @@ def _assign(path: Path, model: InteractiveModel, weights: Mapping[str, Tensor]) 
     destinations[NO_MEM_EMBED] = model.no_mem_embed
     missing = sorted(destinations.keys() - weights.keys())
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{path}: lacks {missing[0]}{more}")
+        raise CheckpointError(f"{path}: lacks {_first_of(missing)}")
+    _check_known(path, weights.keys() - destinations.keys())
     for key, value in destinations.items():
         if value.shape != weights[key].shape:
             raise CheckpointError(

@@ -10,10 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from sam3 import model_builder
+from sam3.model.sam3_tracker_base import Sam3TrackerBase
+from sam3.model.vitdet import ViT
+from torch import Tensor, nn
 
 from export import checkpoint
-from export.architecture import NO_MEM_EMBED, InteractiveModel, SizeError
+from export.architecture import (
+    MASK_DECODER,
+    NECK,
+    NO_MEM_EMBED,
+    PROMPT_ENCODER,
+    TRUNK,
+    Architecture,
+    InteractiveModel,
+    SizeError,
+)
 from export.checkpoint import ROTARY_TABLE, CheckpointError
 from tests.export import tiny
 
@@ -135,6 +147,51 @@ def test_several_missing_weights_are_counted(tmp_path: Path, weights: Weights) -
     assert refusal(saved(rest, tmp_path)) == (
         "lacks tracker.sam_mask_decoder.iou_prediction_head.layers.2.bias and 1 more"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detector.backbone.vision_backbone.trunk.blocks.0.attn.qkv.lora_A.weight",
+        "detector.backbone.vision_backbone.trunk.blocks.0.ls1.gamma",
+        "tracker.sam_prompt_encoder.adapter.weight",
+        "tracker.sam_mask_decoder.adapter.weight",
+    ],
+)
+def test_weights_that_would_be_left_out_are_refused(
+    tmp_path: Path, weights: Weights, name: str
+) -> None:
+    more = {name: torch.zeros(1)}
+    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name}, for which SAM 3")
+    more |= {f"{name}.{i}": torch.zeros(1) for i in range(2)}
+    assert refusal(saved(weights | more, tmp_path)).startswith(
+        f"holds {name} and 2 more, for which"
+    )
+
+
+def test_the_necks_level_that_is_not_used_is_left_aside(tmp_path: Path, weights: Weights) -> None:
+    more = {f"{NECK}3.conv_1x1.weight": torch.zeros(1)}
+    assert checkpoint.load(saved(weights | more, tmp_path)).architecture == tiny.ARCHITECTURE
+
+
+def test_every_weight_of_metas_own_modules_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its model builder makes them, but narrow; sam3.pt has these weights and no others."""
+    narrow = {"embed_dim": 64, "img_size": 112}
+    monkeypatch.setattr(model_builder, "ViT", lambda **options: ViT(**options | narrow))
+    tracker = Sam3TrackerBase.__new__(Sam3TrackerBase)
+    nn.Module.__init__(tracker)
+    tracker.hidden_dim, tracker.mem_dim = 256, 64
+    tracker.image_size, tracker.backbone_stride = 1008, 14
+    tracker.sam_mask_decoder_extra_args = {"dynamic_multimask_via_stability": True}
+    tracker._build_sam_heads()
+    metas = {
+        TRUNK: model_builder._create_vit_backbone(),
+        PROMPT_ENCODER: tracker.sam_prompt_encoder,
+    }
+    metas[MASK_DECODER] = tracker.sam_mask_decoder
+    ours = InteractiveModel(Architecture(image_size=112, embed_dim=64)).layout()
+    for prefix, module in metas.items():
+        assert module.state_dict().keys() == ours[prefix].state_dict().keys()
 
 
 def _hugging_face(_: Weights) -> Weights:
