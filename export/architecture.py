@@ -94,10 +94,11 @@ class Architecture:
         """Read the sizes off a state dict in the official layout (see `checkpoint.load`).
 
         The rotary tables (`freqs_cis`) tell head size, window size, global blocks and image size;
-        a checkpoint without them is taken to be the published model in those respects.
+        a checkpoint without any is taken to be the published model in those respects, if it is as
+        wide and as deep.
 
         Raises `KeyError` with the name of a weight that is absent, `SizeError` where the weights'
-        shapes contradict each other.
+        shapes contradict each other or say too little.
         """
         embed_dim, _, _, patch_size = _shape(weights, TRUNK + "patch_embed.proj.weight", 4)
         _, positions, _ = _shape(weights, TRUNK + "pos_embed", 3)
@@ -123,9 +124,10 @@ class Architecture:
 def _rotary_sizes(
     weights: Mapping[str, Tensor], *, patch_size: int, embed_dim: int, depth: int, **_: int
 ) -> dict[str, Any]:
-    """What only the rotary tables [tokens, head size / 2] tell; nothing if one is absent."""
+    """What only the rotary tables [tokens, head size / 2] tell; nothing if there are none."""
     keys = [f"{TRUNK}blocks.{i}.attn.freqs_cis" for i in range(depth)]
-    if not all(key in weights for key in keys):
+    if not any(key in weights for key in keys):
+        _check_published(embed_dim, depth)
         return {}
     shapes = [_shape(weights, key, 2) for key in keys]
     # The last block is always global; tokens of the others are those of one window.
@@ -137,6 +139,17 @@ def _rotary_sizes(
         "window_size": math.isqrt(windows[0]),
         "global_att_blocks": tuple(i for i, n in enumerate(tokens) if n == tokens[-1]),
     }
+
+
+def _check_published(embed_dim: int, depth: int) -> None:
+    published = Architecture()
+    if (embed_dim, depth) != (published.embed_dim, published.depth):
+        raise SizeError(
+            f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables "
+            f"({TRUNK}blocks.*.attn.freqs_cis), which tell its heads and windows; only the "
+            f"published one's ({published.depth}, {published.embed_dim}) are known without: save "
+            "the checkpoint with them"
+        )
 
 
 def _shape(weights: Mapping[str, Tensor], key: str, axes: int) -> list[int]:

@@ -61,17 +61,40 @@ def test_sizes_are_read_off_the_weights(architecture: Architecture) -> None:
     assert Architecture.of(_weights(InteractiveModel(architecture))) == architecture
 
 
+def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
+    """The tiny model's weights, as far as sizes are read off them, of a trunk of these sizes."""
+    weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
+    kept = {key: value for key, value in weights.items() if not key.endswith("freqs_cis")}
+    blocks = {f"{TRUNK}blocks.{i}.norm1.weight": torch.ones(embed_dim) for i in range(depth)}
+    return kept | blocks | {f"{TRUNK}patch_embed.proj.weight": torch.ones(embed_dim, 3, 14, 14)}
+
+
 def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> None:
     published = Architecture()
-    small = replace(tiny.ARCHITECTURE, embed_dim=64, num_heads=published.num_heads)
-    weights = _weights(InteractiveModel(small))
-    del weights[f"{TRUNK}blocks.1.attn.freqs_cis"]
+    weights = _without_tables(published.embed_dim, published.depth)
     assert Architecture.of(weights) == replace(
-        small,
-        image_size=published.image_size,
-        window_size=published.window_size,
-        global_att_blocks=published.global_att_blocks,
+        published,
+        pretrain_image_size=tiny.ARCHITECTURE.pretrain_image_size,
+        mlp_dim=tiny.ARCHITECTURE.mlp_dim,
+        d_model=tiny.ARCHITECTURE.d_model,
+        decoder_depth=tiny.ARCHITECTURE.decoder_depth,
+        decoder_mlp_dim=tiny.ARCHITECTURE.decoder_mlp_dim,
+        iou_head_hidden_dim=tiny.ARCHITECTURE.iou_head_hidden_dim,
     )
+
+
+@pytest.mark.parametrize(("embed_dim", "depth"), [(64, 32), (1024, 2)])
+def test_without_rotary_tables_another_trunk_is_refused(embed_dim: int, depth: int) -> None:
+    says = f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables"
+    with pytest.raises(SizeError, match=says):
+        Architecture.of(_without_tables(embed_dim, depth))
+
+
+def test_a_rotary_table_that_is_absent_beside_others_is_named() -> None:
+    weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
+    del weights[f"{TRUNK}blocks.1.attn.freqs_cis"]
+    with pytest.raises(KeyError, match=r"blocks\.1\.attn\.freqs_cis"):
+        Architecture.of(weights)
 
 
 def test_published_sizes() -> None:
