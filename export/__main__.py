@@ -28,7 +28,7 @@ try:
 
     from export.accelerator import Accelerator
     from export.architecture import SizeError
-    from export.check import Check
+    from export.check import Check, PhotoError
     from export.checkpoint import CheckpointError
     from export.pipeline import DEFAULT_MIN_IOU, ToleranceError, export_repository
     from export.repository import OutputError
@@ -102,7 +102,7 @@ def main(
                 overwrite=overwrite,
                 progress=progress,
             )
-    except (CheckpointError, SizeError, OutputError) as error:
+    except (CheckpointError, SizeError, OutputError, PhotoError) as error:
         raise _failure(error, 2) from error
     except ToleranceError as error:
         _print(error.checks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -41,6 +41,10 @@ model's rounding costs, since other weights may feel it more."""
 
 PHOTOS = ("coffee", "astronaut", "chelsea", "coins")
 """Pictures inside scikit-image's wheel."""
+
+
+class PhotoError(Exception):
+    """A picture to check with cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def check_values(
     program: ExportedProgram,
     model: InteractiveModel,
     *,
-    photos: tuple[str, ...],
+    photos: Mapping[str, NDArray[np.uint8]],
     min_iou: float,
     exact: bool,
     progress: Callable[[str], None] = lambda _: None,
@@ -103,9 +107,8 @@ def check_values(
     predicted: dict[str, list[float]] = defaultdict(list)
     ious: dict[str, list[float]] = defaultdict(list)
     values: list[float] = []
-    for photo in photos:
+    for photo, image in photos.items():
         progress(photo)
-        image = load_photo(photo, model.architecture.image_size)
         exported = run_encoder(session, image)
         with noting_largest(() if exact else narrowed(model)) as largest:
             reference = encode_reference(model, image)
@@ -137,9 +140,20 @@ def _session(repository: Path) -> ort.InferenceSession:
     return ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
+def load_photos(names: Iterable[str], side: int) -> dict[str, NDArray[np.uint8]]:
+    """Photos by name, as `check_values` takes them; raises `PhotoError`."""
+    return {name: load_photo(name, side) for name in names}
+
+
 def load_photo(name: str, side: int) -> NDArray[np.uint8]:
     """One of scikit-image's photos, RGB, stretched to UINT8 [side, side, 3]."""
-    photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    try:
+        photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    except OSError as error:
+        raise PhotoError(
+            f"scikit-image's photo {name}, with which an export is checked, cannot be read: "
+            f"{error.strerror or error}; install scikit-image anew"
+        ) from error
     return np.asarray(photo.resize((side, side), Image.Resampling.BILINEAR))
 
 

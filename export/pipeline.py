@@ -49,22 +49,24 @@ def export_repository(
         progress: told what is being done.
 
     Raises:
-        CheckpointError, SizeError, OutputError: bad input; nothing was written.
+        CheckpointError, SizeError, OutputError, PhotoError: bad input; nothing was written.
         SignatureError, ToleranceError: the export is not what it should be.
     """
     repository.check_output(output, overwrite=overwrite)
     progress("loading the checkpoint")
     model = checkpoint.load(checkpoint_file, image_size)
+    exact = dtype == torch.float32
+    names = EXACT_PHOTOS if exact else check.PHOTOS
+    photos = check.load_photos(names, model.architecture.image_size)
     with repository.new_repository(output, overwrite=overwrite) as folder:
         path = write_repository(folder, model, dtype, accelerator, progress)
         program = torch.export.load(path)
         check_signatures(folder, program)
-        exact = dtype == torch.float32
         checks = check.check_values(
             folder,
             program,
             model,
-            photos=EXACT_PHOTOS if exact else check.PHOTOS,
+            photos=photos,
             min_iou=min_iou,
             exact=exact,
             progress=lambda photo: progress(f"checking against PyTorch: {photo}"),

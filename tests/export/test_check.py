@@ -15,6 +15,7 @@ from export.check import (
     answer_iou,
     check_values,
     largest_difference,
+    load_photos,
     mask_iou,
     relative_error,
 )
@@ -87,8 +88,9 @@ def _values(
     model = checkpoint.load(exported.checkpoint)
     if changed:
         model.get_parameter(changed).add_(change)
+    photos = load_photos(check.PHOTOS[:1], model.architecture.image_size)
     checks = check_values(
-        exported.repository, program, model, photos=check.PHOTOS[:1], min_iou=0.995, exact=exact
+        exported.repository, program, model, photos=photos, min_iou=0.995, exact=exact
     )
     return {c.name: c for c in checks}
 

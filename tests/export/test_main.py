@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
 from typer.testing import Result
 
@@ -231,6 +232,19 @@ def test_a_hang_up_that_nohup_ignores_ends_nothing(tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _refused(tmp_path / "sam3.pt", tmp_path / "models")
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_photo_that_cannot_be_read_is_status_2_and_nothing_is_made(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable() -> None:
+        raise PermissionError(13, "Permission denied", "coffee.png")
+
+    monkeypatch.setattr(skimage.data, "coffee", unreadable)
+    sentence = _refused(tiny_checkpoint, tmp_path / "models")
+    assert sentence.startswith("scikit-image's photo coffee, with which an export is checked, ")
+    assert "cannot be read: Permission denied; install scikit-image anew" in sentence
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
