@@ -79,12 +79,15 @@ def main() -> int:
 
 def _export(models: Path) -> None:
     warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
-    from export.pipeline import ToleranceError, export_repository  # noqa: PLC0415 - torch: seconds
-    from export.repository import OutputError  # noqa: PLC0415
+    from export.pipeline import (  # noqa: PLC0415 - torch: seconds
+        BAD_EXPORT,
+        BAD_INPUT,
+        export_repository,
+    )
 
     try:
         export_repository(CHECKPOINT, models, overwrite=True)
-    except (OutputError, ToleranceError) as error:
+    except (*BAD_INPUT, *BAD_EXPORT) as error:
         raise ExportFailed(str(error)) from error
 
 

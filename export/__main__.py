@@ -27,11 +27,8 @@ try:
     import torch
 
     from export.accelerator import Accelerator
-    from export.architecture import SizeError
-    from export.check import Check, PhotoError
-    from export.checkpoint import CheckpointError
-    from export.pipeline import DEFAULT_MIN_IOU, ToleranceError, export_repository
-    from export.repository import OutputError
+    from export.check import Check
+    from export.pipeline import BAD_INPUT, DEFAULT_MIN_IOU, ToleranceError, export_repository
     from export.signatures import SignatureError
 except ModuleNotFoundError as missing:
     print(
@@ -102,7 +99,7 @@ def main(
                 overwrite=overwrite,
                 progress=progress,
             )
-    except (CheckpointError, SizeError, OutputError, PhotoError) as error:
+    except BAD_INPUT as error:
         raise _failure(error, 2) from error
     except ToleranceError as error:
         _print(error.checks)

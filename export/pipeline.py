@@ -9,10 +9,10 @@ import torch
 
 from export import check, checkpoint, repository
 from export.accelerator import Accelerator
-from export.architecture import InteractiveModel
+from export.architecture import InteractiveModel, SizeError
 from export.decoder import export_decoder, save_decoder
 from export.encoder import ImageEncoder, export_encoder
-from export.signatures import check_signatures
+from export.signatures import SignatureError, check_signatures
 
 DEFAULT_MIN_IOU = 0.995
 EXACT_PHOTOS = check.PHOTOS[:1]
@@ -25,6 +25,16 @@ class ToleranceError(Exception):
     def __init__(self, checks: list[check.Check]) -> None:
         super().__init__("out of tolerance: " + ", ".join(c.name for c in checks if not c.passed))
         self.checks = checks
+
+
+BAD_INPUT = (
+    checkpoint.CheckpointError,
+    SizeError,
+    repository.OutputError,
+    check.PhotoError,
+)
+BAD_EXPORT = (SignatureError, ToleranceError)
+"""What `export_repository` raises, each with a sentence for whoever asked for the export."""
 
 
 def export_repository(
@@ -49,8 +59,8 @@ def export_repository(
         progress: told what is being done.
 
     Raises:
-        CheckpointError, SizeError, OutputError, PhotoError: bad input; nothing was written.
-        SignatureError, ToleranceError: the export is not what it should be.
+        One of BAD_INPUT: nothing was written.
+        One of BAD_EXPORT: the export is not what it should be.
     """
     repository.check_output(output, overwrite=overwrite)
     progress("loading the checkpoint")

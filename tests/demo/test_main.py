@@ -19,6 +19,8 @@ import pytest
 
 from demo import __main__ as program
 from demo.__main__ import OUTPUT
+from export import pipeline
+from export.signatures import SignatureError
 from server.keeper import SHARED_MEMORY
 from tests.conftest import ROOT
 
@@ -91,17 +93,46 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     assert "python -m export --checkpoint sam3.pt" in said
 
 
+def _failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What the program says that fails in a folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests have their own
+    assert program.main() == 1
+    (sentence,) = capsys.readouterr().out.splitlines()
+    return sentence
+
+
 def test_a_failed_export_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / OUTPUT / "models").mkdir(parents=True)
     (tmp_path / OUTPUT / "models" / "mine").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["demo"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests have their own
-    assert program.main() == 1
-    said = capsys.readouterr().out
+    said = _failure(tmp_path, monkeypatch, capsys)
     assert said.startswith(f"error: {OUTPUT}/models is in the way: it holds mine")
+
+
+def test_a_damaged_checkpoint_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "checkpoint.pt"
+    damaged.write_bytes(program.CHECKPOINT.read_bytes()[:-1000])
+    monkeypatch.setattr(program, "CHECKPOINT", damaged)
+    said = _failure(tmp_path, monkeypatch, capsys)
+    assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged or incomplete")
+
+
+def test_a_graph_that_fits_no_config_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disagree(*_: object, **__: object) -> None:
+        raise SignatureError("the encoder's inputs disagree")
+
+    monkeypatch.setattr(pipeline, "export_repository", disagree)
+    said = _failure(tmp_path, monkeypatch, capsys)
+    assert said == "error: the encoder's inputs disagree"
 
 
 def test_help_starts_nothing(tmp_path: Path) -> None:
