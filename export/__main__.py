@@ -54,10 +54,12 @@ class Precision(str, Enum):
 
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
-EVERYTHING = "everything"
-KEPT_BY_PLAIN_OPERATORS = "patch projection, layer norms, residual stream, decoder"
-KEPT_BY_FUSED_OPERATORS = "patch projection, sums in layer norms, softmax, decoder"
-"""Of FP16, by the operators of the encoder's graph (see export/encoder.py)."""
+IN_FP32 = {
+    Precision.FP32: "everything",
+    Precision.FP16: "at least the patch projection, sums in layer norms and the decoder",
+}
+"""What every graph of a precision computes in FP32; the rest depends on sizes and operators (see
+export/encoder.py)."""
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -107,16 +109,8 @@ def main(
     except SignatureError as error:
         raise _failure(error, 1) from error
     _print(checks)
-    console.print(f"{output}: {precision.value}, in FP32: {_kept(precision, accelerator)}")
+    console.print(f"{output}: {precision.value}, in FP32: {IN_FP32[precision]}")
     console.print(f"next: python -m server {output}")
-
-
-def _kept(precision: Precision, accelerator: Accelerator | None) -> str:
-    """What is computed in FP32."""
-    if precision is Precision.FP32:
-        return EVERYTHING
-    plain = accelerator is Accelerator.TENSORRT
-    return KEPT_BY_PLAIN_OPERATORS if plain else KEPT_BY_FUSED_OPERATORS
 
 
 def _unwind_when_ended() -> None:
