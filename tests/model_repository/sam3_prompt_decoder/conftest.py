@@ -1,9 +1,11 @@
-"""The tiny model as the decoder's program, and as Meta's predictor."""
+"""The tiny model as the decoder's program, and as Meta's predictor; Triton's module, made here."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.reference import meta_predictor
 from export.repository import DECODER
 from tests.export import tiny
+from tests.model_repository.sam3_prompt_decoder.backend import USERS, make_backend
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +50,18 @@ def meta(exported: tiny.Export, picture: NDArray[np.uint8]) -> Any:
     predictor = meta_predictor(exported.checkpoint)
     predictor.set_image(picture)
     return predictor
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Any]:
+    """Triton's module; what needs it is imported anew, and forgotten in the end."""
+    module = make_backend()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        # It sets variables for its process, which here starts servers as well.
+        patch.setitem(sys.modules, "environment", ModuleType("environment"))
+        for name in USERS:
+            patch.delitem(sys.modules, name, raising=False)
+        yield module
+        for name in USERS:
+            sys.modules.pop(name, None)

@@ -1,0 +1,238 @@
+"""A request that the decoder fails on is refused by itself; those decoded with it are answered."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from decoder import Decoder
+from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
+from jobs import Answers, Job
+
+from export.repository import DECODER, read_config
+from tests.export import tiny
+from tests.model_repository.sam3_prompt_decoder.backend import InferenceResponse, Request
+from tests.model_repository.sam3_prompt_decoder.served import Arrays, alike, clicks, flag
+from tests.model_repository.sam3_prompt_decoder.test_decoder import features
+
+FAILED = "the decoder failed on this request; the server's log says why"
+OUT_OF_MEMORY = (
+    "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
+)
+PLACE = 0.125
+"""A click here is what the decoder fails on."""
+
+Start = Callable[[Sequence[Job]], Answers]
+
+
+@pytest.fixture(scope="module")
+def loaded(backend: Any, exported: tiny.Export) -> Iterator[Any]:
+    """The model as Triton makes it."""
+    config = read_config(exported.repository, DECODER)
+    made = importlib.import_module("model").TritonPythonModel()
+    made.initialize(
+        {
+            "model_config": json.dumps(MessageToDict(config, preserving_proto_field_name=True)),
+            "model_instance_kind": "CPU",
+            "model_instance_device_id": "0",
+            "model_repository": str(exported.repository / DECODER),
+            "model_name": DECODER,
+            "model_version": "1",
+        }
+    )
+    yield made
+    made.finalize()
+
+
+@pytest.fixture
+def model(loaded: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With a decoder that a test may harm, and nothing in the log."""
+    backend.errors.clear()
+    monkeypatch.setattr(loaded, "_decoder", copy.copy(loaded._decoder))
+    return loaded
+
+
+def request(seed: int, objects: int = 1, tokens: int = 1, **more: Any) -> Request:
+    """Clicks on an image of its own."""
+    embedded = {name: t.numpy()[None] for name, t in features(seed)._asdict().items()}
+    return Request({**embedded, **clicks(objects, tokens, seed=seed), **more})
+
+
+def guilty(seed: int = 9) -> Request:
+    return request(seed, point_coords=np.full((1, 1, 1, 2), PLACE, np.float32))
+
+
+def is_guilty(jobs: Sequence[Job]) -> bool:
+    return any((prompt.coords == PLACE).any() for job in jobs for prompt in job.objects)
+
+
+def change_start(model: Any, change: Callable[[Start, Sequence[Job]], Answers]) -> None:
+    """Have `change` called with the decoder's own `start` in place of that."""
+    decoder: Decoder = model._decoder
+    start = decoder.start
+    model._decoder.start = lambda jobs: change(start, jobs)
+
+
+def fail_on_the_guilty(model: Any, failure: Callable[[], object]) -> None:
+    def change(start: Start, jobs: Sequence[Job]) -> Answers:
+        if is_guilty(jobs):
+            failure()
+        return start(jobs)
+
+    change_start(model, change)
+
+
+def broken() -> NoReturn:
+    raise RuntimeError("an operator that is broken")
+
+
+def answer_alone(model: Any, asked: Sequence[Request]) -> list[Arrays]:
+    """What each is answered by itself."""
+    return [model.execute([one])[0].arrays for one in asked]
+
+
+def assert_answered(response: InferenceResponse, expected: Arrays) -> None:
+    for name in ("low_res_masks", "iou_predictions"):
+        alike(response.arrays[name], expected[name])
+
+
+def assert_refused(response: InferenceResponse, sentence: str, code: str = "INTERNAL") -> None:
+    assert response.error is not None
+    assert (response.error.sentence, response.error.code) == (sentence, code)
+
+
+@pytest.mark.semantic(
+    "masks",
+    "a request that the decoder fails on is refused alone, its neighbours answered",
+    "equality",
+)
+@pytest.mark.parametrize("place", range(4))
+def test_only_the_request_that_the_decoder_fails_on_is_refused(
+    model: Any, backend: Any, place: int
+) -> None:
+    innocent = [request(1), request(2, 3, 2), request(3, keep_image=flag(True))]
+    expected = answer_alone(model, innocent)
+    fail_on_the_guilty(model, broken)
+    responses = model.execute([*innocent[:place], guilty(), *innocent[place:]])
+    assert_refused(responses.pop(place), FAILED)
+    for response, own in zip(responses, expected, strict=True):
+        assert_answered(response, own)
+    assert [response.arrays["image_id"].item() != "" for response in responses] == [0, 0, 1]
+    (told,) = backend.errors
+    assert "in broken" in told  # the traceback, for the operator alone
+    assert told.endswith("RuntimeError: an operator that is broken\n")
+
+
+def test_by_itself_it_is_refused_and_the_next_is_answered(model: Any) -> None:
+    (expected,) = answer_alone(model, [request(1)])
+    fail_on_the_guilty(model, broken)
+    assert_refused(model.execute([guilty()])[0], FAILED)
+    assert_answered(model.execute([request(1)])[0], expected)
+
+
+def test_each_failure_is_answered_in_its_own_place(model: Any) -> None:
+    """A prompt that is wrong never reaches the decoder."""
+    (expected,) = answer_alone(model, [request(1)])
+    fail_on_the_guilty(model, broken)
+    wrong = request(2, point_labels=np.full((1, 1, 1), 9, np.int32))
+    first, second, third, fourth = model.execute([guilty(), wrong, request(1), guilty(8)])
+    assert_refused(first, FAILED)
+    assert second.error.code == "INVALID_ARG"
+    assert second.error.sentence.startswith("point_labels[0, 0] is 9; accepted are")
+    assert_answered(third, expected)
+    assert_refused(fourth, FAILED)
+
+
+def no_memory() -> NoReturn:
+    raise MemoryError
+
+
+def no_memory_of_the_gpu() -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def more_than_there_is() -> object:
+    """In torch's own words, on a CPU."""
+    return torch.empty(2**50)
+
+
+@pytest.mark.parametrize("failure", [no_memory, no_memory_of_the_gpu, more_than_there_is])
+def test_out_of_memory_has_a_sentence_of_its_own(
+    model: Any, backend: Any, failure: Callable[[], object]
+) -> None:
+    (expected,) = answer_alone(model, [request(1)])
+    fail_on_the_guilty(model, failure)
+    refused, answered = model.execute([guilty(), request(1)])
+    assert_refused(refused, OUT_OF_MEMORY)
+    assert_answered(answered, expected)
+    assert f"in {failure.__name__}" in backend.errors[0]
+
+
+def test_what_is_too_much_together_is_decoded_one_by_one(model: Any, backend: Any) -> None:
+    """And by then what was held for all of them together is free."""
+    asked = [request(seed) for seed in range(3)]
+    expected = answer_alone(model, asked)
+    held: list[weakref.ref[Any]] = []
+
+    def change(start: Start, jobs: Sequence[Job]) -> Answers:
+        if len(jobs) > 1:
+            room = torch.empty(1)
+            held.append(weakref.ref(room))
+            no_memory()
+        assert [one() for one in held] == [None]
+        return start(jobs)
+
+    change_start(model, change)
+    for response, own in zip(model.execute(asked), expected, strict=True):
+        assert_answered(response, own)
+    assert not backend.errors
+
+
+def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) -> None:
+    """A GPU's failure shows when its answers are read, and says nothing of whose it is."""
+    asked = [request(1), guilty(), request(2), request(3)]
+    expected = answer_alone(model, asked)
+
+    def change(start: Start, jobs: Sequence[Job]) -> Answers:
+        answers = start(jobs)
+        if is_guilty(jobs):
+            answers.by_job = broken  # type: ignore[method-assign]
+        return answers
+
+    change_start(model, change)
+    model._decoder._part = 2
+    responses = model.execute(asked)
+    for response in responses[:2]:
+        assert_refused(response, FAILED)
+    for response, own in zip(responses[2:], expected[2:], strict=True):
+        assert_answered(response, own)
+    assert all("in broken" in told for told in backend.errors)
+
+
+def test_an_image_that_there_is_no_memory_to_keep(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = answer_alone(model, [request(1)])
+    monkeypatch.setattr(model._store, "keep", lambda _: no_memory())
+    refused, answered = model.execute([request(2, keep_image=flag(True)), request(1)])
+    assert_refused(refused, OUT_OF_MEMORY)
+    assert_answered(answered, expected)
+
+
+def test_an_image_that_there_is_no_room_to_keep(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks to keep one is told so; who does not is answered."""
+    (expected,) = answer_alone(model, [request(1)])
+    monkeypatch.setattr(model._store, "max_bytes", 1)
+    refused, answered = model.execute([request(1, keep_image=flag(True)), request(1)])
+    assert refused.error.code == "INVALID_ARG"
+    assert refused.error.sentence.startswith("keep_image is not possible: one image's embeddings")
+    assert_answered(answered, expected)
