@@ -110,24 +110,30 @@ def test_encoder_outputs_match(meta: Any, features: dict[str, NDArray[np.float32
     "mask logits of points, box, both, refinement: relative error ≤ 1e-3",
     "Meta's predictor",
 )
+@pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("case", [*CASES, REFINED])
 def test_mask_logits_match(
-    case: str, meta: Any, server: TritonServer, features: dict[str, NDArray[np.float32]]
+    case: str,
+    multimask: bool,
+    meta: Any,
+    server: TritonServer,
+    features: dict[str, NDArray[np.float32]],
 ) -> None:
-    """All three candidates, as they leave Triton, against `predict`'s low-resolution logits."""
+    """All three candidates, or the one, as they leave Triton, against `predict`'s low-resolution
+    logits."""
     prompt = CASES.get(case, CASES["point"])
-    ours = _decode(server, features, prompt)
-    theirs = _predict(meta, prompt)[2]
+    ours = _decode(server, features, prompt, multimask)
+    theirs = _predict(meta, prompt, multimask)[2]
     if case == REFINED:
         ours, theirs = (
-            _decode(server, features, prompt, ours[:1]),
-            _predict(meta, prompt, theirs[:1])[2],
+            _decode(server, features, prompt, multimask, ours[:1]),
+            _predict(meta, prompt, multimask, theirs[:1])[2],
         )
     errors = [
         relative_error(torch.from_numpy(a), torch.from_numpy(b))
         for a, b in zip(ours, theirs, strict=True)
     ]
-    print(f"\n{case}: logits' relative error {max(errors):.1e}")
+    print(f"\n{case}, K = {len(theirs)}: logits' relative error {max(errors):.1e}")
     assert max(errors) <= LOGIT_TOLERANCE
 
 
@@ -136,20 +142,21 @@ def test_mask_logits_match(
     "masks of points, box, box with points, refinement, through the client: IoU ≥ 0.999",
     "Meta's predictor",
 )
+@pytest.mark.parametrize("multimask", [True, False])
 def test_masks_match_through_ensemble_and_client(
-    meta: Any, server: TritonServer, photo: NDArray[np.uint8]
+    multimask: bool, meta: Any, server: TritonServer, photo: NDArray[np.uint8]
 ) -> None:
     """One request with every kind of prompt, then a refinement of the kept image."""
     prompts = [Prompt(**prompt) for prompt in CASES.values()]
     with Client(server.grpc_url, timeout=600) as client:
-        first = client.segment(photo, prompts=prompts)
+        first = client.segment(photo, prompts=prompts, multimask_output=multimask)
         again = [Prompt(points=POINTS[:1], mask=first.logits[0])]
-        refined = client.segment(photo, prompts=again)
+        refined = client.segment(photo, prompts=again, multimask_output=multimask)
     answers = dict(zip(CASES, first, strict=True)) | {REFINED: refined[0]}
     best = None
     for case, answer in answers.items():
         masks, scores, logits = _predict(
-            meta, CASES.get(case, CASES["point"]), best if case == REFINED else None
+            meta, CASES.get(case, CASES["point"]), multimask, best if case == REFINED else None
         )
         chosen = int(scores.argmax())
         best = logits[chosen : chosen + 1] if case == "point" else best
@@ -160,7 +167,7 @@ def test_masks_match_through_ensemble_and_client(
 
 
 def _predict(
-    meta: Any, prompt: dict[str, Any], mask: NDArray[np.float32] | None = None
+    meta: Any, prompt: dict[str, Any], multimask: bool, mask: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     points = prompt.get("points")
     answer: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] = meta.predict(
@@ -168,6 +175,7 @@ def _predict(
         point_labels=np.array([p[2] for p in points]) if points else None,
         box=np.array(prompt["box"]) if "box" in prompt else None,
         mask_input=mask,
+        multimask_output=multimask,
     )
     return answer
 
@@ -176,9 +184,10 @@ def _decode(
     server: TritonServer,
     features: dict[str, NDArray[np.float32]],
     prompt: dict[str, Any],
+    multimask: bool,
     mask: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """The decoder alone, on the wire's own terms: logits [3, M, M]."""
+    """The decoder alone, on the wire's own terms: logits [K, M, M]."""
     box = prompt.get("box", ())
     tokens = [(*box[:2], 2), (*box[2:], 3)] if box else []
     tokens += prompt.get("points", [])
@@ -186,6 +195,7 @@ def _decode(
     labels = np.array([[[t[2] for t in tokens]]], np.int32)
     inputs = [_tensor(name, array, "FP32") for name, array in features.items()]
     inputs += [_tensor("point_coords", coords, "FP32"), _tensor("point_labels", labels, "INT32")]
+    inputs.append(_tensor("multimask_output", np.array([[multimask]]), "BOOL"))
     if mask is not None:
         inputs.append(_tensor("mask_input", mask[None].astype(np.float16), "FP16"))
     client = triton.InferenceServerClient(server.grpc_url.removeprefix("grpc://"))

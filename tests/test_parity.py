@@ -1,0 +1,112 @@
+"""Masks of the served demo model, through the client, are those of Meta's predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.reference import meta_predictor
+from demo.prompts import iou
+from export.check import load_photo
+from server import TritonServer
+from tests.conftest import DEMO_CHECKPOINT
+from triton_sam3 import Client, Prompt
+
+MIN_IOU = 0.999
+SCORE_TOLERANCE = 2e-3
+POINTS = [(120.0, 90.0, 1), (150.0, 120.0, 1), (20.0, 200.0, 0)]
+BOX = (60.0, 40.0, 200.0, 190.0)
+CASES: dict[str, dict[str, Any]] = {
+    "point": {"points": POINTS[:1]},
+    "points": {"points": POINTS},
+    "box": {"box": BOX},
+    "box and points": {"points": POINTS, "box": BOX},
+}
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def meta() -> Any:
+    """Meta's predictor, to be told its image."""
+    return meta_predictor(DEMO_CHECKPOINT)
+
+
+@pytest.fixture(scope="module", params=["coffee", "astronaut", "chelsea"])
+def photo(request: pytest.FixtureRequest, meta: Any) -> NDArray[np.uint8]:
+    """Already at the encoder's size: what is resized to it, Meta does not round to octets."""
+    pixels = load_photo(request.param, meta.model.image_size)
+    meta.set_image(pixels)
+    return pixels
+
+
+class Best:
+    """What Meta's predictor says, of the candidate with the highest score."""
+
+    def __init__(
+        self,
+        meta: Any,
+        points: Sequence[tuple[float, float, int]] = (),
+        box: Sequence[float] = (),
+        mask: Array | None = None,
+        multimask: bool = True,
+    ) -> None:
+        masks, scores, logits = meta.predict(
+            point_coords=np.array([point[:2] for point in points]) if points else None,
+            point_labels=np.array([point[2] for point in points]) if points else None,
+            box=np.array(box) if box else None,
+            mask_input=mask,
+            multimask_output=multimask,
+        )
+        best = int(scores.argmax())
+        self.mask: NDArray[np.bool_] = masks[best] > 0
+        self.score = float(scores[best])
+        self.logits: Array = logits[best : best + 1]
+
+
+def assert_same(answer: Any, expected: Best) -> None:
+    """One object's mask and score."""
+    assert expected.mask.any()
+    assert iou(answer[0].mask, expected.mask) >= MIN_IOU
+    assert answer[0].score == pytest.approx(expected.score, abs=SCORE_TOLERANCE)
+
+
+@pytest.mark.semantic(
+    "masks",
+    "served masks of points, box, both, each refined, with and without `multimask_output`: "
+    "IoU ≥ 0.999",
+    "Meta's predictor",
+)
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_served_mask_and_its_refinement_are_metas(
+    server: TritonServer, meta: Any, photo: NDArray[np.uint8], case: str, multimask: bool
+) -> None:
+    """Each side refines its own first mask, ours in 16 bits."""
+    asked = CASES[case]
+    expected = Best(meta, **asked, multimask=multimask)
+    options: dict[str, Any] = {"multimask_output": multimask, "threshold": -1}
+    with Client(server.grpc_url) as client:
+        first = client.segment(photo, prompts=Prompt(**asked), **options)
+        assert_same(first, expected)
+        again = Prompt(**asked, mask=first.logits[0])
+        refined = client.segment(photo, prompts=again, **options)
+    assert_same(refined, Best(meta, **asked, mask=expected.logits, multimask=multimask))
+
+
+@pytest.mark.semantic("masks", "each click's mask on an open view: IoU ≥ 0.999", "Meta's predictor")
+def test_clicks_on_a_view_are_metas(
+    server: TritonServer, meta: Any, photo: NDArray[np.uint8]
+) -> None:
+    """The first of three masks; then with all points, the last logits and one mask."""
+    with Client(server.grpc_url) as client, client.open(photo) as view:
+        clicked = [view.click(x, y, positive=bool(label)) for x, y, label in POINTS]
+    expected = Best(meta, POINTS[:1])
+    assert_same(clicked[0], expected)
+    for count in (2, 3):
+        expected = Best(meta, POINTS[:count], mask=expected.logits, multimask=False)
+        assert_same(clicked[count - 1], expected)
