@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from server import TritonServer
 from tests.client import misbehaving
 from tests.client.statistics import encodings
+from tests.stubs import held
 from triton_sam3 import (
     AsyncClient,
     Client,
@@ -168,14 +169,17 @@ async def _calls_until_cancelled(transport: AsyncTransport) -> None:
         await transport.call(Call(Query("get_server_metadata"), 20.0))
 
 
-async def test_a_cancelled_encoding_does_not_block_the_image(url: str, fresh: Fresh) -> None:
+async def test_a_cancelled_encoding_does_not_block_the_image(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
     image = fresh()
     async with AsyncClient(url) as client:
-        task = asyncio.ensure_future(client.segment(image, POINTS))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with held(server):
+            task = asyncio.ensure_future(client.segment(image, POINTS))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         assert len(await client.segment(image, POINTS, threshold=-1)) == 1
 
 
@@ -262,14 +266,18 @@ async def test_closing_ends_what_other_tasks_have_under_way(url: str, coins: Pix
     assert all("is closed" in str(error) for error in ended)
 
 
-async def test_a_task_cancelled_as_the_client_closes_is_cancelled(url: str, coins: Pixels) -> None:
-    client = AsyncClient(url)
-    task = asyncio.ensure_future(client.segment(coins, POINTS))
-    await asyncio.sleep(0.02)
-    task.cancel()
-    await client.close()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_a_task_cancelled_as_the_client_closes_is_cancelled(
+    scheme: str, coins: Pixels
+) -> None:
+    with misbehaving.tcp(hang_up=False) as port:
+        client = AsyncClient(f"{scheme}://127.0.0.1:{port}")
+        task = asyncio.ensure_future(client.segment(coins, POINTS))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pixels) -> None:

@@ -18,8 +18,10 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 
 from server import TritonServer
+from tests.client.statistics import encodings
 from tests.client.test_regions import dying
 from tests.client.wire import wire
+from tests.stubs import held
 from triton_sam3 import (
     AsyncClient,
     Client,
@@ -136,12 +138,16 @@ def test_a_killed_client_leaks_nothing_once_another_one_comes(
         assert len(regions(server)) == 1
 
 
-def test_a_region_in_use_is_waited_for(url: str, coins: Pixels, server: TritonServer) -> None:
-    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
-    with Client(url, shared_memory="system", timeout=0.2) as client:
-        with pytest.raises(DeadlineExceeded):
-            client.segment(coins, boxes=boxes)
-        assert len(regions(server)) == 1
+def test_a_region_in_use_is_waited_for(
+    url: str, coins: Pixels, server: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(url, shared_memory="system", remember_images=0) as client:
+        client.segment(coins, POINTS)  # it has a region from now on
+        with held(server), monkeypatch.context() as impatient:
+            impatient.setattr(client._engine, "retries", Retries(0, 0.2))
+            with pytest.raises(DeadlineExceeded):
+                client.segment(coins, POINTS)
+            assert len(regions(server)) == 1
     assert regions(server) == []
 
 
@@ -166,13 +172,13 @@ def test_closing_takes_back_what_requests_under_way_use(
 def test_what_closing_gave_up_is_taken_back_by_a_later_client_of_the_same_process(
     url: str, coins: Pixels, server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    boxes = [(10 + n, 10, 60 + n, 60) for n in range(150)]
-    client = Client(url, shared_memory="system")
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.segment, coins, boxes=boxes)
-        until = time.monotonic() + 30
-        while not regions(server) and time.monotonic() < until:
-            time.sleep(0.002)
+    client = Client(url, shared_memory="system", remember_images=0)
+    client.segment(coins, POINTS)
+    before, until = encodings(server), time.monotonic() + 30
+    with ThreadPoolExecutor(1) as pool, held(server):
+        asked = pool.submit(client.segment, coins, POINTS)
+        while encodings(server) == before and time.monotonic() < until:
+            pass  # it takes a moment itself
         (given_up,) = regions(server)
         with monkeypatch.context() as impatient:
             impatient.setattr(shared_memory, "_FAREWELL", 0.001)

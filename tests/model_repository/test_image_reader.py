@@ -25,6 +25,7 @@ from tritonclient.utils import InferenceServerException
 from export.repository import READER, SHARED, SHARED_PACKAGE, SHARED_SOURCE, WRITER, read_config
 from server import TritonServer
 from tests.model_repository.asking import Ask, Outputs, file_inputs, refusal
+from tests.stubs import stubs
 from triton_sam3 import Prompt
 from triton_sam3.geometry import load_image, resize, to_fractions
 
@@ -262,22 +263,16 @@ def peak_growth(processes: list[psutil.Process], act: Callable[[], object]) -> i
     return sum(kilobytes) * 1024 - before
 
 
-def readers(server: TritonServer) -> list[psutil.Process]:
-    """The processes that run sam3_image_reader."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    return [child for child in children if any(READER in word for word in child.cmdline())]
-
-
 @pytest.mark.semantic("thin clients", "a decompression bomb takes no memory", "bytes counted")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory")
 def test_a_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
-    stubs = readers(server)
-    assert stubs
+    readers = stubs(server, READER)
+    assert readers
     modest = png(5_000, 5_000, rows=5_000)
-    assert peak_growth(stubs, lambda: read(ask, modest)) > 25_000_000  # it would be seen
+    assert peak_growth(readers, lambda: read(ask, modest)) > 25_000_000  # it would be seen
     for make in BOMBS.values():
         bomb = make()
-        assert peak_growth(stubs, lambda: refused(ask, bomb)) < 8_000_000  # noqa: B023
+        assert peak_growth(readers, lambda: refused(ask, bomb)) < 8_000_000  # noqa: B023
 
 
 @pytest.mark.parametrize(

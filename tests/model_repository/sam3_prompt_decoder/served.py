@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +19,10 @@ from server import TritonServer
 
 ENCODER, DECODER, ENSEMBLE = "sam3_image_encoder", "sam3_prompt_decoder", "sam3_interactive"
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
-INVALID, NOT_FOUND, INTERNAL = "invalid", "not found", "internal"
+INVALID, NOT_FOUND = "invalid", "not found"
 CODES = {
     INVALID: ("StatusCode.INVALID_ARGUMENT", "400"),
     NOT_FOUND: ("StatusCode.NOT_FOUND", "404"),
-    INTERNAL: ("StatusCode.INTERNAL", "500"),
 }
 
 Array = NDArray[Any]
@@ -56,8 +53,8 @@ class Served:
         assert caught.value.status() == CODES[code][self.protocol == "http"]
         return str(caught.value.message())
 
-    def ask_at_once(self, model: str, requests: Sequence[Arrays]) -> list[Any]:
-        """Answers, or exceptions, of requests sent without waiting for each other (gRPC)."""
+    def send(self, model: str, requests: Sequence[Arrays]) -> list[Future[Any]]:
+        """Answers to come, or exceptions, of requests that do not wait for each other (gRPC)."""
         futures: list[Future[Any]] = [Future() for _ in requests]
 
         def receive(future: Future[Any], result: Any, error: Any) -> None:
@@ -69,12 +66,15 @@ class Served:
                 self._inputs(arrays),
                 lambda result, error, future=future: receive(future, result, error),
             )
-        return [future.result(timeout=120) for future in futures]
+        return futures
 
-    def executions(self, model: str = DECODER) -> int:
-        """How often the model's `execute` was called."""
-        statistics = self.client.get_inference_statistics(model, as_json=True)
-        return int(statistics["model_stats"][0].get("execution_count", 0))
+    def wait_for_queue(self, requests: int, seconds: float = 0.7) -> None:
+        """Until so many wait for the decoder to be done with those before, but not for long."""
+        until = time.monotonic() + seconds
+        while self.metric("nv_inference_pending_request_count") < requests:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.01)
 
     def config(self, model: str) -> dict[str, Any]:
         answer = self.client.get_model_config(model, **self._json)
@@ -146,25 +146,3 @@ def alike(ours: Array, theirs: Array) -> None:
     np.testing.assert_allclose(
         ours.astype(np.float32), theirs.astype(np.float32), rtol=5e-3, atol=5e-3
     )
-
-
-@contextmanager
-def busy(served: Served, image: Arrays) -> Iterator[None]:
-    """Keep the decoder at work on many objects, so that what comes meanwhile waits together."""
-    started = threading.Event()
-
-    def work() -> None:
-        started.set()
-        Served(served.server).ask(DECODER, **image, **clicks(256, 24))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    started.wait()
-    threading.Event().wait(0.3)
-    yield
-    thread.join()
-
-
-def dump(config: Mapping[str, Any]) -> str:
-    """A config as Triton loads it in place of the file's."""
-    return json.dumps(config)

@@ -12,17 +12,18 @@ import pytest
 
 from export.repository import DECODER, ENCODER
 from server import TritonServer
+from tests.client.statistics import executions
 from tests.model_repository.sam3_prompt_decoder.served import (
     ENSEMBLE,
     Array,
     Served,
     alike,
-    busy,
     by_id,
     clicks,
     flag,
     id_of,
 )
+from tests.stubs import held
 
 REQUESTS = 10
 PART = 3
@@ -61,10 +62,12 @@ def test_each_request_of_each_part_gets_its_own(
     expected = [in_parts.ask(DECODER, **request) for request in requests]
     requests[4] = {**requests[4], **by_id("never issued")}
     requests[7] = {**requests[7], "point_labels": np.full_like(requests[7]["point_labels"], 9)}
-    before = in_parts.executions()
-    with busy(in_parts, kept[0]):
-        answers = in_parts.ask_at_once(DECODER, requests)
-    assert in_parts.executions() - before < REQUESTS / PART  # they were merged
+    before = executions(in_parts.server, DECODER)
+    with held(in_parts.server):
+        asked = in_parts.send(DECODER, requests)
+        in_parts.wait_for_queue(REQUESTS - PART)
+    answers = [future.result(timeout=120) for future in asked]
+    assert executions(in_parts.server, DECODER) - before < REQUESTS / PART  # they were merged
     for n, (answer, own) in enumerate(zip(answers, expected, strict=True)):
         if n in wrong:
             assert isinstance(answer, Exception)
