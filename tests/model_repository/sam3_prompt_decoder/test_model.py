@@ -142,7 +142,9 @@ def test_each_failure_is_answered_in_its_own_place(model: Any) -> None:
     (expected,) = answer_alone(model, [request(1)])
     fail_on_the_guilty(model, broken)
     wrong = request(2, point_labels=np.full((1, 1, 1), 9, np.int32))
+    counted = model._metrics._failures
     first, second, third, fourth = model.execute([guilty(), wrong, request(1), guilty(8)])
+    assert model._metrics._failures == counted + 2  # what was wrong is the caller's failure
     assert_refused(first, FAILED)
     assert second.error.code == "INVALID_ARG"
     assert second.error.sentence.startswith("point_labels[0, 0] is 9; accepted are")
