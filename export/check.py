@@ -90,14 +90,15 @@ def check_values(
     photos: Mapping[str, NDArray[np.uint8]],
     min_iou: float,
     exact: bool,
+    fused: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Run the exported graphs beside Meta's modules on the same photos and prompts.
 
     Mask IoU is that of the answer: the candidate with the highest predicted IoU, at the image's
     resolution. `exact` demands the relative errors of an FP32 export as well, of every candidate;
-    an FP16 one's values must fit its range. Each prompt is asked with and without
-    `multimask_output`; what is told is the worst.
+    an FP16 one's values, those of `fused` operators or of plain ones, must fit its range. Each
+    prompt is asked with and without `multimask_output`; what is told is the worst.
 
     ONNX Runtime computes most of an FP16 graph in FP32 on a CPU: a GPU rounds somewhat more.
     """
@@ -110,7 +111,7 @@ def check_values(
     for photo, image in photos.items():
         progress(photo)
         exported = run_encoder(session, image)
-        with noting_largest(() if exact else narrowed(model)) as largest:
+        with noting_largest(() if exact else narrowed(model, fused=fused)) as largest:
             reference = encode_reference(model, image)
         values += largest
         for name, a, b in zip(FEATURES, exported, reference, strict=True):

@@ -78,8 +78,7 @@ class _HalfBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.norm1 = scaled_norm(block.norm1).to(torch.float16)
-        self.norm2 = scaled_norm(block.norm2).to(torch.float16)
+        self.norm1, self.norm2 = _scaled_norm(block.norm1), _scaled_norm(block.norm2)
         self.attn = _HalfAttention(block.attn)
         self.fc1, self.act = _half(block.mlp.fc1.weight, block.mlp.fc1.bias), block.mlp.act
         self.fc2 = _half(block.mlp.fc2.weight / STREAM_SCALE)
@@ -135,16 +134,11 @@ def _tables(rotary: Tensor, repeat: int) -> tuple[nn.Buffer, nn.Buffer]:
     return cos, sin
 
 
-def scaled_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
+def _scaled_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
     """The same norm of what is divided by `STREAM_SCALE`."""
     scaled = nn.LayerNorm(norm.normalized_shape, eps=norm.eps / STREAM_SCALE**2)
     scaled.load_state_dict(norm.state_dict())
-    return scaled
-
-
-def scaled_linear(linear: nn.Linear) -> nn.Linear:
-    """The same layer in FP16, what it puts out divided by `STREAM_SCALE`."""
-    return _half(linear.weight / STREAM_SCALE, linear.bias / STREAM_SCALE)
+    return scaled.to(torch.float16)
 
 
 def _half(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from export.architecture import InteractiveModel
+from export.encoder import keeps_fp16_stream
 from export.half_precision import STREAM_SCALE
 
 LARGEST_ACCEPTED = 2.0**15
@@ -35,11 +36,13 @@ def noting_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[flo
             hook.remove()
 
 
-def narrowed(model: InteractiveModel) -> Iterator[tuple[nn.Module, int]]:
+def narrowed(model: InteractiveModel, *, fused: bool) -> Iterator[tuple[nn.Module, int]]:
     """The layers whose outputs an FP16 graph has in FP16, and by what they are divided there."""
+    added = STREAM_SCALE if keeps_fp16_stream(model.architecture, fused) else 1
     for block in model.trunk.blocks:
         yield from ((layer, 1) for layer in (block.attn.qkv, block.mlp.fc1))
-        yield from ((layer, STREAM_SCALE) for layer in (block.attn.proj, block.mlp.fc2, block))
+        yield from ((layer, added) for layer in (block.attn.proj, block.mlp.fc2))
+        yield block, STREAM_SCALE
     fine, middle, coarse = model.neck
     decoder = model.mask_decoder
     firsts = (fine.dconv_2x2_0, fine.conv_1x1, middle.conv_1x1, coarse.conv_1x1)

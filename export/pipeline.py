@@ -79,6 +79,7 @@ def export_repository(
             photos=photos,
             min_iou=min_iou,
             exact=exact,
+            fused=_fused(accelerator),
             progress=lambda photo: progress(f"checking against PyTorch: {photo}"),
         )
         if not all(c.passed for c in checks):
@@ -97,9 +98,14 @@ def write_repository(
     repository.copy_sources(folder, model.architecture, dtype, accelerator)
     progress("exporting the image encoder to ONNX")
     graph = folder / repository.ENCODER / "1" / "model.onnx"
-    encoder = ImageEncoder(model, dtype, fused=accelerator is not Accelerator.TENSORRT)
+    encoder = ImageEncoder(model, dtype, fused=_fused(accelerator))
     export_encoder(encoder, model.architecture.image_size, graph)
     progress("exporting the prompt decoder")
     program = folder / repository.DECODER / "1" / "decoder.pt2"
     save_decoder(export_decoder(model), program)
     return program
+
+
+def _fused(accelerator: Accelerator | None) -> bool:
+    """Whether the encoder's graph is of ONNX Runtime's own operators."""
+    return accelerator is not Accelerator.TENSORRT

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
-from export.architecture import InteractiveModel
-from export.half_precision import STREAM_SCALE
+from export import checkpoint
+from export.encoder import ImageEncoder
+from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
 from export.half_range import narrowed, noting_largest
+from tests.export.test_encoder import DOES_NOT_DIVIDE, FITS
 
 
 def test_the_largest_is_noted_divided_and_only_inside() -> None:
@@ -18,8 +23,17 @@ def test_the_largest_is_noted_divided_and_only_inside() -> None:
     assert found == [64, 4]
 
 
-def test_the_stream_and_what_is_added_to_it_are_kept_divided(model: InteractiveModel) -> None:
-    divided = {layer for layer, by in narrowed(model) if by == STREAM_SCALE}
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("side", [FITS, DOES_NOT_DIVIDE])
+def test_what_the_graph_keeps_divided_is_taken_so(
+    tiny_checkpoint: Path, side: int, fused: bool
+) -> None:
+    """The stream; what is added to it, where that is FP16 too."""
+    model = checkpoint.load(tiny_checkpoint, image_size=side)
+    divided = {layer for layer, by in narrowed(model, fused=fused) if by == STREAM_SCALE}
     blocks = model.trunk.blocks
     added = {layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)}
-    assert divided == {*blocks, *added}
+    graph = ImageEncoder(model, torch.float16, fused=fused)
+    halved = isinstance(graph.blocks, HalfPrecisionBlocks)
+    assert divided == ({*blocks, *added} if halved else {*blocks})
+    assert added <= {layer for layer, _ in narrowed(model, fused=fused)}
