@@ -6,6 +6,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import skimage.data
 import torch
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image
+from sam3.model.sam3_image_processor import Sam3Processor
 from torchvision.transforms import Resize, ToTensor
 
 from triton_sam3.errors import ImageError
@@ -294,6 +296,24 @@ def test_resize_is_within_a_grey_level_of_torchvision(
     difference = np.abs(ours - expected.permute(1, 2, 0).numpy())
     assert difference.max() <= 1.01  # each of two passes rounds to whole levels, half a level off
     assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("side", [224, 1008])
+@pytest.mark.parametrize(
+    "picture", [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea]
+)
+def test_resize_is_metas_processors_within_a_grey_level(
+    picture: Callable[[], NDArray[np.uint8]], side: int
+) -> None:
+    """`Sam3Processor` resizes octets too, unlike the predictor's own `set_image`. It rounds between
+    its two passes, as Pillow does for us where a picture shrinks; enlarged, ours is rounded once."""
+    image = picture()
+    processor = Sam3Processor(SimpleNamespace(), resolution=side, device="cpu")
+    expected = processor.transform(torch.from_numpy(image).permute(2, 0, 1))
+    theirs = ((expected + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    difference = np.abs(resize(image, side) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < (0.01 if min(image.shape[:2]) > side else 0.3)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def _ours(case: dict[str, NDArray[Any]], mask: NDArray[np.float32] | None) -> Ob
 
 @pytest.mark.semantic(
     "masks",
-    "the decoder's masks and scores, with and without `multimask_output`, demo model",
+    "the decoder's masks and scores, with and without `multimask_output`, random weights",
     "Meta's predictor",
 )
 @pytest.mark.parametrize("refined", [False, True])
