@@ -306,7 +306,7 @@ def test_resize_is_metas_processors_within_a_grey_level(
     picture: Callable[[], NDArray[np.uint8]], side: int
 ) -> None:
     """`Sam3Processor` resizes octets too, unlike the predictor's own `set_image`. It rounds between
-    its two passes, as Pillow does for us where a picture shrinks; enlarged, ours is rounded once."""
+    its passes, as Pillow does for us where a picture shrinks; enlarged, ours is rounded once."""
     image = picture()
     processor = Sam3Processor(SimpleNamespace(), resolution=side, device="cpu")
     expected = processor.transform(torch.from_numpy(image).permute(2, 0, 1))
