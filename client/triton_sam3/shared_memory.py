@@ -104,7 +104,6 @@ class SharedMemory:
             region = self._make(_grains(size))
             if region is not None:
                 yield from self._register(region, retries)
-                yield from self._sweep(retries)
         return region
 
     def _reuse(self, size: int) -> Region | None:
@@ -135,6 +134,7 @@ class SharedMemory:
         try:
             yield from retries.send(region.register())
             region.registered()
+            yield from self._sweep(retries)
         except BaseException as error:
             # The server may have it all the same, unless it has said that it does not.
             self._put_back(region, self._lost)

@@ -365,6 +365,16 @@ def test_a_server_elsewhere_is_not_told_who_is_dead_here() -> None:
     by_hand(memory.close(Retries(0, 9.0)), answering(None))
 
 
+def test_a_region_during_whose_sweep_no_answer_came_is_taken_back() -> None:
+    memory = SharedMemory("system")
+    silent = answering(DeadlineExceeded("late"), to="get_system")
+    register, status = by_hand(an_image(memory), silent)
+    assert isinstance(register, Query)
+    assert status == _STATUS
+    closing = by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    assert closing == [unregistering(register.args[0])]
+
+
 def test_without_memory_of_the_gpu_the_image_travels_in_the_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
