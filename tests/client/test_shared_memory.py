@@ -372,7 +372,7 @@ def test_a_region_during_whose_sweep_no_answer_came_is_taken_back() -> None:
     assert isinstance(register, Query)
     assert status == _STATUS
     closing = by_hand(memory.close(Retries(0, 9.0)), answering(None))
-    assert closing == [unregistering(register.args[0])]
+    assert closing == [unregistering(str(register.args[0]))]
 
 
 def test_without_memory_of_the_gpu_the_image_travels_in_the_request(
