@@ -9,11 +9,11 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import decoding
 from benchmarks.peers import Peer, whole
 from benchmarks.peers.in_process import InProcess
 from benchmarks.stage import IN_PROCESS, OURS, PLACE, WHOLE, Stage
 from benchmarks.timing import Sample, alternate, difference, ratio, seconds, stopwatch
-from benchmarks.wire import Decoding
 from triton_sam3.geometry import resize
 
 ONE_SHOT = "one-shot request"
@@ -90,7 +90,7 @@ def server_cost(stage: Stage, blocks: int, clicks: int = 30) -> dict[str, Sample
     click = partial(stage.wire.click, kept)
     for _ in range(clicks):
         click()
-    pairs = [_block(stage.decoding, click, clicks) for _ in range(blocks)]
+    pairs = [_block(stage.metrics_url, click, clicks) for _ in range(blocks)]
     whole, compute = (Sample(values) for values in zip(*pairs, strict=True))
     trips = {"trip": stopwatch(stage.wire.refused_click)}
     trip = alternate(trips, clicks, warmup=3, pause=compute.median)
@@ -98,9 +98,9 @@ def server_cost(stage: Stage, blocks: int, clicks: int = 30) -> dict[str, Sample
     return {**parts, **trip}
 
 
-def _block(decoding: Decoding, click: Callable[[], object], clicks: int) -> tuple[float, float]:
+def _block(url: str, click: Callable[[], object], clicks: int) -> tuple[float, float]:
     """Mean seconds of a click, and of its decoding as the decoder counted it."""
-    before = decoding.settled()
+    before = decoding.settled(url)
     took = [seconds(click) for _ in range(clicks)]
-    after = decoding.settled(before.launches + clicks)
+    after = decoding.settled(url, before.launches + clicks)
     return fmean(took), (after.seconds - before.seconds) / clicks

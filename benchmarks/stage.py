@@ -20,7 +20,7 @@ from benchmarks.peers.embeddings import EmbeddingsOverTheWire
 from benchmarks.peers.http import OverHttp
 from benchmarks.peers.in_process import InProcess
 from benchmarks.peers.ours import Ours
-from benchmarks.wire import Decoding, Wire
+from benchmarks.wire import Wire
 from demo.prompts import iou
 from server import TritonServer
 from triton_sam3 import contract
@@ -57,7 +57,8 @@ class Stage:
     artifacts: Artifacts
     photo: Photo
     wire: Wire
-    decoding: Decoding
+    metrics_url: str
+    """Of our server."""
     makers: dict[str, Callable[[], Peer]]
     """How to make another caller of the same servers; picklable, but for the one in process."""
     peers: dict[str, Peer]
@@ -115,8 +116,8 @@ def stage(
         agreements = _check_agreement(clicks, agreement)
         wire = Wire(server.grpc_url)
         cleanup.callback(wire.close)
-        decoding = Decoding(server.metrics_url)
-        yield Stage(artifacts, photo, wire, decoding, makers, made, clicks, agreements)
+        url = server.metrics_url
+        yield Stage(artifacts, photo, wire, url, makers, made, clicks, agreements)
 
 
 def _opened(

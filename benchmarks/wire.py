@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
-import urllib.request
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +12,6 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from triton_sam3 import contract
 
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
-METRICS_PERIOD = 1.2
-"""Seconds, a little more than the decoder's between two updates."""
-DECODING_SECONDS = 20.0
 MASKS = (contract.LOW_RES_MASKS.name, contract.IOU_PREDICTIONS.name)
 
 
@@ -36,45 +29,6 @@ def click_inputs(x: float = 0.5, y: float = 0.5, objects: int = 1) -> dict[str, 
         contract.POINT_LABELS.name: np.ones((1, objects, 1), np.int32),
         contract.BEST_ONLY.name: np.ones((1, 1), np.bool_),
     }
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What a decoder has counted since it was loaded."""
-
-    launches: int
-    seconds: float
-
-
-class Decoding:
-    """The decoder's own account of its work, on its server's metrics endpoint."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def settled(self, launches: int = 0) -> Decoded:
-        """Once so many launches are told of, and no more come: it tells once a second.
-
-        Raises RuntimeError when they are not told of.
-        """
-        until = time.monotonic() + DECODING_SECONDS
-        last = self._read()
-        while time.monotonic() < until:
-            time.sleep(METRICS_PERIOD)
-            now = self._read()
-            if now == last and now.launches >= launches:
-                return now
-            last = now
-        raise RuntimeError(f"{self._url} tells of {last.launches} launches, not of {launches}")
-
-    def _read(self) -> Decoded:
-        with urllib.request.urlopen(self._url, timeout=10) as answer:
-            text = answer.read().decode()
-        launches, seconds = (
-            float(re.findall(rf"^sam3_decode_{name}_total\{{.*\}} (\S+)$", text, re.M)[0])
-            for name in ("launches", "seconds")
-        )
-        return Decoded(int(launches), seconds)
 
 
 class Wire:

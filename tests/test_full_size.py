@@ -26,6 +26,7 @@ from export.architecture import Architecture
 from export.check import load_photo, mask_iou, relative_error
 from export.encoder import FEATURES
 from server import TritonServer
+from tests.meta import predict
 from triton_sam3 import Client, Prompt
 
 pytestmark = [pytest.mark.full_size, pytest.mark.timeout(2400)]
@@ -123,11 +124,11 @@ def test_mask_logits_match(
     logits."""
     prompt = CASES.get(case, CASES["point"])
     ours = _decode(server, features, prompt, multimask)
-    theirs = _predict(meta, prompt, multimask)[2]
+    theirs = predict(meta, prompt, multimask)[2]
     if case == REFINED:
         ours, theirs = (
             _decode(server, features, prompt, multimask, ours[:1]),
-            _predict(meta, prompt, multimask, theirs[:1])[2],
+            predict(meta, prompt, multimask, theirs[:1])[2],
         )
     errors = [
         relative_error(torch.from_numpy(a), torch.from_numpy(b))
@@ -155,7 +156,7 @@ def test_masks_match_through_ensemble_and_client(
     answers = dict(zip(CASES, first, strict=True)) | {REFINED: refined[0]}
     best = None
     for case, answer in answers.items():
-        masks, scores, logits = _predict(
+        masks, scores, logits = predict(
             meta, CASES.get(case, CASES["point"]), multimask, best if case == REFINED else None
         )
         chosen = int(scores.argmax())
@@ -164,20 +165,6 @@ def test_masks_match_through_ensemble_and_client(
         print(f"\n{case}: mask IoU {iou:.5f}, score {answer.score:.4f} and {scores[chosen]:.4f}")
         assert iou >= MIN_IOU, case
         assert answer.score == pytest.approx(float(scores[chosen]), abs=1e-3)
-
-
-def _predict(
-    meta: Any, prompt: dict[str, Any], multimask: bool, mask: NDArray[np.float32] | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    points = prompt.get("points")
-    answer: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] = meta.predict(
-        point_coords=np.array([p[:2] for p in points]) if points else None,
-        point_labels=np.array([p[2] for p in points]) if points else None,
-        box=np.array(prompt["box"]) if "box" in prompt else None,
-        mask_input=mask,
-        multimask_output=multimask,
-    )
-    return answer
 
 
 def _decode(

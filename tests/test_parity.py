@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from demo.prompts import iou
 from export.check import load_photo
 from server import TritonServer
 from tests.conftest import DEMO_CHECKPOINT
+from tests.meta import Array, predict
 from triton_sam3 import Client, Prompt
 
 MIN_IOU = 0.999
@@ -26,8 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "box": {"box": BOX},
     "box and points": {"points": POINTS, "box": BOX},
 }
-
-Array = NDArray[Any]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +46,13 @@ class Best:
     """What Meta's predictor says, of the candidate with the highest score."""
 
     def __init__(
-        self,
-        meta: Any,
-        points: Sequence[tuple[float, float, int]] = (),
-        box: Sequence[float] = (),
-        mask: Array | None = None,
-        multimask: bool = True,
+        self, meta: Any, prompt: dict[str, Any], multimask: bool, mask: Array | None = None
     ) -> None:
-        masks, scores, logits = meta.predict(
-            point_coords=np.array([point[:2] for point in points]) if points else None,
-            point_labels=np.array([point[2] for point in points]) if points else None,
-            box=np.array(box) if box else None,
-            mask_input=mask,
-            multimask_output=multimask,
-        )
+        masks, scores, logits = predict(meta, prompt, multimask, mask)
         best = int(scores.argmax())
         self.mask: NDArray[np.bool_] = masks[best] > 0
         self.score = float(scores[best])
-        self.logits: Array = logits[best : best + 1]
+        self.logits = logits[best : best + 1]
 
 
 def assert_same(answer: Any, expected: Best) -> None:
@@ -88,14 +75,14 @@ def test_a_served_mask_and_its_refinement_are_metas(
 ) -> None:
     """Each side refines its own first mask, ours in 16 bits."""
     asked = CASES[case]
-    expected = Best(meta, **asked, multimask=multimask)
+    expected = Best(meta, asked, multimask)
     options: dict[str, Any] = {"multimask_output": multimask, "threshold": -1}
     with Client(server.grpc_url) as client:
         first = client.segment(photo, prompts=Prompt(**asked), **options)
         assert_same(first, expected)
         again = Prompt(**asked, mask=first.logits[0])
         refined = client.segment(photo, prompts=again, **options)
-    assert_same(refined, Best(meta, **asked, mask=expected.logits, multimask=multimask))
+    assert_same(refined, Best(meta, asked, multimask, expected.logits))
 
 
 @pytest.mark.semantic("masks", "each click's mask on an open view: IoU ≥ 0.999", "Meta's predictor")
@@ -105,8 +92,8 @@ def test_clicks_on_a_view_are_metas(
     """The first of three masks; then with all points, the last logits and one mask."""
     with Client(server.grpc_url) as client, client.open(photo) as view:
         clicked = [view.click(x, y, positive=bool(label)) for x, y, label in POINTS]
-    expected = Best(meta, POINTS[:1])
+    expected = Best(meta, {"points": POINTS[:1]}, multimask=True)
     assert_same(clicked[0], expected)
     for count in (2, 3):
-        expected = Best(meta, POINTS[:count], mask=expected.logits, multimask=False)
+        expected = Best(meta, {"points": POINTS[:count]}, multimask=False, mask=expected.logits)
         assert_same(clicked[count - 1], expected)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +16,7 @@ import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
+from benchmarks import decoding
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Outcome, Question, observe, questions
 from benchmarks.faults.relay import AT_ONCE, Relay
@@ -291,10 +290,9 @@ def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
     url = f"http://127.0.0.1:{stand.container.metrics_port}/metrics"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            found = re.search(r"^sam3_kept_images_bytes\{.*\} (\S+)$", answer.read().decode(), re.M)
-        if found:
-            kept.append(int(float(found[1])))
+        told = decoding.numbers(url).get("sam3_kept_images_bytes")
+        if told is not None:
+            kept.append(int(told))
         time.sleep(0.2)
 
 

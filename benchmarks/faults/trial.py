@@ -142,13 +142,14 @@ class Trial:
         outcomes = self.load.outcomes
         failed = [one for one in self.unasked if one.kind is not Kind.RIGHT]
         everything = [*outcomes, *self.others, *failed]
+        recovered = self._recovered()
         said = Counter(one.said for one in everything if one.kind is not Kind.RIGHT)
         return Result(
             self.name,
             {kind: sum(one.kind is kind for one in everything) for kind in Kind},
             noticed=self._noticed(),
-            recovered=self._recovered(),
-            never_recovered=self.struck is not None and self._recovered() is None,
+            recovered=recovered,
+            never_recovered=self.struck is not None and recovered is None,
             truth=truth(self._verdicts, outcomes),
             private=slope(self._sizes, lambda size: size.private),
             shm=slope(self._sizes, lambda size: size.shm),

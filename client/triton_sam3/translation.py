@@ -79,13 +79,11 @@ _SENTENCES: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
 """Of Triton, of the proxies and of gRPC. Triton's codes are coarse, so these come first."""
 
 _REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
-_BUSY = (Overloaded, Refused)
-_UNAVAILABLE = (ModelUnavailable, ModelGone)
-_REMEDIES: dict[str | type[SAM3Error], str] = {
+_REMEDIES: dict[str | type[object], str] = {
     **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
     "413": "; a proxy's limit on request bodies is lower than an image's size",
-    **dict.fromkeys(_BUSY, "; the server is busy: try again later, or send less at a time"),
-    **dict.fromkeys(_UNAVAILABLE, "; check `triton-sam3 status` and the server's log"),
+    Overloaded: "; the server is busy: try again later, or send less at a time",
+    ModelUnavailable: "; check `triton-sam3 status` and the server's log",
 }
 
 
@@ -117,7 +115,8 @@ def _from_server(error: InferenceServerException, url: str, waited: float) -> SA
         return _unreachable(url, text)
     if kind is ServerError and status in _REFUSED:
         text = f"{url} refuses this client: {text}"
-    return kind(text + _REMEDIES.get(status if status in _REMEDIES else kind, ""))
+    found = (_REMEDIES[key] for key in (status, *kind.__mro__) if key in _REMEDIES)
+    return kind(text + next(found, ""))
 
 
 def _kind(status: str, text: str) -> type[SAM3Error]:

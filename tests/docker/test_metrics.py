@@ -34,7 +34,6 @@ PROMETHEUSS_OWN = {"up", "ALERTS"}
 PROVOKED = {"SAM3ImagesMissed"}
 """By what `fail` asks."""
 TOLERATED = {
-    "SAM3Failing": "Triton 2.51 counts an error that a Python model answers as a success",
     "SAM3NotAnswering": "nobody but the tests asks for anything",
     "SAM3QueueLong": "the machine is busy",
     "SAM3Slow": "the machine is busy",

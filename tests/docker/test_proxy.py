@@ -181,14 +181,22 @@ def test_nobody_enters_without_a_token(proxy: Proxy) -> None:
         client.segment(pictures(1)[0], points=[(5, 5)])
 
 
-def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
+@pytest.fixture
+def nginx(
     servers: tuple[Container, Container],
     certificate: Path,
     tmp_path: Path,
     tool: Callable[[str, str], Path],
+) -> Nginx:
+    """Configured, to be changed and started."""
+    made = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
+    made.configure(servers)
+    return made
+
+
+def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
+    nginx: Nginx, tmp_path: Path, tool: Callable[[str, str], Path]
 ) -> None:
-    nginx = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
-    nginx.configure(servers)
     new = {"authorization": "Bearer a-token-of-another-tenant"}
     with nginx:
         assert call(nginx, "/v2/health/ready", None, HEADERS) == 200
@@ -206,15 +214,8 @@ def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
         assert call(nginx, "/v2/health/ready", None, HEADERS) == 401
 
 
-def test_nginx_counts_a_tenant_however_its_token_is_written(
-    servers: tuple[Container, Container],
-    certificate: Path,
-    tmp_path: Path,
-    tool: Callable[[str, str], Path],
-) -> None:
+def test_nginx_counts_a_tenant_however_its_token_is_written(nginx: Nginx, tmp_path: Path) -> None:
     """It compares without regard to case, and would count every spelling by itself."""
-    nginx = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
-    nginx.configure(servers)
     config = tmp_path / "nginx.conf"
     config.write_text(config.read_text().replace("limit_conn tenants 64", "limit_conn tenants 1"))
     image = pictures(1)[0]

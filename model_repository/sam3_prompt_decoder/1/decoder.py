@@ -18,7 +18,7 @@ import torch
 from jobs import Answers, Job, Launch, Masks
 from launches import Inputs
 from memory import keep_freed_memory
-from program import Program, ProgramError, bind, first_line, load_program
+from program import Program, ProgramError, bind, first_line, is_out_of_memory, load_program
 from prompts import PADDING, POSITIVE, ObjectPrompt
 from replay import ClickReplay
 from store import Features
@@ -86,12 +86,12 @@ class Decoder:
         """
         try:
             self.decode([Job(self._random_image(shapes, torch.float32), [_click(0.5)])])
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-            raise ProgramError(
-                f"the decoder does not run on {self.device} ({first_line(error)}); see what else "
-                "uses it, and whether it is of a kind that this torch is built for"
-            ) from error
         except Exception as error:  # torch's guards and kernels share no exception
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise ProgramError(
+                    f"the decoder does not run on {self.device} ({first_line(error)}); see what "
+                    "else uses it, and whether it is of a kind that this torch is built for"
+                ) from error
             raise ProgramError(
                 f"the decoder does not fit the shapes in config.pbtxt ({first_line(error)}); "
                 "export both together"

@@ -78,17 +78,19 @@ class Room:
     def write(self, where: slice | list[int], logits: Tensor, ious: Tensor) -> None:
         """Write into rows, clamping the logits [R, K, M, M] where they are; ious: [R, K]."""
         clamped = logits.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
-        self._put(where, self.masks.sums, clamped.sum((1, 2, 3)) + ious.sum(1))
-        self._put(where, self.masks.low_res_masks, clamped)
-        self._put(where, self.masks.iou_predictions, ious)
-
-    def _put(self, where: slice | list[int], room: Tensor, values: Tensor) -> None:
+        written = (
+            (self.masks.sums, clamped.sum((1, 2, 3)) + ious.sum(1)),
+            (self.masks.low_res_masks, clamped),
+            (self.masks.iou_predictions, ious),
+        )
         if isinstance(where, slice):
-            room[where] = values  # converts as it copies
+            for room, values in written:
+                room[where] = values  # converts as it copies
             return
         # A list as an index would have the host wait for all that the GPU was given before.
-        rows = torch.tensor(where).to(room.device, non_blocking=True)
-        room.index_copy_(0, rows, values.to(room.dtype))
+        rows = torch.tensor(where).to(self._bytes.device, non_blocking=True)
+        for room, values in written:
+            room.index_copy_(0, rows, values.to(room.dtype))
 
     def on_host(self) -> Masks:
         """A copy of what was written; there once the device was waited for."""

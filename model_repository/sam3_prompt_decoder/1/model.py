@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import environment  # noqa: F401 - before torch
-import torch
 import triton_python_backend_utils as pb_utils
 from decoder import Decoder
 from jobs import Answers, Masks
 from metrics import Metrics
-from program import ProgramError
+from program import ProgramError, is_out_of_memory
 from prompts import InvalidPrompt
 from settings import SettingError, Settings
 from store import ImageNotKept, ImageStore, StoreTooSmall
@@ -138,9 +137,4 @@ class TritonPythonModel:
             return refuse(NOT_FOUND, codes.NOT_FOUND)
         self._metrics.count_failure()
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-        return refuse(OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED, codes.INTERNAL)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch has no exception of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error)
+        return refuse(OUT_OF_MEMORY if is_out_of_memory(error) else FAILED, codes.INTERNAL)

@@ -105,3 +105,9 @@ def _origin(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """The part of an error that fits into a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the device or the host."""
+    # On a CPU torch has no exception of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error)
