@@ -2,7 +2,9 @@
 # Segment with curl alone: a photo and a point in pixels in, a finished mask (COCO RLE) out.
 # The photo is kept on the server, so that the second click names it instead of sending it.
 #
-#   sh examples/curl.sh photo.jpg 320 240          (through a proxy: TRITON_SAM3_TOKEN=… before it)
+#   sh examples/curl.sh photo.jpg 320 240
+#
+# Through a proxy, before it: TRITON_SAM3_HTTP_URL=https://HOST:8443 TRITON_SAM3_TOKEN=…
 set -eu
 # Without it curl would say that this is a form, and Triton 2.51 does not survive a large one.
 json='Content-Type: application/json'

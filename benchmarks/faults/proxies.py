@@ -20,7 +20,7 @@ import yaml
 from benchmarks.environment import ROOT
 from benchmarks.faults.container import Container, free_ports
 
-TOKEN = "a-token-of-one-tenant-on-loopback"
+TOKEN = "a-token-of-one-tenant-on-loopback/as-long-as-of-64-random-octets/in-base64+and-more=="
 NGINX = ROOT / "docker" / "proxy"
 ENVOY = ROOT / "docker" / "helm" / "triton-sam3" / "files" / "envoy.yaml"
 

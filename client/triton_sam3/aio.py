@@ -36,6 +36,8 @@ Run = Callable[[Flow[Any]], Coroutine[Any, Any, Any]]
 class AsyncClient:
     """`Client` for asyncio: the same arguments, the same methods, to be awaited.
 
+    Not awaited are `segment_many`, which is iterated over, and a view's `close`.
+
     Belongs to one event loop. Decoding, resizing and mask finishing run in threads, so that the
     loop stays free.
     """

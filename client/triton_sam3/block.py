@@ -22,7 +22,7 @@ from .errors import PromptError
 from .geometry import ImageLike
 from .parsing import parse_switch, parse_threshold
 from .prompts import to_prompts
-from .results import Segmentation
+from .results import Segmentation, import_supervision
 
 BLOCK_TYPE = "roboflow_core/sam3_interactive@v1"
 DEFAULTS: dict[str, Any] = {
@@ -83,10 +83,12 @@ def run_block(
     Returns a list of {"predictions": …}, one per image. Masks without a pixel are left out, as the
     block does; boxes end where a mask does, a pixel beyond the block's. Raises PromptError for a
     step that is not this block's, a selector without a value, and all that `segment` raises;
-    TypeError for an `AsyncClient`.
+    TypeError for an `AsyncClient`; ImportError where Detections are wanted without supervision.
     """
     if inspect.iscoroutinefunction(segmenter.segment):
         raise TypeError("run_block waits for its answers: give a Client, not an AsyncClient")
+    if not serialize_results:
+        import_supervision()  # before the server has worked for nothing
     results = []
     for call in block_calls(definition, images, inputs):
         answer = segmenter.segment(

@@ -45,7 +45,8 @@ class Client:
         Without the first the system's authorities are trusted, or those of SSL_CERT_FILE.
 
     Raises ValueError for a URL, header, number or PEM file it cannot use, and TransportError where
-    this machine has no such shared memory. Every method raises `SAM3Error`s only.
+    this machine has no such shared memory. Methods raise `SAM3Error`s only, but for `segment_many`
+    a ValueError for a `concurrency` below 1.
     """
 
     def __init__(

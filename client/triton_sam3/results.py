@@ -44,6 +44,15 @@ def file_kind(path: Path, *, with_image: bool) -> str:
     return suffix
 
 
+def import_supervision() -> Any:
+    """The package, an optional one. Raises ImportError that says how to get it."""
+    try:
+        import supervision  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("Detections need supervision: pip install supervision") from error
+    return supervision
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """One object's mask.
@@ -229,12 +238,7 @@ class Segmentation:
 
         Raises ImportError when supervision is not installed.
         """
-        try:
-            import supervision as sv  # noqa: PLC0415 - an optional extra
-        except ImportError as error:
-            raise ImportError(
-                "to_supervision() needs supervision: pip install 'triton-sam3[supervision]'"
-            ) from error
+        sv = import_supervision()
         width, height = self.image_size
         return sv.Detections(
             xyxy=self.boxes.copy(),

@@ -1,4 +1,4 @@
-"""Requests as OpenTelemetry spans, where it is installed (``pip install 'triton-sam3[tracing]'``).
+"""Requests as OpenTelemetry spans, where it is installed (the package's extra ``tracing``).
 
     the caller's span ── infer sam3_interactive (ours) ── the server's spans, under one trace id
 

@@ -1,6 +1,7 @@
 """A workflow step, by the rules of the block it was written for."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -269,6 +270,16 @@ def test_a_client_that_does_not_wait_is_told_apart(image: NDArray[np.uint8]) -> 
     client: Any = AsyncClient("http://127.0.0.1:9")
     with pytest.raises(TypeError, match="give a Client, not an AsyncClient"):
         run_block(client, step(points=[(1, 2)]), image)
+
+
+def test_without_supervision_nothing_is_asked(
+    segmenter: Boxes, image: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        run_block(segmenter, step(points=[(40, 30)]), image)
+    assert segmenter.calls == []
+    assert run_block(segmenter, step(points=[(40, 30)]), image, serialize_results=True)
 
 
 def test_images_come_from_somewhere(segmenter: Boxes) -> None:

@@ -152,7 +152,7 @@ def test_slow_starts_are_waited_for() -> None:
 
 
 def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> None:
-    """A canary is an image's encoding, 20 to 60 s at full size on two cores."""
+    """A canary is an image's encoding, 14 to 60 s at full size on two cores."""
     values = {"proxy": {"tokens": [TOKEN]}, "probes": {"periodSeconds": 120}}
     (container,) = server(render(values))["containers"]
     periods = [container[probe]["periodSeconds"] for probe in PROBES]
