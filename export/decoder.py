@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
+from math import pi
 from pathlib import Path
 
 import torch
@@ -80,10 +81,18 @@ class PromptDecoder(nn.Module):
         # From pixels' centres, as Meta's.
         places = (point_coords * self.image_size + 0.5) / self.image_size
         nowhere = (point_labels == NOT_A_POINT).unsqueeze(-1)
-        positions: Tensor = self.prompt_encoder.pe_layer._pe_encoding(places)
-        return positions.masked_fill(nowhere, 0) + F.embedding(
+        return self._encode_places(places).masked_fill(nowhere, 0) + F.embedding(
             point_labels - NOT_A_POINT, self.labels
         )
+
+    def _encode_places(self, places: Tensor) -> Tensor:
+        """Meta's `_pe_encoding`, [N, T, 2] → [N, T, 256], without its matrix product: in TF32 that
+        would round the places, at 1008 pixels by up to a quarter of one.
+        """
+        along_x, along_y = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        x, y = (2 * places - 1).chunk(2, dim=-1)
+        angles = 2 * pi * (x * along_x + y * along_y)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
     def _pixels(self, image_embed: Tensor, mask_input: Tensor, mask_index: Tensor) -> Tensor:
         """The image's embedding with the mask's, or with that of no mask, added: [N, E·E, 256]."""

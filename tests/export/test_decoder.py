@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from export import mask_decoder
 from export.architecture import Architecture, InteractiveModel, build_mask_decoder
@@ -48,6 +49,21 @@ def _inputs(objects: int, tokens: int, masks: int) -> Inputs:
     labels = torch.randint(-1, 4, inputs["point_labels"].shape, dtype=torch.int32)
     chosen = torch.randperm(objects)[:masks]
     return {**inputs, "point_labels": labels, "mask_index": chosen}
+
+
+def test_no_product_rounds_where_a_prompt_points(program: ExportedProgram) -> None:
+    """On GPUs products are in TF32, of 10 bits: 1008 pixels take as many for each of them alone."""
+    aten = torch.ops.aten
+    products = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+    widths = [
+        node.args[node.target is aten.baddbmm.default].meta["val"].shape[-1]
+        for module in program.graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if node.target in products
+    ]
+    assert len(widths) > 20
+    assert all(not isinstance(width, int) or width > 2 for width in widths)
 
 
 SIZES = [(1, 0, 1), (1, 2, 0), (2, 3, 1), (5, 4, 5), (17, 9, 3)]

@@ -56,13 +56,12 @@ class Inputs:
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """As the program takes them (export/decoder.py)."""
         size = self.images[0].high_res_feats_0.shape[-1]
-        masks = [_on(device, mask) for mask in self.masks]
         return {
             **gather(self)._asdict(),
             "point_coords": _array_on(device, self.coords),
             "point_labels": _array_on(device, self.labels),
-            "mask_input": torch.stack(masks).float()
-            if masks
+            "mask_input": stack_masks(self.masks, device).float()
+            if self.masks
             else torch.empty((0, size, size), device=device),
             "mask_index": _array_on(device, np.array(self.mask_rows, dtype=np.int64)),
         }
@@ -83,6 +82,16 @@ def stack(images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """[C, H, W] each → [N, C, H, W], in memory with channels last, as kept images are."""
     room = None if out is None else out.permute(0, 2, 3, 1)
     return torch.stack([image.permute(1, 2, 0) for image in images], out=room).permute(0, 3, 1, 2)
+
+
+def stack_masks(masks: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[M, M] each, on whatever device → [K, M, M] on this one, which is not waited for."""
+    if device.type == "cpu" or not all(mask.is_cpu for mask in masks):
+        return torch.stack([_on(device, mask) for mask in masks])
+    # Of memory that is not page-locked, the driver waits for the stream before it copies so much.
+    shape = (len(masks), *masks[0].shape)
+    room = torch.empty(shape, dtype=masks[0].dtype, pin_memory=True)
+    return _on(device, torch.stack(list(masks), out=room))
 
 
 def _array_on(device: torch.device, array: NDArray[Any]) -> Tensor:

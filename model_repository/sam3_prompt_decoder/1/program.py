@@ -35,7 +35,10 @@ def load_program(path: Path, device: torch.device) -> ExportedProgram:
     program = _read(path)
     if device.type != "cpu":
         # The device it was traced on is baked into weights, constants and nodes.
-        program = move_to_device_pass(program, device)
+        try:
+            program = move_to_device_pass(program, device)
+        except RuntimeError as error:
+            raise does_not_run(device, error) from error
     return program
 
 
@@ -107,7 +110,20 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def does_not_run(device: torch.device, error: Exception) -> ProgramError:
+    """For what the device itself refuses."""
+    return ProgramError(
+        f"the decoder does not run on {device} ({first_line(error)}); see what else uses it, and "
+        "whether it is of a kind that this torch is built for"
+    )
+
+
+NO_MEMORY = ("can't allocate", "out of memory", "ALLOC_FAILED")
+"""In messages of torch's allocator on a CPU, of CUDA for page-locked memory and for graphs, and of
+cuBLAS, none of which has an exception of its own."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Of the device or the host."""
-    # On a CPU torch has no exception of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error)
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or any(words in str(error) for words in NO_MEMORY)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from jobs import Masks, Room, best_of
-from launches import Inputs, stack
+from launches import Inputs, stack, stack_masks
 from program import Program, first_line
 from store import Features
 from torch import Tensor
@@ -56,7 +56,7 @@ class ClickReplay:
                 self._program, inputs, self._rooms, self._device, self._pool
             )
         except RuntimeError as error:
-            self.refusal = first_line(error)
+            self.refusal = self.refusal or first_line(error)  # those after it may be its effects
 
     def find(self, inputs: Inputs) -> Recording | None:
         """What was recorded of such inputs."""
@@ -120,8 +120,8 @@ class Recording:
                 stack([image[n] for image in inputs.images], out=room)
         numbers = np.concatenate((inputs.coords.ravel().view(np.int32), inputs.labels.ravel()))
         self._prompts.copy_(torch.from_numpy(numbers), non_blocking=True)
-        for room, mask in zip(self._masks, inputs.masks, strict=True):
-            room.copy_(mask, non_blocking=True)
+        if inputs.masks:
+            self._masks.copy_(stack_masks(inputs.masks, self._masks.device))
 
 
 def _record(

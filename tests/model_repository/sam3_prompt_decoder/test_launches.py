@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from jobs import Job
-from launches import Inputs, gather
+from launches import Inputs, gather, stack_masks
 
 from tests.model_repository.sam3_prompt_decoder.test_decoder import CPU, OBJECTS, features, prompt
+
+GPU = torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -42,3 +46,29 @@ def test_masks_go_with_the_objects_that_have_them() -> None:
     for row, n in enumerate((2, 0, 1)):
         assert torch.equal(given["image_embed"][row], jobs[n].features.image_embed)
         assert torch.equal(given["point_coords"][row], torch.from_numpy(jobs[n].objects[0].coords))
+
+
+def test_masks_of_the_host_go_to_a_gpu_in_one_page_locked_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But not if one lies on the GPU already."""
+    pieces: list[torch.Tensor] = []
+    locked: list[bool] = []
+    empty = torch.empty
+
+    def made(*shape: Any, **options: Any) -> torch.Tensor:
+        locked.append(options.pop("pin_memory"))
+        return empty(*shape, **options)
+
+    def sent(_: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+        pieces.append(tensor)
+        return tensor
+
+    masks = [torch.rand(4, 4).half() for _ in range(3)]
+    monkeypatch.setattr("launches._on", sent)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", made)
+        assert torch.equal(stack_masks(masks, GPU), torch.stack(masks))
+    assert (len(pieces), locked) == (1, [True])
+    stack_masks([masks[0].to("meta")] * 2, GPU)
+    assert len(pieces) == 3

@@ -160,12 +160,18 @@ def no_memory_of_the_gpu() -> NoReturn:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
+def no_page_locked_memory() -> NoReturn:
+    raise torch.AcceleratorError("CUDA error: out of memory")
+
+
 def more_than_there_is() -> object:
     """In torch's own words, on a CPU."""
     return torch.empty(2**50)
 
 
-@pytest.mark.parametrize("failure", [no_memory, no_memory_of_the_gpu, more_than_there_is])
+@pytest.mark.parametrize(
+    "failure", [no_memory, no_memory_of_the_gpu, no_page_locked_memory, more_than_there_is]
+)
 def test_out_of_memory_has_a_sentence_of_its_own(
     model: Any, backend: Any, failure: Callable[[], object]
 ) -> None:

@@ -174,3 +174,14 @@ def test_a_bound_program_takes_the_branch_that_its_module_takes(rows: int) -> No
     expected = either.module()(given)  # before binding, which takes the program over
     for ours, theirs in zip(bind(either)(given=given), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_gpu_that_does_not_take_the_weights(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy\nand more")
+
+    monkeypatch.setattr(reader, "move_to_device_pass", move)
+    with pytest.raises(ProgramError, match=r"on cuda:0 .CUDA error: all .* are busy.;"):
+        load_program(program, GPU)
