@@ -32,7 +32,7 @@ HEADERS = {"authorization": f"Bearer {TOKEN}"}
 
 
 class Slow:
-    """Stands in for a server: an answer takes the seconds that the request's header says."""
+    """Stands in for a server: headers say how long a request takes and which status it gets."""
 
     def __init__(self) -> None:
         self._grpc = grpc.server(ThreadPoolExecutor(8))
@@ -68,13 +68,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         time.sleep(float(self.headers.get("x-seconds", 0)))
-        self._answer()
+        self._answer(int(self.headers.get("x-status", http.client.OK)))
 
     def log_message(self, *_: object) -> None:
         """Nobody reads it."""
 
-    def _answer(self) -> None:
-        self.send_response(http.client.OK)
+    def _answer(self, status: int = http.client.OK) -> None:
+        self.send_response(status)
         self.send_header("content-length", "0")
         self.end_headers()
 
@@ -116,11 +116,12 @@ def connect(envoy: Envoy) -> http.client.HTTPSConnection:
     return http.client.HTTPSConnection("127.0.0.1", envoy.port, timeout=30, context=context)
 
 
-def ask(envoy: Envoy, path: str, seconds: float = 0) -> int:
+def ask(envoy: Envoy, path: str, seconds: float = 0, status: int = http.client.OK) -> int:
     """The status of a request that takes the server so long."""
     connection = connect(envoy)
     try:
-        connection.request("POST", path, b"{}", {**HEADERS, "x-seconds": str(seconds)})
+        wanted = {"x-seconds": str(seconds), "x-status": str(status)}
+        connection.request("POST", path, b"{}", {**HEADERS, **wanted})
         return connection.getresponse().status
     finally:
         connection.close()
@@ -157,13 +158,12 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
     envoy = start()
     proxy = render()["Deployment", "r-triton-sam3-proxy"]["spec"]["template"]["spec"]
     (container,) = proxy["containers"]
-    program, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
-    pause = re.search(r"^sleep (\d+)", script, re.M)
+    program, option, script, name, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     longest = re.search(r"\{1\.\.(\d+)\}", script)
-    assert pause is not None
     assert longest is not None
-    assert int(pause[1]) + int(longest[1]) < proxy["terminationGracePeriodSeconds"]
-    script = script.replace("9901", str(envoy.ports[9901])).replace(pause[0], "sleep 1")
+    assert int(pause) >= 30  # until balancers of clouds have looked three times
+    assert int(pause) + int(longest[1]) < proxy["terminationGracePeriodSeconds"]
+    script = script.replace("9901", str(envoy.ports[9901]))
     trusted = grpc.ssl_channel_credentials((envoy.folder / "tls.crt").read_bytes())
     channel = grpc.secure_channel(f"127.0.0.1:{envoy.port}", trusted)
     live = channel.unary_unary(f"/{INFERENCE}/ServerLive")
@@ -177,7 +177,7 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
         slow_too = live.future(b"", metadata=(*metadata, ("x-seconds", "4")))
         time.sleep(0.5)
         assert observe(envoy, "/ready")[0] == http.client.OK
-        hook = pool.submit(run, [program, option, script])
+        hook = pool.submit(run, [program, option, script, name, "1"])
         wait_until(lambda: observe(envoy, "/ready")[0] == http.client.SERVICE_UNAVAILABLE)
         assert observe(envoy, "/live")[0] == http.client.OK
         kept.request("POST", CLICK, b"{}", HEADERS)
@@ -190,6 +190,46 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
         assert slow_too.result()
         assert hook.result().returncode == 0, hook.result().stderr
     envoy.stop()
+
+
+def test_errors_that_a_server_answers_do_not_put_it_out(start: Start) -> None:
+    """Who sends five bodies that are no JSON gets as many 500s, and would take it from others."""
+
+    def even_the_last(config: dict[str, Any]) -> None:
+        for cluster in config["static_resources"]["clusters"][1:]:
+            cluster["outlier_detection"]["max_ejection_percent"] = 100
+
+    envoy = start(even_the_last)
+    error = http.client.INTERNAL_SERVER_ERROR
+    assert [ask(envoy, CLICK, status=error) for _ in range(8)] == [error] * 8
+    time.sleep(2)  # longer than the interval at which it looks
+    name = "envoy_cluster_outlier_detection_ejections_enforced_total"
+    counted = re.findall(rf"^{name}{{[^}}]*}} (\d+)$", observe(envoy, "/metrics")[1], re.M)
+    assert counted == ["0", "0"]
+
+
+def test_a_server_that_is_silent_is_asked_whether_it_is_there(start: Start) -> None:
+    """By the kernel: a node that is lost closes no connection, and a request would wait for it."""
+    envoy = start()
+    config = yaml.safe_load((envoy.folder / "envoy.yaml").read_text())
+    _, http_cluster, grpc_cluster = config["static_resources"]["clusters"]
+    assert http_cluster["upstream_bind_config"] == grpc_cluster["upstream_bind_config"]
+    (endpoints,) = http_cluster["load_assignment"]["endpoints"]
+    address = endpoints["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]
+    server = f"0100007F:{address['port_value']:04X}"
+    keepalive = "02"
+
+    def timers() -> list[str]:
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [line[5][:2] for line in lines if (line[2], line[3]) == (server, "01")]
+
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(ask, envoy, CLICK, 2)
+        time.sleep(1)
+        found = timers()
+        assert slow.result() == http.client.OK
+    assert found
+    assert set(found) == {keepalive}
 
 
 def test_unfinished_uploads_take_no_servers_time(start: Start) -> None:

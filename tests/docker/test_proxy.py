@@ -334,7 +334,7 @@ def test_logs_tell_who_asked_and_how_grpc_ended(proxy: Proxy) -> None:
     with pytest.raises(InferenceServerException) as refused:
         client.get_model_config("none-of-ours", headers=HEADERS)
     client.close()
-    assert call(proxy, "/v2/health/ready", None, {}) in (401, 403)
+    assert call(proxy, "/v2/health/ready", None, {"x-forwarded-for": "192.0.2.1"}) in (401, 403)
 
     def told() -> list[dict[str, object]]:
         return [one for one in proxy.records() if str(one["path"]).endswith("/ModelConfig")]
@@ -349,6 +349,7 @@ def test_logs_tell_who_asked_and_how_grpc_ended(proxy: Proxy) -> None:
     assert refused.value.status() == "StatusCode.NOT_FOUND"
     assert (record["status"], int(str(record["grpc"]))) == (200, grpc.StatusCode.NOT_FOUND.value[0])
     assert [one["tenant"] for one in strangers()] in ([""], [None])
+    assert [one["address"] for one in strangers()] == ["127.0.0.1"]  # and not what they say
 
 
 @contextmanager
