@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from docker.entrypoint.__main__ import main
-from docker.entrypoint.probes import ProbeFailed, Target, live, ready, startup
+from docker.entrypoint.probes import ProbeFailed, Target, live, loaded, ready, startup
 from server import TritonServer
 from tests.client import misbehaving
 from tests.docker.harness import Container, free_ports
@@ -74,6 +74,26 @@ def test_what_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: boo
         for probe in (startup, live, ready):
             with pytest.raises(ProbeFailed, match="no answer from /"):
                 probe(target, 0.5)
+
+
+def test_a_dead_model_is_named_where_triton_itself_is_not_ready_for_it(tmp_path: Path) -> None:
+    """As from 26.04 on."""
+    dead = (500, b"{\"error\":\"Stub process 'sam3_mask_writer_0_1' is not healthy.\"}")
+    metrics, config, not_ready = (200, b""), (200, b"{}"), (400, b"")
+    with misbehaving.http(metrics, *[config, dead] * 3, not_ready) as (url, _):
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(ProbeFailed, match="'sam3_mask_writer_0_1' is not healthy"):
+            ready(Target("127.0.0.1", port, port, tmp_path / "draining"), 10)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_loaded_is_what_answers_for_it_opens_its_port_then(tmp_path: Path, status: int) -> None:
+    """Else one that lost a model before the first look would never be watched."""
+    with misbehaving.http((status, b"")) as (url, _):
+        port = int(url.rpartition(":")[2])
+        target = Target("127.0.0.1", port, port, tmp_path / "draining")
+        assert loaded(target, 5)
+    assert not loaded(target, 5)
 
 
 def test_another_repository_is_not_taken_for_ours(tmp_path: Path) -> None:
