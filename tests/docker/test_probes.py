@@ -78,7 +78,7 @@ def test_what_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: boo
 
 def test_a_dead_model_is_named_where_triton_itself_is_not_ready_for_it(tmp_path: Path) -> None:
     """As from 26.04 on."""
-    dead = (500, b"{\"error\":\"Stub process 'sam3_mask_writer_0_1' is not healthy.\"}")
+    dead = (500, b'{"error":"Stub process \'sam3_mask_writer_0_1\' is not healthy."}')
     metrics, config, not_ready = (200, b""), (200, b"{}"), (400, b"")
     with misbehaving.http(metrics, *[config, dead] * 3, not_ready) as (url, _):
         port = int(url.rpartition(":")[2])
