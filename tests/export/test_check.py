@@ -139,6 +139,25 @@ def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedPr
     assert not _values(exported, program, own, 0.5)["box: logits' relative error"].passed
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_choice_that_rounding_may_turn_fails_only_where_nothing_is_rounded(
+    exported: tiny.Export, program: ExportedProgram, exact: bool
+) -> None:
+    """Below a share of stable pixels the single mask gives way to the best of several."""
+    model = checkpoint.load(exported.checkpoint)
+    photos = load_photos(check.PHOTOS[:1], model.architecture.image_size)
+    failed: set[str] = set()
+    for share in (0, 1.1):  # never and always
+        model.mask_decoder.dynamic_multimask_stability_thresh = share
+        checks = check_values(
+            exported.repository, program, model, photos=photos, min_iou=0.995, exact=exact
+        )
+        failed |= {c.name for c in checks if not c.passed}
+    assert ("box: mask IoU" in failed) is exact
+    assert exact or not failed
+    assert model.mask_decoder.dynamic_multimask_via_stability
+
+
 def test_only_the_refinement_finds_a_wrong_mask_encoder(
     exported: tiny.Export, program: ExportedProgram
 ) -> None:
