@@ -30,7 +30,12 @@ from export.pipeline import write_repository
 BUILD = ROOT / "build" / "benchmarks"
 SEED = 0
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint.pt"
-SOURCES = ("export/*.py", "benchmarks/random_weights.py", "model_repository/**/*")
+SOURCES = (
+    "export/*.py",
+    "benchmarks/random_weights.py",
+    "model_repository/**/*",
+    *(f"client/triton_sam3/{name}" for names in repository.SHARED.values() for name in names),
+)
 
 
 @dataclass(frozen=True)

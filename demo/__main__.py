@@ -6,6 +6,7 @@ demo/checkpoint.pt ─export─► build/demo/models ─server─► tritonserve
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -79,14 +80,19 @@ def main() -> int:
 
 def _export(models: Path) -> None:
     warnings.filterwarnings("ignore")  # sam3's and the exporter's own deprecated calls
-    from export.pipeline import (  # noqa: PLC0415 - torch: seconds
+    import torch  # noqa: PLC0415 - seconds
+
+    from export.accelerator import Accelerator  # noqa: PLC0415
+    from export.pipeline import (  # noqa: PLC0415
         BAD_EXPORT,
         BAD_INPUT,
         export_repository,
     )
 
     try:
-        export_repository(CHECKPOINT, models, overwrite=True)
+        # Triton may see a GPU that torch does not, as with an older driver.
+        fixed = None if torch.cuda.is_available() else Accelerator.CPU
+        export_repository(CHECKPOINT, models, accelerator=fixed, overwrite=True)
     except (*BAD_INPUT, *BAD_EXPORT) as error:
         raise ExportFailed(str(error)) from error
 
@@ -164,11 +170,11 @@ def _report(rows: list[Row]) -> None:
         milliseconds = f"{row.milliseconds:.0f} ms"
         table.add_row(str(row.path), str(row.objects), f"{row.predicted:.2f}", true, milliseconds)
     console.print(table)
-    tools = Path(sys.executable).parent
+    tools = shlex.quote(str(Path(sys.executable).parent))
     for what, command in (
         (
             "keep the demo model served",
-            f"{tools}/python -m server {OUTPUT / 'models'}",
+            f"{tools}/python -m server {shlex.quote(str(OUTPUT / 'models'))}",
         ),
         (
             "segment a picture of yours",

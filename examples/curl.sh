@@ -15,7 +15,7 @@ image="x-sam3-image: $(sha256sum < "$photo" | cut -c1-64)"
 token=${TRITON_SAM3_TOKEN:+"authorization: Bearer $TRITON_SAM3_TOKEN"}
 
 ask() {
-  curl --silent --show-error --fail-with-body "$models/$1/infer" --data @- \
+  curl --noproxy 127.0.0.1 --silent --show-error --fail-with-body "$models/$1/infer" --data @- \
     --header "$json" --header "$image" ${token:+--header "$token"}
 }
 

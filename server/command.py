@@ -11,12 +11,15 @@ EXIT_TIMEOUT_SECONDS = 5
 ADMINISTRATION = "model-repository,shared-memory,trace,logging"
 ADMIN_HEADER = "triton-sam3-admin"
 
-MEMORY = {
+ENVIRONMENT = {
+    # ONNX Runtime's Linux wheels report to Microsoft by default.
+    "ORT_DISABLE_TELEMETRY": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**20),
 }
-"""glibc's thresholds, in tritonserver's environment. What is larger than the first goes back to the
-system as soon as it is freed, and so does what lies free at the end of a heap beyond the second.
+"""Tritonserver's, where the caller's says nothing else. MALLOC_*: glibc's thresholds. What is
+larger than the first goes back to the system as soon as it is freed, and so does what lies free at
+the end of a heap beyond the second.
 Left alone, glibc raises both with the largest buffer freed, to 32 and 64 MiB in each of its heaps,
 and requests of many sizes made tritonserver grow without an end in sight."""
 

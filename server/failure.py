@@ -13,6 +13,8 @@ _NOISE = ("CudaDriverHelper", "failed to load all models")
 _TAIL_LINES = 15
 _ERROR_CODE = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Not found|Unsupported): ")
 _CHANCE = "boost::interprocess::lock_exception"
+_NOEXEC = "failed to map segment from shared object"
+_NOEXEC_CAUSE = "Temporary files lie where none may be executed: set TMPDIR to another folder."
 _DEAD_STUB = "is not healthy"
 _DEAD_STUB_CAUSE = "Its process ended while loading: it crashed, or was killed for want of memory."
 
@@ -55,4 +57,6 @@ def _reason(text: str) -> str:
         return sentence.removeprefix("TritonModelException: ").strip()
     if _DEAD_STUB in sentence:
         sentence = f"{sentence} {_DEAD_STUB_CAUSE}"
+    if _NOEXEC in sentence:
+        sentence = f"{sentence} {_NOEXEC_CAUSE}"
     return "\n".join([sentence.strip(), *origin.rstrip().splitlines()])

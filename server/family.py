@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from server import installation, keeper
-from server.command import EXIT_TIMEOUT_SECONDS, MEMORY, Address, command_line
+from server.command import ENVIRONMENT, EXIT_TIMEOUT_SECONDS, Address, command_line
 from server.errors import SetupError, StartError
 
 GRACE_SECONDS = EXIT_TIMEOUT_SECONDS + 5.0
 KEEPER_SECONDS = 5.0
 _SAFE_PATH = re.compile(r"[\w./+-]+", re.ASCII)
+
+
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+"""Triton would load the models on each there is, and kept images live on one."""
 
 
 class Family:
@@ -91,7 +95,7 @@ class Family:
             backend_directory=found.backend_directory,
             extra_args=extra_args,
         )
-        self._start_keeper(command, {**MEMORY, **environment, **found.environment})
+        self._start_keeper(command, {**ENVIRONMENT, **ONE_GPU, **environment, **found.environment})
 
     def _safe_repository(self) -> Path:
         """Triton 2.51 puts the path of a model into a shell command, unquoted."""

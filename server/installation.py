@@ -7,6 +7,7 @@ nvidia-pytriton has a Python backend only and no stub beside it; it gets a priva
     work_dir/backends/onnxruntime/   model.py: serves model.onnx under the C++ backend's name
     work_dir/lib/                    the libpython that the stub embeds
     work_dir/bin/python3             only where `python3` beside this Python is another one
+    work_dir/venv                    only where this Python's path is not in ASCII
 """
 
 import importlib.util
@@ -127,12 +128,23 @@ def _libpython_directory(target: Path) -> Path:
 
 def _python_directory(target: Path) -> Path:
     """The folder whose `python3` is this interpreter: the stub finds its packages through it."""
-    beside = Path(sys.executable).parent
+    beside = _in_ascii(Path(sys.executable).parent, target.with_name("venv"))
     if (beside / "python3").exists() and (beside / "python3").samefile(sys.executable):
         return beside
     target.mkdir()
     (target / "python3").symlink_to(sys.executable)
     return target
+
+
+def _in_ascii(folder: Path, link: Path) -> Path:
+    """The same folder by a path that the stub's Python can read, whose file system is in ASCII.
+
+    By a link to the environment as a whole: packages, such as torch, ask where they are.
+    """
+    if str(folder).isascii() or not folder.is_relative_to(sys.prefix):
+        return folder
+    link.symlink_to(sys.prefix, target_is_directory=True)
+    return link / folder.relative_to(sys.prefix)
 
 
 def _prepend(paths: Sequence[Path], existing: str | None) -> str:

@@ -33,7 +33,9 @@ def listened_on(pid: int) -> set[int]:
     proc = Path(f"/proc/{pid}")
     with suppress(FileNotFoundError, ProcessLookupError):
         sockets = {str(descriptor.readlink()) for descriptor in (proc / "fd").iterdir()}
-        tables = [(proc / "net" / name).read_text() for name in ("tcp", "tcp6")]
+        families = [proc / "net" / name for name in ("tcp", "tcp6")]
+        # A kernel without IPv6 has no table of it.
+        tables = [table.read_text() for table in families if table.exists()]
         rows = [line.split() for table in tables for line in table.splitlines()[1:]]
         return {
             int(row[1].rpartition(":")[2], base=16)

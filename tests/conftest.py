@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+import export  # noqa: F401 - before ONNX Runtime, which it keeps from reporting
 from server import TritonServer
 
 if TYPE_CHECKING:

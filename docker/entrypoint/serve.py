@@ -25,7 +25,7 @@ from docker.entrypoint import drain, logs
 from docker.entrypoint.engines import EngineCaches
 from docker.entrypoint.probes import ProbeFailed, Target, live, loaded
 from server import installation, keeper
-from server.command import MEMORY, Address, command_line
+from server.command import ENVIRONMENT, Address, command_line
 from server.errors import ServerError
 from server.triton import check_repository
 
@@ -207,7 +207,7 @@ class _Server:
             work_dir=work_dir,
             grace=options.exit_seconds + KILL_AFTER_SECONDS,
             output=subprocess.PIPE,
-            environment={**MEMORY, **os.environ, **found.environment},
+            environment={**ENVIRONMENT, **os.environ, **found.environment},
         )
         with report:
             report.read()  # tritonserver's process id; the keeper waits for a reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from threading import Thread
 import cv2
 import psutil
 import pytest
+import torch
+from tritonclient.grpc import model_config_pb2
 
 from demo import __main__ as program
 from demo.__main__ import OUTPUT
 from export import pipeline
+from export.repository import DECODER, read_config
 from export.signatures import SignatureError
 from server.keeper import SHARED_MEMORY
 from tests.conftest import ROOT
@@ -91,6 +95,21 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     for step in ("exporting", "starting", "stopping"):
         assert re.search(rf"✓ {step}.*: [\d.]+ s", said)
     assert "python -m export --checkpoint sam3.pt" in said
+    config = read_config(tmp_path / OUTPUT / "models", DECODER)
+    kinds = {group.kind for group in config.instance_group}
+    # Triton may see a GPU that is none to torch.
+    assert torch.cuda.is_available() or kinds == {model_config_pb2.ModelInstanceGroup.KIND_CPU}
+
+
+def test_what_to_do_next_can_be_pasted_wherever_it_lies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/home/a b/.venv/bin/python")
+    program._report([])
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(commands) == 4
+    for command in commands:
+        assert shlex.split(command)[0].startswith("/home/a b/.venv/bin/")
 
 
 def _failure(

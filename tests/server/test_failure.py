@@ -46,6 +46,12 @@ def failed(model: str, reason: str) -> str:
             id="two models",
         ),
         pytest.param(
+            failed("a", "Not found: unable to load x.so: failed to map segment from shared object"),
+            "a: unable to load x.so: failed to map segment from shared object Temporary files lie "
+            "where none may be executed: set TMPDIR to another folder.",
+            id="a folder mounted noexec",
+        ),
+        pytest.param(
             "[libprotobuf ERROR /x/text_format.cc:337] Error parsing text-format: 2:17: x4\n"
             "E1122 11:27:46.4 13206 repository.cc:1460] \"Poll failed for model directory 'm'\"",
             "Error parsing text-format: 2:17: x4\nPoll failed for model directory 'm'",

@@ -111,3 +111,19 @@ def test_an_interpreter_beside_another_python3(
     found = installation.find(tmp_path, NOWHERE)
     first = Path(found.environment["PATH"].split(":")[0])
     assert (first / "python3").samefile(sys.executable)
+
+
+def test_an_environment_whose_path_is_not_ascii(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stub's Python cannot read such a path, and torch would not start by it."""
+    folder, work_dir = tmp_path / "José", tmp_path / "work"
+    folder.mkdir()
+    work_dir.mkdir()
+    (folder / "venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "prefix", str(folder / "venv"))
+    monkeypatch.setattr(sys, "executable", str(folder / "venv/bin" / Path(sys.executable).name))
+    found = installation.find(work_dir, NOWHERE)
+    first = Path(found.environment["PATH"].split(":")[0])
+    assert str(first).isascii()
+    assert (first / "python3").samefile(sys.executable)

@@ -1,4 +1,7 @@
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,29 @@ def test_what_could_never_work(
 ) -> None:
     with pytest.raises(SetupError, match=message):
         ports.choose(host, *wanted)
+
+
+LISTENER = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_listeners_are_found_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has none, there is no table of it."""
+    exists, read = Path.exists, Path.read_text
+
+    def read_text(path: Path) -> str:
+        if path.name == "tcp6":
+            raise FileNotFoundError(path)
+        return read(path)
+
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "tcp6" and exists(path))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    command = [sys.executable, "-c", LISTENER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        assert ports.listened_on(process.pid) == {port}

@@ -29,7 +29,7 @@ from server import (
     TritonServer,
     ports,
 )
-from server.command import MEMORY, Address
+from server.command import ENVIRONMENT, Address
 from tests.conftest import ROOT
 from tests.server import tiny
 from tests.server.conftest import Start
@@ -94,11 +94,12 @@ def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> Non
     assert process.memory_full_info().uss - before < 48 * 2**20
 
 
-def test_a_callers_own_word_on_memory_counts(working: Path, start: Start) -> None:
-    name, other = next(iter(MEMORY)), "65536"
+def test_a_callers_own_word_on_the_environment_counts(working: Path, start: Start) -> None:
+    name, other = next(iter(ENVIRONMENT)), "65536"
     server = start(working, env={name: other})
     environment = psutil.Process(server.pid).environ()
-    assert environment.items() >= {**MEMORY, name: other}.items()
+    assert environment.items() >= {**ENVIRONMENT, name: other}.items()
+    assert environment["CUDA_VISIBLE_DEVICES"] == os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
 def refused(server: TritonServer, size: int) -> int:
