@@ -174,7 +174,7 @@ def _report(rows: list[Row]) -> None:
     for what, command in (
         (
             "keep the demo model served",
-            f"{tools}/python -m server {shlex.quote(str(OUTPUT / 'models'))}",
+            f"{tools}/python -m server {OUTPUT / 'models'}",
         ),
         (
             "segment a picture of yours",

@@ -127,12 +127,15 @@ def check_values(
         values += largest
         for name, a, b in zip(FEATURES, exported, reference, strict=True):
             errors[f"{name}: relative error", FEATURE_TOLERANCE].append(relative_error(a, b))
+        own = partial(run_decoder, decoder, exported)
+        metas = partial(decode_reference, model, reference)
         for prompt, multimask in product(PROMPTS, (True, False)):
-            ours = decode(prompt, partial(run_decoder, decoder, exported), multimask=multimask)
-            metas = partial(decode_reference, model, reference)
-            theirs = decode(prompt, metas, multimask=multimask)
-            if not (exact or multimask):
-                theirs = _nearest(model, prompt, metas, ours, side=len(image))
+            ours = decode(prompt, own, multimask=multimask)
+            theirs = (
+                decode(prompt, metas, multimask=multimask)
+                if exact or multimask
+                else _nearest(model, prompt, metas, ours, side=len(image))
+            )
             logits = f"{prompt.name}: logits' relative error"
             errors[logits, LOGIT_TOLERANCE] += map(relative_error, ours[0], theirs[0])
             predicted[f"{prompt.name}: predicted IoU's error"].append(

@@ -12,10 +12,10 @@ ADMINISTRATION = "model-repository,shared-memory,trace,logging"
 ADMIN_HEADER = "triton-sam3-admin"
 
 ENVIRONMENT = {
-    # ONNX Runtime's Linux wheels report to Microsoft by default.
-    "ORT_DISABLE_TELEMETRY": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**20),
+    # ONNX Runtime's Linux wheels report to Microsoft by default.
+    "ORT_DISABLE_TELEMETRY": "1",
 }
 """Tritonserver's, where the caller's says nothing else. MALLOC_*: glibc's thresholds. What is
 larger than the first goes back to the system as soon as it is freed, and so does what lies free at

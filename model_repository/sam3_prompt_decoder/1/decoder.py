@@ -79,7 +79,6 @@ class Decoder:
             # A mask prompt's sum, on the host: waking others for it took 1.7 ms, on one 0.13.
             torch.set_num_threads(1)
         self._replays: list[ClickReplay] = []
-        self._tolerance = REPLAY_TOLERANCE[self.device.type]
         self._part = 0 if self.device.type == "cpu" else REPLAYED_OBJECTS
         self.launches = 0
         """How often the program has run."""
@@ -140,6 +139,7 @@ class Decoder:
     def _replay(self, clicks: Sequence[Sequence[Job]]) -> str:
         """Replay from now on what has these shapes; say why not, where that is so."""
         before = list(self._replays)
+        tolerance = REPLAY_TOLERANCE[self.device.type]
         try:
             expected = [self.decode(jobs) for jobs in clicks]
             replay = self._record(clicks)
@@ -147,10 +147,10 @@ class Decoder:
             for jobs, answers in zip(clicks, expected, strict=True):
                 best = self.decode([replace(job, best_only=True) for job in jobs])
                 for ours, theirs, chosen in zip(self.decode(jobs), answers, best, strict=True):
-                    _check_same(ours.low_res_masks, theirs.low_res_masks, self._tolerance)
+                    _check_same(ours.low_res_masks, theirs.low_res_masks, tolerance)
                     highest = ours.iou_predictions.argmax(1)
                     ours_best = ours.low_res_masks[torch.arange(len(highest)), highest]
-                    _check_same(chosen.low_res_masks.squeeze(1), ours_best, self._tolerance)
+                    _check_same(chosen.low_res_masks.squeeze(1), ours_best, tolerance)
         except RuntimeError as error:
             self._replays = before
             return first_line(error)

@@ -19,6 +19,10 @@ Program = Callable[..., tuple[Tensor, Tensor]]
 TORCH_VERSION = "torch_version"
 """Extra file in which the exporter notes which torch wrote the program."""
 
+NO_MEMORY = ("can't allocate", "out of memory", "ALLOC_FAILED")
+"""In messages of torch's allocator on a CPU, of CUDA for page-locked memory and for graphs, and of
+cuBLAS, none of which has an exception of its own."""
+
 
 class ProgramError(Exception):
     """A program that cannot be used; the message says why and what to do."""
@@ -116,11 +120,6 @@ def does_not_run(device: torch.device, error: Exception) -> ProgramError:
         f"the decoder does not run on {device} ({first_line(error)}); see what else uses it, and "
         "whether it is of a kind that this torch is built for"
     )
-
-
-NO_MEMORY = ("can't allocate", "out of memory", "ALLOC_FAILED")
-"""In messages of torch's allocator on a CPU, of CUDA for page-locked memory and for graphs, and of
-cuBLAS, none of which has an exception of its own."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

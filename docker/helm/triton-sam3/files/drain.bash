@@ -1,4 +1,5 @@
-# $1: seconds to be forgotten in. Before SIGTERM, at which Envoy ends at once and cuts off what it does. Its image has bash, no curl.
+# Before SIGTERM, at which Envoy ends at once and cuts off what it does. Its image has bash, no curl.
+# $1: seconds to be forgotten in.
 admin() {
   exec 3<>/dev/tcp/127.0.0.1/9901
   printf '%s HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n' "$1" >&3
