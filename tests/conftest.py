@@ -29,10 +29,13 @@ def pytest_configure() -> None:
 
     A shell starts a background job with SIGINT ignored, and every child inherits that: the
     programs under test would then never see the interrupt a test sends them. So small a model
-    only waits for its threads, most of all beside another worker's.
+    only waits for its threads, most of all beside another worker's. No proxy of the environment
+    is asked for a server on this machine.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
