@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from triton_sam3 import Client
 
 URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
@@ -30,7 +32,9 @@ def main(folder: str, boxes: str, masks: str) -> None:
     failed = 0
     with Client(URL) as client:
         # A threshold that drops nothing: each box gets its mask, however unsure the model is.
-        outcomes = client.segment_many(images, prompts, threshold=-1, progress=True)
+        outcomes = track(
+            client.segment_many(images, prompts, threshold=-1), "segmenting", len(images)
+        )
         for outcome, annotations in zip(outcomes, of_image.values(), strict=True):
             if outcome.result is None:
                 print(f"{outcome.image}: {outcome.error}", file=sys.stderr)

@@ -26,7 +26,7 @@ MODELS = (ENCODER, DECODER, READER, WRITER, *ENSEMBLES)
 
 SHARED_SOURCE = ROOT / "client" / "triton_sam3"
 SHARED_PACKAGE = "sam3_shared"
-SHARED = {READER: ("errors.py", "geometry.py"), WRITER: ("formats.py", "masks.py")}
+SHARED = {READER: ("contract.py", "errors.py", "geometry.py"), WRITER: ("formats.py", "masks.py")}
 """What the client does to pixels and logits, and two models do for callers without it: written
 once, in the client, and copied beside those models' own files, so that the results are the same
 and the server needs no client."""

@@ -15,6 +15,7 @@ from .aio import AsyncClient, AsyncView
 from .block import run_block
 from .client import Client
 from .errors import (
+    ClientUnusable,
     DeadlineExceeded,
     ImageError,
     ImageNotKept,
@@ -27,9 +28,10 @@ from .errors import (
     ServerUnreachable,
     TransportError,
 )
+from .geometry import ImageLike
 from .many import Outcome
 from .parsing import Box, Point
-from .prompts import Prompt
+from .prompts import BoxesLike, PointsLike, Prompt
 from .results import Mask, Segmentation
 from .status import ServerStatus
 from .view import View
@@ -38,9 +40,12 @@ __all__ = [
     "AsyncClient",
     "AsyncView",
     "Box",
+    "BoxesLike",
     "Client",
+    "ClientUnusable",
     "DeadlineExceeded",
     "ImageError",
+    "ImageLike",
     "ImageNotKept",
     "InvalidRequest",
     "Mask",
@@ -48,6 +53,7 @@ __all__ = [
     "Outcome",
     "Overloaded",
     "Point",
+    "PointsLike",
     "Prompt",
     "PromptError",
     "SAM3Error",

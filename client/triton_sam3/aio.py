@@ -13,17 +13,18 @@ from collections.abc import (
 )
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
 from .lifetime import closed, elsewhere, forked
-from .many import Outcome, attempt_async, jobs, run_async, with_progress_async
-from .prompts import Prompt
+from .many import Outcome, attempt_async, jobs, run_async
+from .prompts import BoxesLike, PointsLike, Prompt
+from .regions import Kind
 from .results import Segmentation
-from .retry import Retries
+from .retry import DEFAULT_TIMEOUT, Retries
 from .status import ServerStatus, status
 from .steps import perform_async
 from .transports import AsyncTransport, open_async_transport
@@ -36,7 +37,7 @@ Run = Callable[[Flow[Any]], Coroutine[Any, Any, Any]]
 class AsyncClient:
     """`Client` for asyncio: the same arguments, the same methods, to be awaited.
 
-    Not awaited are `segment_many`, which is iterated over, and a view's `close`.
+    Only `segment_many` is not awaited: it is iterated over with ``async for``.
 
     Belongs to one event loop. Decoding, resizing and mask finishing run in threads, so that the
     loop stays free.
@@ -47,9 +48,9 @@ class AsyncClient:
         url: str = DEFAULT_URL,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout: float = 120.0,
+        timeout: float = DEFAULT_TIMEOUT,
         retries: int = 4,
-        shared_memory: Literal["system", "cuda"] | None = None,
+        shared_memory: Kind | None = None,
         remember_images: int = 32,
         root_certificates: str | Path | None = None,
         private_key: str | Path | None = None,
@@ -70,8 +71,8 @@ class AsyncClient:
     async def segment(
         self,
         image: ImageLike,
-        points: Any = None,
-        boxes: Any = None,
+        points: PointsLike | None = None,
+        boxes: BoxesLike | None = None,
         *,
         prompts: Prompt | Iterable[Prompt] | None = None,
         threshold: float = 0.0,
@@ -91,7 +92,6 @@ class AsyncClient:
         multimask_output: bool = True,
         concurrency: int = 8,
         in_order: bool = True,
-        progress: bool = False,
     ) -> AsyncIterator[Outcome]:
         """See `Client.segment_many`; ``async for outcome in client.segment_many(…)``."""
         options = Options(threshold, multimask_output)
@@ -100,8 +100,7 @@ class AsyncClient:
             return self._run(self._engine.segment(image, chosen, options, keep=False))
 
         work = jobs(images, prompts, concurrency)
-        outcomes = run_async(work, partial(attempt_async, segment=segment), concurrency, in_order)
-        return with_progress_async(outcomes, images) if progress else outcomes
+        return run_async(work, partial(attempt_async, segment=segment), concurrency, in_order)
 
     async def status(self) -> ServerStatus:
         """See `Client.status`."""
@@ -161,7 +160,7 @@ class Opening:
 
     async def __aexit__(self, *_: object) -> None:
         if self._view is not None:
-            self._view.close()
+            await self._view.close()
 
 
 class AsyncView:
@@ -178,8 +177,8 @@ class AsyncView:
 
     async def segment(
         self,
-        points: Any = None,
-        boxes: Any = None,
+        points: PointsLike | None = None,
+        boxes: BoxesLike | None = None,
         *,
         prompts: Prompt | Iterable[Prompt] | None = None,
         threshold: float = 0.0,
@@ -206,7 +205,7 @@ class AsyncView:
         result: Segmentation = await self._run(self._session.reset())
         return result
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See `View.close`."""
         self._session.closed = True
 
@@ -214,4 +213,4 @@ class AsyncView:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.close()
+        await self.close()

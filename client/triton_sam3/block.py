@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import PromptError
-from .geometry import ImageLike
+from .geometry import ImageLike, load_image
 from .parsing import parse_switch, parse_threshold
-from .prompts import to_prompts
+from .prompts import Prompt, overlaps, to_prompts
 from .results import Segmentation, import_supervision
 
 BLOCK_TYPE = "roboflow_core/sam3_interactive@v1"
@@ -40,8 +40,7 @@ class Segmenter(Protocol):
         self,
         image: ImageLike,
         *,
-        points: Any = None,
-        boxes: Any = None,
+        prompts: Sequence[Prompt],
         threshold: float = 0.0,
         multimask_output: bool = True,
     ) -> Segmentation:
@@ -54,8 +53,7 @@ class BlockCall:
     """One image's arguments for `segment`, and the name its masks give as their parent."""
 
     image: ImageLike
-    points: Any
-    boxes: Any
+    prompts: tuple[Prompt, ...]
     threshold: float
     multimask_output: bool
     parent_id: str
@@ -80,8 +78,11 @@ def run_block(
         `parse_boxes` takes, or None); a single value goes with every image, as points do.
     serialize_results: false gives `supervision.Detections`, true the JSON-ready dict.
 
-    Returns a list of {"predictions": …}, one per image. Masks without a pixel are left out, as the
-    block does; boxes end where a mask does, a pixel beyond the block's. Raises PromptError for a
+    Returns a list of {"predictions": …}, one per image. As in the block, masks without a pixel are
+    left out, and boxes outside the image have none. Unlike the block, which turns masks into
+    polygons, each prompt has one row with its mask as it is, holes and separate regions included,
+    under the detection id of its prompt; boxes of masks end a pixel later; boxes given are clipped
+    to the image, and a point outside it is an error. Raises PromptError for a
     step that is not this block's, a selector without a value, and all that `segment` raises;
     TypeError for an `AsyncClient`; ImportError where Detections are wanted without supervision.
     """
@@ -91,10 +92,11 @@ def run_block(
         import_supervision()  # before the server has worked for nothing
     results = []
     for call in block_calls(definition, images, inputs):
+        pixels = load_image(call.image)
+        height, width = pixels.shape[:2]
         answer = segmenter.segment(
-            call.image,
-            points=call.points,
-            boxes=call.boxes,
+            pixels,
+            prompts=[p for p in call.prompts if p.box is None or overlaps(p.box, width, height)],
             threshold=call.threshold,
             multimask_output=call.multimask_output,
         )
@@ -119,20 +121,16 @@ def block_calls(
         given = _resolve(definition.get("images"), "images", values)
     is_list = isinstance(given, (list, tuple))
     batch: list[Any] = list(given) if is_list else [given]
-    common = {
-        "points": fields["points"],
-        "threshold": parse_threshold(fields["threshold"]),
-        "multimask_output": _multimask_output(fields["multimask_output"]),
-    }
+    threshold = parse_threshold(fields["threshold"])
+    multimask_output = _multimask_output(fields["multimask_output"])
     boxes = _boxes_per_image(fields["boxes"], len(batch), is_list)
     parents = _parent_ids(definition.get("images"), len(batch), is_list)
-    calls = [
-        BlockCall(image=image, boxes=its_boxes, parent_id=parent, **common)
+    return [
+        BlockCall(
+            image, to_prompts(fields["points"], its_boxes), threshold, multimask_output, parent
+        )
         for image, its_boxes, parent in zip(batch, boxes, parents, strict=True)
     ]
-    for call in calls:
-        to_prompts(call.points, call.boxes)  # what cannot be read shows before the first image goes
-    return calls
 
 
 def block_output(
@@ -141,7 +139,7 @@ def block_output(
     """Return one image's answer as the block does: {"predictions": …}."""
     visible = dataclasses.replace(answer[answer.boxes.any(axis=1)], parent_id=call.parent_id)
     if serialize_results:
-        return {"predictions": visible.to_roboflow()}
+        return {"predictions": visible.to_roboflow(rle=True)}  # the polygon has room for one region
     detections = visible.to_supervision()
     # The image is its own parent and root: it was not cropped from another.
     size = detections.data["image_dimensions"]

@@ -1,8 +1,4 @@
-"""`triton-sam3`: segment from the command line.
-
-Exit codes: 0 done; 1 the server failed, or could not be reached, or is not ready; 2 the input is
-wrong; 3 some images of a folder could not be segmented, and the others were.
-"""
+"""`triton-sam3`: segment from the command line."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +7,11 @@ from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_args
 
 import typer
-from PIL import Image
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from . import folders
@@ -23,13 +19,28 @@ from .client import Client
 from .endpoint import DEFAULT_URL
 from .errors import ImageError, InvalidRequest, ModelUnavailable, PromptError, SAM3Error
 from .prompts import to_prompts
+from .regions import Kind
 from .results import Segmentation, file_kind
+from .retry import DEFAULT_TIMEOUT
 from .status import ServerStatus, store_metrics
 
 FAILED, BAD_INPUT, SOME_FAILED = 1, 2, 3
 
+HELP = """Segment images with a SAM 3 server.
+
+Exit codes:
+
+0  done
+
+1  the server failed, could not be reached, or is not ready
+
+2  the input is wrong
+
+3  some images of a folder could not be segmented; the others were
+"""
+
 app = typer.Typer(
-    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 
@@ -41,17 +52,17 @@ class Format(str, Enum):
     png = "png"
 
 
-class SharedMemoryKind(str, Enum):
-    """Kinds of shared memory."""
-
-    system = "system"
-    cuda = "cuda"
+SharedMemoryKind = Enum("SharedMemoryKind", {kind: kind for kind in get_args(Kind)}, type=str)  # type: ignore[misc]
 
 
 URLS = "grpc://, http://, or with TLS grpcs://, https://"
 
 # Optional[…] rather than … | None: typer evaluates these at run time, and Python 3.10 is supported.
 Url = Annotated[str, typer.Option(envvar="TRITON_SAM3_URL", help=URLS)]
+Token = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(envvar="TRITON_SAM3_TOKEN", help="Bearer token that a proxy asks for."),
+]
 Headers = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--header", metavar="NAME:VALUE", help="Sent with every request; repeatable."),
@@ -63,7 +74,10 @@ Certificates = Annotated[
 ]
 Shared = Annotated[
     Optional[SharedMemoryKind],  # noqa: UP045
-    typer.Option("--shared-memory", help="For a server on this host."),
+    typer.Option(
+        "--shared-memory",
+        help="Pass images through shared memory; the server must run on this host.",
+    ),
 ]
 Points = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -73,9 +87,12 @@ Boxes = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Pixels; each is one object. Repeatable."),
 ]
-Threshold = Annotated[float, typer.Option(help="Least predicted IoU of a mask.")]
+Threshold = Annotated[float, typer.Option(help="Drop masks with a lower predicted IoU.")]
 Multimask = Annotated[
-    bool, typer.Option("--multimask/--single-mask", help="Choose among three masks an object.")
+    bool,
+    typer.Option(
+        "--multimask/--single-mask", help="Propose three masks per object and keep the best."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -95,12 +112,12 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What is asked of the command itself."""
+    """Options of the command itself."""
 
 
 @app.command()
 def segment(
-    image: Annotated[Path, typer.Argument(help="The image's file.")],
+    image: Annotated[Path, typer.Argument(help="Image file.")],
     point: Points = None,
     box: Boxes = None,
     threshold: Threshold = 0.0,
@@ -110,12 +127,13 @@ def segment(
         typer.Option("--output", "-o", help=".png or .jpg overlay, .json, or .npz", dir_okay=False),
     ] = None,
     index_mask: Annotated[
-        bool, typer.Option("--index-mask", help="Write a .png of mask numbers, no overlay.")
+        bool, typer.Option("--index-mask", help="Write a .png of mask numbers, not an overlay.")
     ] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
+    token: Token = None,
     header: Headers = None,
-    timeout: Timeout = 120.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     root_certificates: Certificates = None,
     shared_memory: Shared = None,
 ) -> None:
@@ -124,10 +142,10 @@ def segment(
         asked = _asked(point, box)
         if output is not None:
             _check_file(output, with_image=not index_mask)
-        with _connect(url, header, timeout, root_certificates, shared_memory) as client:
+        with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
             result = client.segment(image, **asked, threshold=threshold, multimask_output=multimask)
         if output is not None:
-            _save(result, output, None if index_mask else image, asked)
+            result.save(output, None if index_mask else image, prompts=to_prompts(**asked))
     if as_json:
         typer.echo(json.dumps(result.to_roboflow(rle=True)))
     else:
@@ -136,9 +154,9 @@ def segment(
 
 @app.command()
 def segment_dir(
-    folder: Annotated[Path, typer.Argument(help="Its images, not those of folders in it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images (not recursive).")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write to, one file an image.")
+        Path, typer.Option("--output", "-o", help="Folder to write to, one file per image.")
     ],
     point: Points = None,
     box: Boxes = None,
@@ -153,11 +171,12 @@ def segment_dir(
     threshold: Threshold = 0.0,
     multimask: Multimask = True,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.json,
-    concurrency: Annotated[int, typer.Option(min=1, help="Images at work at once.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Images processed concurrently.")] = 8,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
+    token: Token = None,
     header: Headers = None,
-    timeout: Timeout = 120.0,
+    timeout: Timeout = DEFAULT_TIMEOUT,
     root_certificates: Certificates = None,
     shared_memory: Shared = None,
 ) -> None:
@@ -165,7 +184,7 @@ def segment_dir(
     with _reported():
         images, asked = _folder_work(folder, prompts, point, box)
         folders.check_output(folder, output)
-        with _connect(url, header, timeout, root_certificates, shared_memory) as client:
+        with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
             _check_ready(client.status())
             output.mkdir(parents=True, exist_ok=True)
             outcomes = client.segment_many(
@@ -174,9 +193,11 @@ def segment_dir(
                 threshold=threshold,
                 multimask_output=multimask,
                 concurrency=concurrency,
-                progress=not as_json,
             )
-            lines = [folders.write(outcome, folder, output, format.value) for outcome in outcomes]
+            bar = track(
+                outcomes, "segmenting", len(images), console=Console(stderr=True), disable=as_json
+            )
+            lines = [folders.write(outcome, folder, output, format.value) for outcome in bar]
     failed = [line for line in lines if "error" in line]
     if as_json:
         typer.echo(json.dumps(lines))
@@ -196,13 +217,14 @@ def status(
     ] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
+    token: Token = None,
     header: Headers = None,
     timeout: Timeout = 10.0,
     root_certificates: Certificates = None,
 ) -> None:
     """Show the server, its models and, given the metrics' URL, the images it keeps."""
     with _reported():
-        with _connect(url, header, timeout, root_certificates, None) as client:
+        with _connect(url, token, header, timeout, root_certificates, None) as client:
             found = client.status()
         metrics = store_metrics(metrics_url, timeout) if metrics_url else {}
     if as_json:
@@ -238,12 +260,13 @@ def _fail(error: Exception, code: int) -> None:
 
 def _connect(
     url: str,
+    token: str | None,
     header: list[str] | None,
     timeout: float,
     root_certificates: Path | None,
     shared_memory: SharedMemoryKind | None,
 ) -> Client:
-    headers = {}
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
     for line in header or ():
         name, colon, value = line.partition(":")
         if not colon or not name.strip():
@@ -280,13 +303,6 @@ def _check_file(output: Path, *, with_image: bool) -> None:
     file_kind(output, with_image=with_image)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")
-
-
-def _save(result: Segmentation, output: Path, image: Path | None, asked: dict[str, Any]) -> None:
-    if image is not None and output.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        Image.fromarray(result.draw(image, prompts=to_prompts(**asked))).save(output)
-    else:
-        result.save(output)
 
 
 def _folder_work(

@@ -6,17 +6,18 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
 from .lifetime import closed, forked
-from .many import Outcome, attempt, jobs, run, with_progress
-from .prompts import Prompt
+from .many import Outcome, attempt, jobs, run
+from .prompts import BoxesLike, PointsLike, Prompt
+from .regions import Kind
 from .results import Segmentation
-from .retry import Retries
+from .retry import DEFAULT_TIMEOUT, Retries
 from .status import ServerStatus, status
 from .steps import perform
 from .transports import LoopThread, Transport, open_transport
@@ -54,9 +55,9 @@ class Client:
         url: str = DEFAULT_URL,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout: float = 120.0,
+        timeout: float = DEFAULT_TIMEOUT,
         retries: int = 4,
-        shared_memory: Literal["system", "cuda"] | None = None,
+        shared_memory: Kind | None = None,
         remember_images: int = 32,
         root_certificates: str | Path | None = None,
         private_key: str | Path | None = None,
@@ -78,8 +79,8 @@ class Client:
     def segment(
         self,
         image: ImageLike,
-        points: Any = None,
-        boxes: Any = None,
+        points: PointsLike | None = None,
+        boxes: BoxesLike | None = None,
         *,
         prompts: Prompt | Iterable[Prompt] | None = None,
         threshold: float = 0.0,
@@ -92,14 +93,15 @@ class Client:
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``.
         boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, Roboflow
-            predictions or `supervision.Detections`. Empty boxes alone give an empty result
-            without a call.
+            predictions or `supervision.Detections`. A box is clipped to the image, which Meta's
+            predictor does not do. Empty boxes alone give an empty result without a call.
         prompts: instead of both, any mix of points, box and mask, one `Prompt` an object.
         threshold: masks whose predicted IoU is lower are dropped.
         multimask_output: let the model propose three masks an object and take the best by
             predicted IoU; better for a single click, which may mean several things.
 
-        Raises PromptError and ImageError before anything is sent, ServerError and TransportError.
+        Raises, before anything is sent, ImageError, and PromptError (also for a point or a whole
+        box outside the image); then ServerError and TransportError.
         """
         chosen = gather_prompts(points, boxes, prompts)
         options = Options(threshold, multimask_output)
@@ -114,7 +116,6 @@ class Client:
         multimask_output: bool = True,
         concurrency: int = 8,
         in_order: bool = True,
-        progress: bool = False,
     ) -> Iterator[Outcome]:
         """Segment many images at once, and yield one `Outcome` for each.
 
@@ -124,7 +125,6 @@ class Client:
         concurrency: images at work at the same time. A proxy lets in two new images for each
             server; further ones wait their turn, within `timeout`.
         in_order: as the images come; false yields each as soon as it is done.
-        progress: draw a bar on stderr.
 
         An image that cannot be segmented is an outcome with its error and stops nothing. What
         `images` or `prompts` themselves raise comes after the outcomes of all images before. The
@@ -136,8 +136,7 @@ class Client:
             return self._run(self._engine.segment(image, chosen, options, keep=False))
 
         work = jobs(images, prompts, concurrency)
-        outcomes = run(work, partial(attempt, segment=segment), concurrency, in_order)
-        return with_progress(outcomes, images) if progress else outcomes
+        return run(work, partial(attempt, segment=segment), concurrency, in_order)
 
     def status(self) -> ServerStatus:
         """Ask the server for its version, its models and their sizes."""

@@ -23,6 +23,10 @@ WORK_HEADER = "x-sam3-work"
 proxy bounds each by itself."""
 ENCODE, CLICK = "encode", "click"
 
+LABEL_NEGATIVE, LABEL_POSITIVE, LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT = 0, 1, 2, 3
+LABEL_PADDING = -1
+"""What `point_labels` says of a token; a box is two tokens, its corners."""
+
 NOT_KEPT = "image_id not found"
 """How the decoder's error starts when it does not (or no longer) keep an image."""
 

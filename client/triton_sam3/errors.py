@@ -3,6 +3,7 @@
 SAM3Error
 ├── PromptError (ValueError)                  a prompt is wrong; nothing was sent
 ├── ImageError (ValueError)                   an image cannot be read, or is of a kind not accepted
+├── ClientUnusable (RuntimeError)             closed, or used in another process or event loop
 ├── ServerError                               the server answered with an error
 │   ├── InvalidRequest                        it refused the request: correct it, do not retry
 │   ├── ImageNotKept                          the image id is unknown or evicted: send the image
@@ -28,6 +29,10 @@ class PromptError(SAM3Error, ValueError):
 
 class ImageError(SAM3Error, ValueError):
     """An image cannot be read, or is of a kind that is not accepted; nothing was sent."""
+
+
+class ClientUnusable(SAM3Error, RuntimeError):
+    """The client or view is closed, or belongs to another process or event loop; make a new one."""
 
 
 class ServerError(SAM3Error):

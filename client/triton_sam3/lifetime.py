@@ -17,24 +17,24 @@ from typing import Any
 import cv2
 
 from .endpoint import Endpoint
-from .errors import SAM3Error, TransportError
+from .errors import ClientUnusable, SAM3Error
 from .flow import Call
 from .translation import translate
 
 
-def closed(url: str) -> TransportError:
+def closed(url: str) -> ClientUnusable:
     """What a closed client says."""
-    return TransportError(f"this client of {url} is closed; make a new one")
+    return ClientUnusable(f"this client of {url} is closed; make a new one")
 
 
-def forked(url: str) -> TransportError:
+def forked(url: str) -> ClientUnusable:
     """What a client says in a process that inherited it."""
-    return TransportError(f"this client of {url} was made before a fork; make one in each process")
+    return ClientUnusable(f"this client of {url} was made before a fork; make one in each process")
 
 
-def elsewhere(url: str) -> TransportError:
+def elsewhere(url: str) -> ClientUnusable:
     """What an asyncio client says in another event loop than its first."""
-    return TransportError(
+    return ClientUnusable(
         f"this client of {url} belongs to another event loop, that of its first call; make one in "
         "each"
     )

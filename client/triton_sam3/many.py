@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .engine import Prompts, gather_prompts
 from .errors import ImageError, PromptError
@@ -201,32 +199,3 @@ async def _finished_async(
     for future in ready:
         del window[future]
     return outcomes
-
-
-def with_progress(outcomes: Iterator[Outcome], images: Iterable[ImageLike]) -> Iterator[Outcome]:
-    """The same outcomes, counted by a bar on stderr."""
-    with _bar() as bar:
-        task = bar.add_task("", total=_length(images))
-        for outcome in outcomes:
-            bar.advance(task)
-            yield outcome
-
-
-async def with_progress_async(
-    outcomes: AsyncIterator[Outcome], images: Iterable[ImageLike]
-) -> AsyncIterator[Outcome]:
-    """`with_progress`, awaited."""
-    with _bar() as bar:
-        task = bar.add_task("", total=_length(images))
-        async for outcome in outcomes:
-            bar.advance(task)
-            yield outcome
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def _length(images: Iterable[ImageLike]) -> int | None:
-    return len(images) if isinstance(images, Sized) else None

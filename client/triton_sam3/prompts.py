@@ -12,11 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .contract import (
+    LABEL_BOX_BOTTOM_RIGHT,
+    LABEL_BOX_TOP_LEFT,
+    LABEL_NEGATIVE,
+    LABEL_PADDING,
+    LABEL_POSITIVE,
+)
 from .errors import PromptError
 from .geometry import to_fractions
 from .parsing import (
@@ -34,8 +41,27 @@ from .parsing import (
 FOREGROUND_CLASS_ID = -1
 FOREGROUND_CLASS_NAME = "foreground"
 
-LABEL_NEGATIVE, LABEL_POSITIVE, LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT = 0, 1, 2, 3
-LABEL_PADDING = -1
+
+class HasXYXY(Protocol):
+    """`supervision.Detections`, and other libraries' detections like it."""
+
+    @property
+    def xyxy(self) -> Any:
+        """Boxes [n, 4]: x_min, y_min, x_max, y_max in pixels."""
+
+
+PointsLike: TypeAlias = (
+    Sequence[Point | Sequence[float] | Mapping[str, Any] | NDArray[Any]] | NDArray[Any]
+)
+"""Points of one object: what `parse_points` reads."""
+
+BoxesLike: TypeAlias = (
+    Sequence[Box | Sequence[float] | Mapping[str, Any] | NDArray[Any]]
+    | NDArray[Any]
+    | Mapping[str, Any]
+    | HasXYXY
+)
+"""Boxes, one object each: what `parse_boxes` reads."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -208,15 +234,17 @@ def _tokens(
     return xy, labels
 
 
+def overlaps(box: Box, width: int, height: int) -> bool:
+    """Whether any of a box is inside, or on the border of, an image of width × height pixels."""
+    return box.x_min <= width and box.y_min <= height and box.x_max >= 0 and box.y_max >= 0
+
+
 def _clip(box: Box, width: int, height: int) -> Box:
-    clipped = Box(
+    if not overlaps(box, width, height):
+        raise PromptError(f"box {tuple(box)} lies entirely outside the {width}×{height} image")
+    return Box(
         max(box.x_min, 0.0), max(box.y_min, 0.0), min(box.x_max, width), min(box.y_max, height)
     )
-    if clipped.x_min > clipped.x_max or clipped.y_min > clipped.y_max:
-        raise PromptError(
-            f"box {tuple(box)} is outside the image of {width}×{height} pixels altogether"
-        )
-    return clipped
 
 
 def _check_inside(point: Point, width: int, height: int) -> None:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -120,7 +120,7 @@ def make_region(kind: Kind, size: int) -> Region:
 
 def check_available(kind: str) -> None:
     """Raise where this machine cannot share memory of this kind, saying why and what to do."""
-    if kind not in ("system", "cuda"):
+    if kind not in get_args(Kind):
         raise ValueError(f"shared_memory must be 'system', 'cuda' or None, got {kind!r}")
     if kind == "system" and not (SYSTEM_FOLDER.is_dir() and Path("/proc/self/stat").exists()):
         raise TransportError("shared_memory='system' needs Linux with /dev/shm; leave it out here")

@@ -133,14 +133,14 @@ class Segmentation:
         image_size: tuple[int, int],
         *,
         threshold: float = 0.0,
-        parent_id: str = "",
     ) -> Segmentation:
         """Make masks of the server's answer, dropping those scored below `threshold`.
 
         logits: [N, M, M], the chosen candidate of each prompt; scores: [N], its predicted IoU.
         A prompt without a detection id gets a new one.
         """
-        kept = np.flatnonzero(scores >= threshold)
+        # In double precision, as Roboflow compares: FP32 would round a threshold such as 0.9 up.
+        kept = np.flatnonzero(scores.astype(np.float64) >= threshold)
         chosen = [prompts[index] for index in kept]
         masks = finish_masks(logits[kept], *image_size)
         return cls(
@@ -153,7 +153,6 @@ class Segmentation:
             detection_ids=tuple(prompt.detection_id or str(uuid.uuid4()) for prompt in chosen),
             prompt_indices=kept.astype(np.int64),
             image_size=image_size,
-            parent_id=parent_id,
         )
 
     @classmethod
@@ -220,7 +219,7 @@ class Segmentation:
 
     def filter(self, threshold: float) -> Segmentation:
         """Masks scored at least `threshold`."""
-        return self[self.scores >= threshold]
+        return self[self.scores.astype(np.float64) >= threshold]
 
     @property
     def areas(self) -> NDArray[np.int64]:
@@ -303,13 +302,19 @@ class Segmentation:
             )
         return drawing.overlay(pixels, self.masks, prompts, opacity)
 
-    def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        image: ImageLike | None = None,
+        *,
+        prompts: Iterable[Prompt] = (),
+    ) -> None:
         """Write to a file; the suffix says what.
 
         .json  `to_roboflow(rle=True)`
         .npz   every array as it is; `Segmentation.load` reads it back
-        .png   with `image`, the overlay of `draw`; without, an index mask: 0 background, i + 1
-               mask i, the best score on top (16-bit beyond 255 masks)
+        .png   with `image`, the overlay of `draw`, `prompts` included; without, an index mask:
+               0 background, i + 1 mask i, the best score on top (16-bit beyond 255 masks)
         .jpg   the overlay; needs `image`
         """
         target = Path(path)
@@ -322,7 +327,7 @@ class Segmentation:
         elif image is None:
             Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
         else:
-            Image.fromarray(self.draw(image)).save(target)
+            Image.fromarray(self.draw(image, prompts=prompts)).save(target)
 
     def _save_arrays(self, file: IO[bytes]) -> None:
         np.savez_compressed(

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from .errors import Overloaded, SAM3Error, ServerUnreachable
 from .flow import Call, Flow, Infer, Query, Sleep
 from .translation import ModelGone, Refused
+
+DEFAULT_TIMEOUT = 120.0
+"""Seconds: a server on a CPU takes half a minute to encode an image at full size."""
 
 RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
 """A refused prompt stays refused and a spent deadline stays spent; these may pass."""
@@ -58,8 +60,8 @@ class Retries:
         """Send `request`, again where that is safe, until `timeout` seconds from now."""
         started = self.clock()
         deadline = started + self.timeout
-        failed = 0
-        for turn in count():
+        turn = failed = 0
+        while True:
             now = self.clock()
             try:
                 return (yield Call(request, max(deadline - now, 0.0), now - started))
@@ -73,4 +75,4 @@ class Retries:
                 if spent or self.clock() + pause >= deadline:
                     raise
             yield Sleep(pause)
-        raise AssertionError("unreachable")
+            turn += 1

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SAM3Error, TransportError
+from .errors import SAM3Error, ServerError, TransportError
 from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
 from .regions import (
     Kind,
@@ -89,7 +89,7 @@ class SharedMemory:
             answered = True
             return outputs
         except SAM3Error as error:
-            answered = not isinstance(error, TransportError | RegionLost)
+            answered = isinstance(error, ServerError) and not isinstance(error, RegionLost)
             raise
         finally:
             # Without an answer the server may still be reading: the region is not used again.
@@ -138,7 +138,7 @@ class SharedMemory:
         except BaseException as error:
             # The server may have it all the same, unless it has said that it does not.
             self._put_back(region, self._lost)
-            if isinstance(error, SAM3Error) and not isinstance(error, TransportError):
+            if isinstance(error, ServerError):
                 raise _not_shared(self._kind, error) from error
             raise
 
@@ -221,14 +221,12 @@ class SharedMemory:
             yield from brief.send(region.unregister())
         except RegionInUse:
             return False
-        except TransportError:
-            raise
-        except SAM3Error as error:
+        except ServerError as error:
             _log.debug("region %s is not unregistered: %s", region.name, error)
         return True
 
 
-def _not_shared(kind: str, error: SAM3Error) -> TransportError:
+def _not_shared(kind: str, error: ServerError) -> TransportError:
     return TransportError(
         f"the server cannot use shared_memory={kind!r}: {error}; it must run on this host, as this "
         f"user, and share {'/dev/shm (docker run --ipc=host)' if kind == 'system' else 'the GPU'}; "
@@ -268,9 +266,7 @@ def _sweep(kind: Kind, retries: Retries) -> Flow[None]:
             if is_abandoned(name):
                 with suppress(RegionInUse):  # its request outlives it: the next client's to sweep
                     yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
-    except TransportError:
-        raise
-    except SAM3Error as error:  # a proxy may allow registering and forbid looking at the list
+    except ServerError as error:  # a proxy may allow registering and forbid looking at the list
         _log.debug("regions of dead clients are not swept: %s", error)
 
 

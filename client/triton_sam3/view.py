@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from .engine import Engine, Options, Picture, finish, gather_prompts
-from .errors import PromptError
+from .errors import ClientUnusable
 from .flow import Acquire, Compute, Flow
 from .kept import ImageSlot
 from .parsing import Point
-from .prompts import Prompt
+from .prompts import BoxesLike, PointsLike, Prompt
 from .protocol import Answer, Flags
 from .results import Segmentation
 
@@ -113,7 +113,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise PromptError("this view is closed; open the image again to ask about it")
+            raise ClientUnusable("this view is closed; open the image again to ask about it")
 
 
 class View:
@@ -133,8 +133,8 @@ class View:
 
     def segment(
         self,
-        points: Any = None,
-        boxes: Any = None,
+        points: PointsLike | None = None,
+        boxes: BoxesLike | None = None,
         *,
         prompts: Prompt | Iterable[Prompt] | None = None,
         threshold: float = 0.0,

@@ -19,10 +19,9 @@ from tests.stubs import held
 from triton_sam3 import (
     AsyncClient,
     Client,
+    ClientUnusable,
     DeadlineExceeded,
-    PromptError,
     Segmentation,
-    TransportError,
 )
 from triton_sam3.deadline import timeout
 from triton_sam3.endpoint import Endpoint
@@ -51,13 +50,16 @@ async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
     async with AsyncClient(url) as client:
         async with client.open(coins) as view:
             first = await view.click(110, 80)
-        with pytest.raises(PromptError, match="view is closed"):
+        with pytest.raises(ClientUnusable, match="view is closed"):
             await view.click(110, 80)
         awaited = await client.open(coins)
         again = await awaited.click(110, 80)
         async with await client.open(coins) as view:
             assert view.size == (384, 303)
             await view.click(60, 200)
+        await awaited.close()
+        with pytest.raises(ClientUnusable, match="view is closed"):
+            await awaited.click(110, 80)
             assert len(await view.reset()) == 0
             np.testing.assert_array_equal((await view.click(110, 80)).logits, first.logits)
             assert len(await view.segment(boxes=BOXES, threshold=-1)) == 2
@@ -202,7 +204,7 @@ async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
     await client.segment(coins, POINTS)
     await client.close()
     await client.close()
-    with pytest.raises(TransportError, match="is closed"):
+    with pytest.raises(ClientUnusable, match="is closed"):
         await client.segment(coins, POINTS)
 
 
@@ -227,7 +229,7 @@ async def test_whoever_comes_as_a_lock_changes_hands_has_a_deadline_as_well() ->
 def test_a_client_says_so_in_another_event_loop(url: str, coins: Pixels) -> None:
     client = AsyncClient(url)
     assert len(asyncio.run(client.segment(coins, POINTS, threshold=-1))) == 1
-    with pytest.raises(TransportError, match="belongs to another event loop"):
+    with pytest.raises(ClientUnusable, match="belongs to another event loop"):
         asyncio.run(client.segment(coins, POINTS))
     asyncio.run(client.close())
 
@@ -262,7 +264,7 @@ async def test_closing_ends_what_other_tasks_have_under_way(url: str, coins: Pix
         assert not any(task.cancelled() for task in done)
         ended += [task.exception() for task in done]
     assert len(ended) == 24
-    assert {type(error) for error in ended} == {TransportError}
+    assert {type(error) for error in ended} == {ClientUnusable}
     assert all("is closed" in str(error) for error in ended)
 
 
@@ -288,7 +290,7 @@ async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pi
             signal.alarm(30)
             try:
                 await client.segment(coins, POINTS)
-            except TransportError as error:
+            except ClientUnusable as error:
                 await client.close()
                 os._exit(7 if "made before a fork" in str(error) else 1)
             finally:

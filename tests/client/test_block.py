@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from triton_sam3.block import BLOCK_TYPE, run_block
 from triton_sam3.errors import PromptError
 from triton_sam3.geometry import ImageLike, load_image
 from triton_sam3.parsing import Box
-from triton_sam3.prompts import Prompt, to_prompts
+from triton_sam3.prompts import Prompt
 from triton_sam3.results import Segmentation
 
 SIDE = 64
@@ -46,14 +46,12 @@ class Boxes:
         self,
         image: ImageLike,
         *,
-        points: Any = None,
-        boxes: Any = None,
+        prompts: Sequence[Prompt],
         threshold: float = 0.0,
         multimask_output: bool = True,
     ) -> Segmentation:
         self.calls.append({"threshold": threshold, "multimask_output": multimask_output})
         height, width = load_image(image).shape[:2]
-        prompts = to_prompts(points, boxes)
         planes = [logits_of(prompt, width, height) for prompt in prompts]
         return Segmentation.from_logits(
             np.array(planes, np.float32).reshape(-1, SIDE, SIDE),
@@ -108,7 +106,7 @@ def test_literal_points(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
 
 @pytest.mark.semantic(
     "block",
-    "selectors stand for given values; class, class id and detection id are carried",
+    "selectors stand for given values; class and class id are carried",
     "the block's rules",
 )
 def test_selectors_are_resolved_by_name_and_in_full(
@@ -157,9 +155,24 @@ def test_serialized_results_are_json(segmenter: Boxes, image: NDArray[np.uint8])
     response = json.loads(json.dumps(result))["predictions"]
     assert response["image"] == {"width": 320, "height": 240}
     (prediction,) = response["predictions"]
+    assert prediction["rle_mask"]["size"] == [240, 320]  # a polygon would lose holes and regions
     assert (prediction["x"], prediction["y"]) == pytest.approx((45, 70), abs=320 / SIDE)
     assert (prediction["class"], prediction["class_id"]) == ("cat", 5)
     assert (prediction["detection_id"], prediction["parent_id"]) == ("id-cat", "image")
+
+
+@pytest.mark.semantic(
+    "block", "a box outside the image has no mask, the others have theirs", "the block's rules"
+)
+def test_a_box_outside_the_image_has_no_mask(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
+    boxes = detections("left", "inside", "below")
+    boxes.xyxy[0] = (-60, 30, -10, 110)
+    boxes.xyxy[2] = (20, 241, 70, 300)
+    results = run_block(
+        segmenter, step(boxes="$inputs.boxes"), [image] * 2, {"boxes": [boxes, boxes[[0, 2]]]}
+    )
+    names = [result["predictions"]["class_name"].tolist() for result in results]
+    assert names == [["inside"], []]
 
 
 @pytest.mark.semantic(

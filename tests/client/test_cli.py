@@ -229,3 +229,18 @@ def test_the_installed_command(server: TritonServer) -> None:
 def test_help_names_every_scheme() -> None:
     helped = invoke("segment", "--help").output
     assert all(scheme in helped for scheme in ("grpc://", "grpcs://", "http://", "https://"))
+
+
+def test_the_token_is_sent_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_SAM3_TOKEN", "secret")
+    with misbehaving.http((404, b"{}")) as (url, server):
+        invoke("status", url=url)
+        invoke("status", "--token", "other", url=url)
+    assert server.headers[0]["authorization"] == "Bearer secret"
+    assert server.headers[-1]["authorization"] == "Bearer other"
+
+
+def test_help_names_every_exit_code() -> None:
+    printed = invoke("--help").stdout
+    for code in (0, FAILED, BAD_INPUT, SOME_FAILED):
+        assert f" {code}  " in printed

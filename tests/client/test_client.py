@@ -22,13 +22,13 @@ from tests.client.statistics import decodings, encodings
 from tests.client.test_shared_memory import regions
 from triton_sam3 import (
     Client,
+    ClientUnusable,
     ImageError,
     InvalidRequest,
     Prompt,
     PromptError,
     Segmentation,
     ServerError,
-    TransportError,
 )
 
 Pixels = NDArray[np.uint8]
@@ -244,7 +244,7 @@ def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
     client.segment(coins, POINTS)
     client.close()
     client.close()
-    with pytest.raises(TransportError, match="is closed"):
+    with pytest.raises(ClientUnusable, match="is closed"):
         client.segment(coins, POINTS)
 
 
@@ -302,7 +302,7 @@ def test_closing_ends_what_other_threads_have_under_way(
         for thread in threads:
             thread.join(30)
     assert len(ended) == 24
-    assert {type(error) for error in ended} == {TransportError}
+    assert {type(error) for error in ended} == {ClientUnusable}
     assert all("is closed" in str(error) for error in ended)
     assert regions(server) == []
 
@@ -337,7 +337,7 @@ def test_a_forked_child_waits_for_no_thread_of_opencv_that_its_parent_had(url: s
 FORKING = """
 import os, signal, sys
 import numpy as np
-from triton_sam3 import Client, TransportError
+from triton_sam3 import Client, ClientUnusable
 signal.alarm(90)
 image = np.zeros((50, 60, 3), np.uint8)
 client = Client({url!r}, shared_memory={shared_memory!r})
@@ -348,7 +348,7 @@ for number, leave in enumerate(("client.close()", "del client", "pass"), 1):
         signal.alarm(30)
         try:
             client.segment(image, points=[(5, 5)])
-        except TransportError as error:
+        except ClientUnusable as error:
             print(error, flush=True)
         exec(leave)
         with Client({url!r}, shared_memory={shared_memory!r}) as own:

@@ -209,11 +209,8 @@ async def test_awaited_and_as_completed(
     async with AsyncClient(url) as client:
         outcomes = [
             outcome
-            async for outcome in client.segment_many(
-                images, [POINT, BOX] * 3, in_order=False, progress=True
-            )
+            async for outcome in client.segment_many(images, [POINT, BOX] * 3, in_order=False)
         ]
-        assert "6/6" in capsys.readouterr().err
         assert sorted(outcome.index for outcome in outcomes) == list(range(6))
         for outcome in outcomes:
             asked: dict[str, Any] = (POINT, BOX)[outcome.index % 2]
@@ -229,13 +226,3 @@ def test_the_images_are_not_kept(url: str, fresh: Fresh, server: TritonServer) -
         assert all(not o.error for o in client.segment_many([image, image], POINT))
         client.segment(image, points=POINT["points"])
         assert encodings(server) == before + 3
-
-
-def test_progress_goes_to_stderr(
-    url: str, coins: Pixels, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with Client(url) as client:
-        assert len(list(client.segment_many([coins] * 2, POINT, progress=True))) == 2
-    captured = capsys.readouterr()
-    assert "2/2" in captured.err
-    assert not captured.out

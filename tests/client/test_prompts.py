@@ -187,7 +187,7 @@ def test_boxes_that_overshoot_are_clipped() -> None:
     "box", [(-9, 0, -1, 9), (641, 0, 700, 9), (0, 481, 9, 500), (0, -9, 9, -1)]
 )
 def test_boxes_outside_are_errors(box: Any) -> None:
-    with pytest.raises(PromptError, match=r"^box \(.*\) is outside the image of 640×480 pixels"):
+    with pytest.raises(PromptError, match=r"^box \(.*\) lies entirely outside the 640×480 image"):
         pack([Prompt(box=box)], WIDTH, HEIGHT)
 
 
@@ -302,9 +302,9 @@ def test_as_many_names_as_boxes() -> None:
 
 def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:
     prompts = [Prompt(points=[(1, 1)]), Prompt(box=(700, 0, 800, 9))]
-    with pytest.raises(PromptError, match=r"^objects\[1\]: box .* is outside the image"):
+    with pytest.raises(PromptError, match=r"^objects\[1\]: box .* lies entirely outside"):
         pack(prompts, WIDTH, HEIGHT)
-    with pytest.raises(PromptError, match=r"^objects\[257\]: box .* is outside the image"):
+    with pytest.raises(PromptError, match=r"^objects\[257\]: box .* lies entirely outside"):
         pack(prompts[1:], WIDTH, HEIGHT, first=257)
 
 

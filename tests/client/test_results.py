@@ -41,13 +41,13 @@ def segmentation() -> Segmentation:
         | {"detection_id": "given"},
     ]
     logits = np.stack([ring(18, 20, 9), ring(45, 34, 15, 7), ring(60, 60, 5)])
-    return Segmentation.from_logits(
+    found = Segmentation.from_logits(
         logits,
         np.array([0.9, 0.4, 0.75], np.float32),
         to_prompts([(260, 160)], boxes),
         (WIDTH, HEIGHT),
-        parent_id="photo",
     )
+    return dataclasses.replace(found, parent_id="photo")
 
 
 @pytest.fixture
@@ -83,6 +83,13 @@ def test_nothing_can_be_written(segmentation: Segmentation) -> None:
         segmentation[0].mask[:] = False
     with pytest.raises(dataclasses.FrozenInstanceError):
         segmentation.parent_id = ""  # type: ignore[misc]
+
+
+def test_a_threshold_is_compared_in_double_precision(segmentation: Segmentation) -> None:
+    """As Roboflow's is: the score nearest to 0.9 in FP32 lies below it."""
+    assert segmentation.scores[0] == np.float32(0.9)
+    assert segmentation.filter(0.9).class_names == ()
+    assert segmentation.filter(0.8999999).class_names == ("cup",)
 
 
 def test_threshold_drops_before_and_after(segmentation: Segmentation) -> None:
@@ -281,6 +288,12 @@ def test_save_pictures(
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "overlay.png")), segmentation.draw(picture)
     )
+    segmentation.save(tmp_path / "prompts.png", picture, prompts=to_prompts([(260, 160)]))
+    drawn = np.asarray(Image.open(tmp_path / "prompts.png"))
+    np.testing.assert_array_equal(
+        drawn, segmentation.draw(picture, prompts=to_prompts([(260, 160)]))
+    )
+    assert (drawn != segmentation.draw(picture)).any()
     segmentation.save(tmp_path / "overlay.jpg", picture)
     assert Image.open(tmp_path / "overlay.jpg").size == (WIDTH, HEIGHT)
     segmentation.save(tmp_path / "index.png")

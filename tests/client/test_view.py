@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from server import TritonServer
 from tests.client.statistics import decodings, encodings
 from tests.client.wire import wire
-from triton_sam3 import Client, Prompt, PromptError
+from triton_sam3 import Client, ClientUnusable, Prompt, PromptError
 
 Pixels = NDArray[np.uint8]
 Fresh = Callable[[], Pixels]
@@ -145,7 +145,7 @@ def test_a_closed_view_says_so(url: str, coins: Pixels) -> None:
     with Client(url) as client:
         with client.open(coins) as view:
             view.click(110, 80)
-        with pytest.raises(PromptError, match="view is closed"):
+        with pytest.raises(ClientUnusable, match="view is closed"):
             view.click(110, 80)
-        with pytest.raises(PromptError, match="view is closed"):
+        with pytest.raises(ClientUnusable, match="view is closed"):
             view.segment(points=[(110, 80)])

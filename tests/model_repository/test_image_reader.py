@@ -282,8 +282,12 @@ def test_a_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
         ([[[1, 1], [1, -0.5]]], [[1, 0]], "points[0, 1] is (1, -0.5)"),
         ([[[float("nan"), 1]]], [[1]], "points[0, 0] is (nan, 1)"),
         ([[[0, 0], [float("inf"), 9]]], [[2, 3]], "points[0, 1] is (inf, 9)"),
-        ([[[40, 1], [50, 9]]], [[2, 3]], "[[40.0, 1.0], [50.0, 9.0]] of object 0 has no area"),
-        ([[[9, 9], [5, 5]]], [[2, 3]], "of object 0 has no area inside the image"),
+        (
+            [[[40, 1], [50, 9]]],
+            [[2, 3]],
+            "the box [40.0, 1.0, 50.0, 9.0] of object 0 lies entirely outside",
+        ),
+        ([[[9, 9], [5, 5]]], [[2, 3]], "of object 0 has its corners the wrong way round"),
         ([[[1, 1]]], [[1, 1]], "point_labels has shape [1, 2]; expected [1, 1]"),
     ],
 )
@@ -296,6 +300,15 @@ def test_a_point_that_is_nowhere(
         "point_labels": np.array([labels], np.int32),
     }
     assert words in refusal(ask, READER, **inputs)
+
+
+def test_a_box_may_be_a_line_as_in_the_client(ask: Ask) -> None:
+    inputs = {
+        **file_inputs(saved(small(), "PNG"), POINT),
+        "points": np.array([[[[37, 0], [60, 23]]]], np.float32),
+        "point_labels": np.array([[[2, 3]]], np.int32),
+    }
+    assert ask(READER, **inputs)["point_coords"].tolist() == [[[[1, 0], [1, 1]]]]
 
 
 def test_padding_may_be_anywhere(ask: Ask) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from sam3_shared.contract import LABEL_BOX_BOTTOM_RIGHT, LABEL_BOX_TOP_LEFT, LABEL_PADDING
 from sam3_shared.geometry import to_fractions
-
-BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, PADDING = 2, 3, -1
 
 
 class InvalidPoint(ValueError):
@@ -30,12 +29,12 @@ def to_coords(
             "label for each pair of points"
         )
     size = np.array([width, height], np.float32)
-    corners = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
+    corners = (labels == LABEL_BOX_TOP_LEFT) | (labels == LABEL_BOX_BOTTOM_RIGHT)
     clips = corners[..., None] & np.isfinite(points)
     inside = np.where(clips, np.clip(points, 0, size), points)
-    inside[labels == PADDING] = 0
+    inside[labels == LABEL_PADDING] = 0
     _check_points(inside, width, height)
-    _check_boxes(inside, points, labels)
+    _check_boxes(points, labels, width, height)
     return np.asarray(to_fractions(inside, width, height), np.float32)
 
 
@@ -50,13 +49,22 @@ def _check_points(points: NDArray[np.float32], width: int, height: int) -> None:
 
 
 def _check_boxes(
-    clipped: NDArray[np.float32], points: NDArray[np.float32], labels: NDArray[np.int32]
+    points: NDArray[np.float32], labels: NDArray[np.int32], width: int, height: int
 ) -> None:
     for n, kinds in enumerate(labels):
-        start, end = clipped[n, kinds == BOX_TOP_LEFT], clipped[n, kinds == BOX_BOTTOM_RIGHT]
-        if len(start) == len(end) == 1 and (start >= end).any():
-            given = points[n, (kinds == BOX_TOP_LEFT) | (kinds == BOX_BOTTOM_RIGHT)].tolist()
+        start, end = (
+            points[n, kinds == LABEL_BOX_TOP_LEFT],
+            points[n, kinds == LABEL_BOX_BOTTOM_RIGHT],
+        )
+        if len(start) != 1 or len(end) != 1:
+            continue  # the decoder says what is wrong with half a box
+        box = [*start[0].tolist(), *end[0].tolist()]
+        if (start > end).any():
             raise InvalidPoint(
-                f"the box {given} of object {n} has no area inside the image; give the top-left "
-                "corner (label 2) and the bottom-right one (label 3) in pixels"
+                f"the box {box} of object {n} has its corners the wrong way round; give the "
+                "top-left corner (label 2) and the bottom-right one (label 3) in pixels"
+            )
+        if (start > (width, height)).any() or (end < 0).any():
+            raise InvalidPoint(
+                f"the box {box} of object {n} lies entirely outside the {width}×{height} image"
             )
