@@ -159,6 +159,14 @@ def scans(count: int, between: bytes = b"") -> bytes:
     return data[:last] + (between + data[last:-2]) * count + data[-2:]
 
 
+def exif_segments(count: int) -> bytes:
+    """A JPEG that begins with segments of EXIF."""
+    body = b"Exif\0\0" + bytes(8)
+    segment = b"\xff\xe1" + (2 + len(body)).to_bytes(2, "big") + body
+    picture = saved(small(), "JPEG")
+    return picture[:2] + segment * count + picture[2:]
+
+
 def comment(data: bytes) -> bytes:
     """A JPEG's segment that says nothing of the picture."""
     return b"\xff\xfe" + struct.pack(">H", 2 + len(data)) + data
@@ -220,6 +228,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG, scanned for ever, with an end in comments": (
         lambda: scans(26, comment(END_OF_IMAGE)),
         "more than the 25 scans",
+    ),
+    "JPEG, with scans where a reserved marker hides them": (
+        lambda: scans(1, b"\xff\x02" + (2).to_bytes(2, "big")),
+        "a JPEG marker that is not supported (FF 02)",
+    ),
+    "JPEG, with EXIF again and again": (
+        lambda: exif_segments(101),
+        "or 100 of EXIF",
     ),
     "JPEG, commented for ever": (lambda: scans(1, comment(b"") * 20_000), "10000 segments"),
     "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
@@ -289,6 +305,7 @@ def test_a_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
         ),
         ([[[9, 9], [5, 5]]], [[2, 3]], "of object 0 has its corners the wrong way round"),
         ([[[1, 1]]], [[1, 1]], "point_labels has shape [1, 2]; expected [1, 1]"),
+        (np.empty((1 << 40, 0, 2)), np.empty((1 << 40, 0)), "give at least one object"),
     ],
 )
 def test_a_point_that_is_nowhere(

@@ -30,9 +30,20 @@ JPEG's filling, would take millions, a second for each."""
 MAX_SEGMENTS = 10_000
 """Segments of a JPEG; each holds up to 64 KB, so that a profile takes a few, a preview some ten."""
 
+MAX_EXIF_SEGMENTS = 100
+"""EXIF fits one segment, and a few cameras write more. Pillow appends each to all before it: a
+thousand full ones take six seconds."""
+
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """Of a segment that says its length: no stuffed byte, restart, or filling (ITU-T T.81, B.1.1)."""
-_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
+_JPEG, _EXIF = b"\xff\xd8\xff", b"Exif\0\0"
+_DECODED = frozenset(
+    (0xC0, 0xC1, 0xC2, 0xC3, 0xC4, 0xC9, 0xCA, 0xCC, _START_OF_SCAN, 0xDB, 0xDC, 0xDD, 0xFE)
+) | frozenset(range(0xE0, 0xF0))
+"""Markers of the segments that libjpeg reads; others are errors to it. But between restarts it
+passes over a reserved one (02 to BF) without the length that is said there, and decodes scans that
+seem to lie within."""
 
 DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
 """What a browser puts before base64."""
@@ -70,22 +81,36 @@ class _Reads(BytesIO):
         return super().read(size)
 
 
-def _scans(file: bytes) -> int:
-    """Scans of the first image in a JPEG; behind its end a phone may have put a film.
+def _check_jpeg(file: bytes) -> None:
+    """Raise InvalidFile unless the first image of a JPEG is cheap to decode.
 
-    The segments are followed as libjpeg does it, so that none is counted which is not decoded, nor
-    an end believed that a comment has within.
+    What follows its end, such as the film that a phone appends, is not read. The segments are
+    followed as libjpeg and Pillow follow them, so that none of them hides another.
     """
-    scans = at = 0
+    scans = exif = at = 0
     for _ in range(MAX_SEGMENTS):
         marker = _MARKER.search(file, at)
         if marker is None or file[marker.end() - 1] == _END_OF_IMAGE:
-            return scans
-        scans += file[marker.end() - 1] == _START_OF_SCAN
+            return
+        kind = file[marker.end() - 1]
+        if kind not in _DECODED:
+            raise InvalidFile(
+                f"encoded_image has a JPEG marker that is not supported (FF {kind:02X}): save it "
+                "again as a baseline JPEG"
+            )
+        scans += kind == _START_OF_SCAN
+        exif += kind == _APP1 and file.startswith(_EXIF, marker.end() + 2)
+        if scans > MAX_SCANS:
+            raise InvalidFile(
+                f"encoded_image has more than the {MAX_SCANS} scans that are accepted: save it "
+                "again as a baseline JPEG"
+            )
+        if exif > MAX_EXIF_SEGMENTS:
+            break
         at = marker.end() + int.from_bytes(file[marker.end() : marker.end() + 2], "big")
     raise InvalidFile(
-        f"encoded_image has more than {MAX_SEGMENTS} segments: save it again, without what is no "
-        "picture in it"
+        f"encoded_image has more than {MAX_SEGMENTS} segments, or {MAX_EXIF_SEGMENTS} of EXIF: "
+        "save it again without embedded non-image data"
     )
 
 
@@ -104,8 +129,10 @@ class FileReader:
         Raises InvalidFile with a sentence that says what is wrong and what is accepted.
         """
         file = self._file(data)
+        if file.startswith(_JPEG):  # before Pillow looks at its segments
+            _check_jpeg(file)
         with self._decoding(), Image.open(_Reads(file), formats=self._limits.formats) as image:
-            self._check_header(image, file)
+            self._check_header(image)
             return np.asarray(load_image(upright(image)), np.uint8)
 
     def _file(self, data: bytes) -> bytes:
@@ -132,7 +159,7 @@ class FileReader:
         except binascii.Error as error:
             raise InvalidFile(f"encoded_image is neither a file nor base64: {self._ask}") from error
 
-    def _check_header(self, image: Image.Image, file: bytes) -> None:
+    def _check_header(self, image: Image.Image) -> None:
         if max(image.size) > self._limits.max_side:
             raise InvalidFile(
                 f"encoded_image is {image.width}×{image.height}, and a side may have at most "
@@ -144,11 +171,6 @@ class FileReader:
             raise InvalidFile(
                 f"encoded_image has {frames} frames, and at most {self._limits.max_frames} are "
                 "accepted: send one frame as a picture of its own"
-            )
-        if image.format in ("JPEG", "MPO") and _scans(file) > MAX_SCANS:
-            raise InvalidFile(
-                f"encoded_image has more than the {MAX_SCANS} scans that are accepted: save it "
-                "again as a baseline JPEG"
             )
 
     @contextmanager

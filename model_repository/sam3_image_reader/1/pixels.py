@@ -23,6 +23,11 @@ def to_coords(
     Raises:
         InvalidPoint: with a sentence that says what is wrong and what is accepted.
     """
+    if 0 in points.shape:
+        # Of no bytes, but of any length: only those who send what they say may keep this busy.
+        raise InvalidPoint(
+            f"points has shape {list(points.shape)}; give at least one object, and a point in each"
+        )
     if labels.shape != points.shape[:2]:
         raise InvalidPoint(
             f"point_labels has shape {list(labels.shape)}; expected {list(points.shape[:2])}, one "
@@ -51,20 +56,20 @@ def _check_points(points: NDArray[np.float32], width: int, height: int) -> None:
 def _check_boxes(
     points: NDArray[np.float32], labels: NDArray[np.int32], width: int, height: int
 ) -> None:
-    for n, kinds in enumerate(labels):
-        start, end = (
-            points[n, kinds == LABEL_BOX_TOP_LEFT],
-            points[n, kinds == LABEL_BOX_BOTTOM_RIGHT],
-        )
-        if len(start) != 1 or len(end) != 1:
-            continue  # the decoder says what is wrong with half a box
-        box = [*start[0].tolist(), *end[0].tolist()]
-        if (start > end).any():
+    starts, ends = labels == LABEL_BOX_TOP_LEFT, labels == LABEL_BOX_BOTTOM_RIGHT
+    # The decoder says what is wrong with half a box, or with two.
+    (objects,) = np.nonzero((starts.sum(1) == 1) & (ends.sum(1) == 1))
+    start = points[objects, starts[objects].argmax(1)]
+    end = points[objects, ends[objects].argmax(1)]
+    swapped = (start > end).any(1)
+    outside = (start > (width, height)).any(1) | (end < 0).any(1)
+    for row in np.flatnonzero(swapped | outside)[:1]:
+        box, n = [*start[row].tolist(), *end[row].tolist()], objects[row]
+        if swapped[row]:
             raise InvalidPoint(
                 f"the box {box} of object {n} has its corners the wrong way round; give the "
                 "top-left corner (label 2) and the bottom-right one (label 3) in pixels"
             )
-        if (start > (width, height)).any() or (end < 0).any():
-            raise InvalidPoint(
-                f"the box {box} of object {n} lies entirely outside the {width}×{height} image"
-            )
+        raise InvalidPoint(
+            f"the box {box} of object {n} lies entirely outside the {width}×{height} image"
+        )
