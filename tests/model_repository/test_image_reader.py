@@ -191,9 +191,9 @@ def zipped() -> bytes:
 
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [small().rotate(180)]}
 PIXELS = "more than the 50000000 pixels that are accepted"
-FRAMES = "has 2 frames, and at most 1 are accepted"
+FRAMES = "has 2 frames, but at most 1 are accepted"
 PIECES = "is in more than 200000 pieces"
-FORMATS = "no image of an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
+FORMATS = "not in an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "PNG of 60000×60000": lambda: png(60_000, 60_000),
     "PNG, just too large and complete": lambda: png(7072, 7072, rows=7072),
@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG, commented for ever": (lambda: scans(1, comment(b"") * 20_000), "10000 segments"),
     "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
     "PNG, of empty chunks": (lambda: commented(200_000), PIECES),
-    "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, and a side may have at most"),
+    "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, but a side may have at most"),
     "too many bytes": (lambda: b"\xff" * (32 * 1024**2 + 1), "larger than the 33554432 bytes"),
     "too many bytes in base64": (
         lambda: base64.b64encode(b"\xff" * (32 * 1024**2 + 1)),

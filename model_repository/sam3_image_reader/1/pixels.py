@@ -1,4 +1,4 @@
-"""Prompts in pixels of one image, checked and turned into fractions of its sides."""
+"""Checks prompts in pixels of one image and turns them into fractions of its sides."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def to_coords(
     """Turn pixels [N, P, 2] with labels [N, P] into fractions [N, P, 2]; padding becomes zeros.
 
     As in the Python client, a box that overshoots the image is clipped to it, and a point outside
-    is an error. What else may be wrong with labels is the decoder's to say.
+    is an error. All other checks of labels are left to the decoder.
 
     Raises:
-        InvalidPoint: with a sentence that says what is wrong and what is accepted.
+        InvalidPoint: with a message that says what is wrong and what is accepted.
     """
     if labels.shape != points.shape[:2]:
         raise InvalidPoint(
@@ -44,7 +44,7 @@ def _check_points(points: NDArray[np.float32], width: int, height: int) -> None:
         x, y = points[n, p]
         raise InvalidPoint(
             f"points[{n}, {p}] is ({x:g}, {y:g}); x must be within 0…{width} and y within "
-            f"0…{height}, in pixels of the image as people see it"
+            f"0…{height}, in pixels of the image as displayed"
         )
 
 
@@ -57,7 +57,7 @@ def _check_boxes(
             points[n, kinds == LABEL_BOX_BOTTOM_RIGHT],
         )
         if len(start) != 1 or len(end) != 1:
-            continue  # the decoder says what is wrong with half a box
+            continue  # the decoder reports half a box
         box = [*start[0].tolist(), *end[0].tolist()]
         if (start > end).any():
             raise InvalidPoint(

@@ -84,7 +84,7 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
         np.random.default_rng(0).shuffle(indices)
     jobs = [
         Job(features(1), [OBJECTS[i] for i in indices]),
-        Job(features(2).own(), [OBJECTS[i] for i in indices[:3]]),
+        Job(features(2).clone(), [OBJECTS[i] for i in indices[:3]]),
         Job(features(1), []),
         Job(features(3), [OBJECTS[i] for i in indices[4:]]),
     ]
@@ -99,7 +99,7 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
 def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
     sent, kept = (
         decoder.decode([Job(features(1), OBJECTS)]),
-        decoder.decode([Job(features(1).own(), OBJECTS)]),
+        decoder.decode([Job(features(1).clone(), OBJECTS)]),
     )
     assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
@@ -216,9 +216,9 @@ def test_best_only_is_the_candidate_of_the_highest_score(decoder: Decoder) -> No
 
 
 def test_a_program_of_other_sizes_is_refused(decoder: Decoder) -> None:
-    decoder.check(SHAPES)
+    decoder.prepare(SHAPES)
     with pytest.raises(ProgramError, match=r"does not fit the shapes in config.pbtxt .*; export"):
-        decoder.check({**SHAPES, "image_embed": (64, 9, 9)})
+        decoder.prepare({**SHAPES, "image_embed": (64, 9, 9)})
 
 
 NO_ROOM = [
@@ -239,8 +239,8 @@ def test_a_device_without_room_is_not_called_a_wrong_export(
 
     monkeypatch.setattr(decoder, "decode", decode)
     with pytest.raises(ProgramError) as refused:
-        decoder.check(SHAPES)
-    assert str(refused.value).startswith(f"the decoder does not run on cpu ({error}); see what")
+        decoder.prepare(SHAPES)
+    assert str(refused.value).startswith(f"the decoder does not run on cpu ({error}); check what")
 
 
 def test_a_device_that_a_recording_broke_is_not_called_ready(
@@ -256,10 +256,10 @@ def test_a_device_that_a_recording_broke_is_not_called_ready(
 
     monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
     monkeypatch.setattr(decoder, "_random_image", lambda *_: features(1))
-    monkeypatch.setattr(decoder, "_replay_clicks", lambda *images: broken.extend(images))
+    monkeypatch.setattr(decoder, "_record_replays", lambda *images: broken.extend(images))
     monkeypatch.setattr(decoder, "decode", decode)
     with pytest.raises(ProgramError, match=r"does not run on cuda:0 .CUDA error: an illegal"):
-        decoder.check(SHAPES)
+        decoder.prepare(SHAPES)
 
 
 def _features_of(meta: Any) -> Features:
@@ -350,7 +350,7 @@ torch.set_num_threads(2)
 decoder = Decoder(Path(sys.argv[1]), torch.device("cpu"))
 small = torch.full((2**20,), 1e-39)
 survive = lambda _: bool((small * 1).any())
-print(survive(None), *decoder._workers.map(survive, range(2), rows=1))
+print(survive(None), *decoder._workers.map(survive, range(2), image_tokens=1))
 """
 
 

@@ -31,7 +31,7 @@ GPU = torch.device("cuda:0")
 @pytest.fixture(scope="module")
 def on_gpu(program: Path) -> Decoder:
     decoder = Decoder(program, GPU)
-    decoder.check(SHAPES)
+    decoder.prepare(SHAPES)
     return decoder
 
 
@@ -53,7 +53,7 @@ def test_the_gpus_masks_are_the_cpus(on_gpu: Decoder, decoder: Decoder) -> None:
 def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
     on_gpu: Decoder, program: Path
 ) -> None:
-    assert not on_gpu.remark
+    assert not on_gpu.warning
     assert len(on_gpu._replays) == 2
     plain = Decoder(program, GPU)
     clicks = [(1, prompt([1])), (2, prompt([1], seed=1)), (1, prompt([1], mask=1))]
@@ -84,10 +84,10 @@ def test_best_masks_of_parts_on_their_way_are_each_their_own(
 ) -> None:
     """As the model asks: the next part is started before the one before has been read."""
     replaying, plain = Decoder(program, GPU), Decoder(program, GPU)
-    replaying.check(SHAPES, dtype)
-    assert not replaying.remark
+    replaying.prepare(SHAPES, dtype)
+    assert not replaying.warning
     images = [
-        Features(*(t.to(GPU, dtype) for t in features(seed))).own()
+        Features(*(t.to(GPU, dtype) for t in features(seed))).clone()
         for seed in range(2 * REPLAYED_OBJECTS)
     ]
     parts = [

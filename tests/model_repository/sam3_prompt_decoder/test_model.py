@@ -24,7 +24,8 @@ from tests.model_repository.sam3_prompt_decoder.test_decoder import features
 
 FAILED = "the decoder failed on this request; the server's log says why"
 OUT_OF_MEMORY = (
-    "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
+    "the decoder ran out of memory on this request; ask for fewer objects at a time, or try again "
+    "later"
 )
 PLACE = 0.125
 """A click here is what the decoder fails on."""
@@ -215,7 +216,7 @@ def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) 
         return answers
 
     change_start(model, change)
-    model._decoder._part = 2
+    model._decoder._batch_size = 2
     responses = model.execute(asked)
     for response in responses[:2]:
         assert_refused(response, FAILED)

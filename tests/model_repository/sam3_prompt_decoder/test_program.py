@@ -64,7 +64,7 @@ def test_a_damaged_weight(program: Path, tmp_path: Path) -> None:
     whole[weights.header_offset + weights.compress_size // 2] ^= 0x40
     path.write_bytes(whole)
     sentence = refused(path)
-    assert f"decoder.pt2 is damaged: {weights.filename} in it" in sentence
+    assert f"decoder.pt2 is damaged: the checksum of {weights.filename} in it" in sentence
 
 
 @pytest.mark.parametrize(("byte", "bits"), [(6, 0x40), (8, 0x01), (10, 0x40), (50, 0xFF)], ids=str)
@@ -89,7 +89,7 @@ def test_a_program_that_may_not_be_read(program: Path) -> None:
             os.seteuid(65534)
         try:
             assert refused(path) == (
-                "the server's user may not read decoder.pt2; let it, as with chmod o+r"
+                "the server's user may not read decoder.pt2; fix it with: chmod o+r"
             )
         finally:
             os.seteuid(os.getuid())
@@ -108,7 +108,7 @@ def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> N
                 content = b"99.1.0"
             new.writestr(item, content)
     sentence = refused(path)
-    assert "it was written by torch 99.1.0: export it again, with a torch that is not" in sentence
+    assert "it was written by torch 99.1.0; export it again with a torch that is not" in sentence
 
 
 def test_a_program_is_moved_whole(program: Path) -> None:

@@ -113,7 +113,7 @@ SHAPES = {
     ),
     "4 objects in one request; at most 3 are accepted: split the request (keep_image saves "
     "encoding the image again)": (_array(4, 1, 2), _array(4, 1, dtype=np.int32), None),
-    "6 tokens an object; at most 5 are accepted (a point is one token, a box two)": (
+    "6 tokens per object; at most 5 are accepted (a point is one token, a box two)": (
         _array(1, 6, 2),
         _array(1, 6, dtype=np.int32),
         None,
@@ -179,7 +179,7 @@ def test_half_a_box_is_refused(labels: list[int], first: int, second: int) -> No
 
 
 def test_an_object_of_nothing_is_refused() -> None:
-    sentence = "object 1 has neither a point nor a box nor a mask; give it at least one"
+    sentence = "object 1 has neither a point nor a box nor a mask; give it at least one of them"
     assert refused([[POINT], [PADDING]]) == sentence
     no_mask = torch.full((2, M, M), math.nan)
     assert refused([[POINT], [PADDING]], no_mask) == sentence
@@ -190,6 +190,6 @@ def test_a_mask_with_holes_is_refused(bad: float) -> None:
     masks = torch.zeros(2, M, M)
     masks[1, 2, 3] = bad
     assert refused([[POINT], [POINT]], masks) == (
-        "mask_input[1] has NaN or infinite logits; all must be finite, or all NaN where the object "
+        "mask_input[1] has NaN or infinite logits; all must be finite, or all NaN if the object "
         "has no mask"
     )

@@ -57,7 +57,7 @@ def test_a_copy_is_kept() -> None:
 
 def test_features_are_kept_channels_last() -> None:
     sent = Features(*(torch.randn(3, 4, 5) for _ in range(3)))
-    for tensor, given in zip(sent.own(), sent, strict=True):
+    for tensor, given in zip(sent.clone(), sent, strict=True):
         assert torch.equal(tensor, given)
         assert tensor.permute(1, 2, 0).is_contiguous()
 
@@ -149,8 +149,8 @@ def test_one_image_larger_than_the_store_is_refused_and_forgets_nobody() -> None
         with pytest.raises(StoreTooSmall) as caught:
             attempt(large)
         assert str(caught.value) == (
-            "keep_image is not possible: one image's embeddings take 60 bytes, this server keeps "
-            "48 in all; ask without keep_image, or raise kept_images_bytes in "
+            "keep_image is not possible: one image's embeddings take 60 bytes, but this server "
+            "keeps at most 48 in all; ask without keep_image, or raise kept_images_bytes in "
             "sam3_prompt_decoder's config"
         )
     shelf.check_size(image())

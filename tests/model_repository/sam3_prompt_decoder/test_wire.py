@@ -238,10 +238,10 @@ BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing": (
         {"point_labels": np.full((1, 1, 1), -1, np.int32)},
-        "object 0 has neither a point nor a box nor a mask; give it at least one",
+        "object 0 has neither a point nor a box nor a mask; give it at least one of them",
     ),
     "too many objects": (clicks(257), "257 objects in one request; at most 256 are accepted"),
-    "too many tokens": (clicks(1, 129), "129 tokens an object; at most 128 are accepted"),
+    "too many tokens": (clicks(1, 129), "129 tokens per object; at most 128 are accepted"),
     "type": (
         {"point_coords": np.zeros((1, 1, 1, 2), np.float64)},
         "data-type is 'FP64', but model .* expects 'FP32'",
@@ -282,7 +282,7 @@ def test_images_of_a_batch_must_agree_in_the_number_of_masks(served: Served, sid
     question = {**pictures(2, side), **clicks(1, images=2)}
     mixed = np.array([[True], [False]])
     said = served.refused(ENSEMBLE, **question, multimask_output=mixed)
-    assert "one mask an object in some images of the batch and for three in others" in said
+    assert "one mask per object in some images of the batch and for three in others" in said
     single = {"multimask_output": mixed, "best_only": flag(True, 2)}
     assert served.ask(ENSEMBLE, **question, **single)["low_res_masks"].shape[2] == 1
 
@@ -319,8 +319,8 @@ def test_embeddings_without_finite_masks_are_refused(
 @pytest.mark.parametrize("unknown", ["", "unknown", b"\xff\xfe\x00", "é" * 50, "../../etc/passwd"])
 def test_an_id_that_was_never_issued_is_not_found(served: Served, unknown: str | bytes) -> None:
     assert served.refused(DECODER, NOT_FOUND, **by_id(unknown), **clicks(1)) == (
-        "image_id not found: it was never issued by this server, or was forgotten; send the image "
-        "again with keep_image"
+        "image_id not found: it was never issued by this server or has been evicted; send the "
+        "image again with keep_image"
     )
 
 
