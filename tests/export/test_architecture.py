@@ -58,7 +58,7 @@ def _architectures(draw: Any) -> Architecture:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(_architectures())
 def test_sizes_are_read_off_the_weights(architecture: Architecture) -> None:
-    assert Architecture.of(_weights(InteractiveModel(architecture))) == architecture
+    assert Architecture.from_weights(_weights(InteractiveModel(architecture))) == architecture
 
 
 def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
 def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> None:
     published = Architecture()
     weights = _without_tables(published.embed_dim, published.depth)
-    assert Architecture.of(weights) == replace(
+    assert Architecture.from_weights(weights) == replace(
         published,
         pretrain_image_size=tiny.ARCHITECTURE.pretrain_image_size,
         mlp_dim=tiny.ARCHITECTURE.mlp_dim,
@@ -87,14 +87,14 @@ def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> 
 def test_without_rotary_tables_another_trunk_is_refused(embed_dim: int, depth: int) -> None:
     says = f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables"
     with pytest.raises(SizeError, match=says):
-        Architecture.of(_without_tables(embed_dim, depth))
+        Architecture.from_weights(_without_tables(embed_dim, depth))
 
 
 def test_a_rotary_table_that_is_absent_beside_others_is_named() -> None:
     weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
     del weights[f"{TRUNK}blocks.1.attn.freqs_cis"]
     with pytest.raises(KeyError, match=r"blocks\.1\.attn\.freqs_cis"):
-        Architecture.of(weights)
+        Architecture.from_weights(weights)
 
 
 def test_published_sizes() -> None:
@@ -111,7 +111,7 @@ def test_an_image_size_of_no_whole_patches_is_refused(image_size: int, nearest: 
 
 
 def test_sizes_that_cannot_be_built_are_refused() -> None:
-    with pytest.raises(SizeError, match="1024 channels cannot be shared out to 7 heads"):
+    with pytest.raises(SizeError, match="1024 channels cannot be split among 7 heads"):
         Architecture(num_heads=7)
     with pytest.raises(SizeError, match="d_model 100 is not a multiple of 16"):
         Architecture(d_model=100)

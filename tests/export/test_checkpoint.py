@@ -164,11 +164,9 @@ def test_weights_that_would_be_left_out_are_refused(
     tmp_path: Path, weights: Weights, name: str
 ) -> None:
     more = {name: torch.zeros(1)}
-    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name}, for which SAM 3")
+    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name}, which SAM 3")
     more |= {f"{name}.{i}": torch.zeros(1) for i in range(2)}
-    assert refusal(saved(weights | more, tmp_path)).startswith(
-        f"holds {name} and 2 more, for which"
-    )
+    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name} and 2 more, which")
 
 
 def test_the_necks_level_that_is_not_used_is_left_aside(tmp_path: Path, weights: Weights) -> None:
@@ -265,11 +263,11 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
     "text": (lambda p, _: p.write_text("version https://git-lfs"), "not a zip archive"),
     "empty": (lambda p, _: p.touch(), "not a zip archive"),
     "plain pickle": (lambda p, _: p.write_bytes(pickle.dumps({"a": 1})), "not a zip archive"),
-    "truncated": (_cut, "damaged or incomplete"),
+    "truncated": (_cut, "damaged, incomplete"),
     "another zip": (_zip_text, "or another kind of zip archive"),
-    "a damaged compressed zip": (_damage_compressed, "damaged or incomplete"),
-    "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects beside"),
-    "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects beside"),
+    "a damaged compressed zip": (_damage_compressed, "damaged, incomplete"),
+    "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects besides"),
+    "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects besides"),
     "a list": (lambda p, _: torch.save([1, 2], p), "holds no weights by name"),
     "numbers for names": (lambda p, w: torch.save(dict(enumerate(w.values())), p), "does not look"),
     "no tensors": (lambda p, _: torch.save({"model": {"a": 1}}, p), "holds no weights by name"),
@@ -299,7 +297,7 @@ def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None
     path.write_bytes(octets)
     sentence = refusal(path)
     assert sentence.startswith("damaged: ")
-    assert sentence.endswith("is not what was written; copy or download it again")
+    assert sentence.endswith("does not match; copy or download it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + b"\0" * 7 + b"garbage garbage!"])

@@ -161,7 +161,9 @@ def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path
     nothing = tmp_path / "sam3.pt"
     (tmp_path / "file").touch()
     assert "file is a file" in _refused(nothing, tmp_path / "file", "--overwrite")
-    assert "is in the way: it holds file" in _refused(nothing, tmp_path, "--overwrite")
+    assert f"refusing to replace {tmp_path}: it contains file" in _refused(
+        nothing, tmp_path, "--overwrite"
+    )
     (tmp_path / "models" / ENCODER).mkdir(parents=True)
     assert "already holds a model repository" in _refused(nothing, tmp_path / "models")
     mounted = "/dev/shm is a mount point, which cannot be replaced as a whole; give a folder in it"
@@ -245,7 +247,7 @@ def test_a_photo_that_cannot_be_read_is_status_2_and_nothing_is_made(
     monkeypatch.setattr(skimage.data, "coffee", unreadable)
     sentence = _refused(tiny_checkpoint, tmp_path / "models")
     assert sentence.startswith("scikit-image's photo coffee, with which an export is checked, ")
-    assert "cannot be read: Permission denied; install scikit-image anew" in sentence
+    assert "cannot be read: Permission denied; reinstall scikit-image" in sentence
     assert not list(tmp_path.iterdir())
 
 
