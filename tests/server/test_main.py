@@ -115,7 +115,7 @@ def test_a_server_that_dies_is_reported(working: Path) -> None:
         traces = Traces.of(tritonserver_below(process))
         os.kill(traces.session, signal.SIGKILL)
         assert process.wait(A_FEW_SECONDS) == 1
-        assert "tritonserver ended by itself (status 137)" in process.stderr.read()
+        assert "tritonserver exited unexpectedly (status 137)" in process.stderr.read()
         assert not traces.left()
 
 
@@ -134,7 +134,7 @@ def test_a_broken_model_exits_1_with_its_reason(tmp_path: Path) -> None:
     reason, place, where = err.splitlines()
     assert reason == "broken: RuntimeError: no luck today"
     assert place.strip().endswith("model.py(3): initialize")
-    assert where == f"All of its output is in {log}."
+    assert where == f"See {log} for all of its output."
     assert "failed to load 'broken'" in log.read_text()
 
 
