@@ -103,11 +103,11 @@ class PhotoResult:
     """One photo through the exported graphs and through Meta's modules."""
 
     feature_errors: Mapping[str, float]
-    """By output."""
+    """Relative error by output name."""
     prompts: Mapping[str, PromptResult]
-    """By prompt."""
+    """By prompt name."""
     largest_values: Sequence[float]
-    """Of the layers that are FP16 in the exported graph; empty for an exact check."""
+    """Largest value of each layer that is FP16 in the exported graph; empty for an exact check."""
 
 
 def check_values(

@@ -153,7 +153,7 @@ class OriginalTwoWay(nn.Module):
         self.transformer = transformer
 
     def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MergedTwoWay`."""
+        """Like `MergedTwoWay`."""
         image, image_pe = (_as_square(rows) for rows in (pixels, positions))
         found: tuple[Tensor, Tensor] = self.transformer(image, image_pe, tokens)
         return found
@@ -169,7 +169,7 @@ class AdaptiveTwoWay(nn.Module):
         self.original = OriginalTwoWay(transformer)
 
     def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MergedTwoWay`."""
+        """Like `MergedTwoWay`."""
         operands = (pixels, positions, tokens)
         chosen: tuple[Tensor, Tensor] = torch.cond(
             tokens.shape[1] <= self.few, self.merged, self.original, operands

@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_told_in_a_sentence(
     damaged.write_bytes(program.CHECKPOINT.read_bytes()[:-1000])
     monkeypatch.setattr(program, "CHECKPOINT", damaged)
     said = _failure(tmp_path, monkeypatch, capsys)
-    assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged or incomplete")
+    assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged, incomplete")
 
 
 def test_a_graph_that_fits_no_config_is_told_in_a_sentence(

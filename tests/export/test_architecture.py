@@ -1,4 +1,4 @@
-"""Sizes read off checkpoints, and Meta's modules put together to them."""
+"""Sizes read from checkpoints, and Meta's modules built to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _weights(model: InteractiveModel) -> dict[str, Tensor]:
 
 @st.composite
 def _architectures(draw: Any) -> Architecture:
-    """Small ones whose sizes can be told apart: some block is windowed, the last is global."""
+    """Small ones with distinct sizes: some block is windowed, the last is global."""
 
     def size(low: int, high: int, times: int = 1) -> int:
         return times * int(draw(st.integers(low, high)))
@@ -62,7 +62,7 @@ def test_sizes_are_read_off_the_weights(architecture: Architecture) -> None:
 
 
 def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
-    """The tiny model's weights, as far as sizes are read off them, of a trunk of these sizes."""
+    """The tiny model's weights that sizes are read from, for a trunk of these sizes."""
     weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
     kept = {key: value for key, value in weights.items() if not key.endswith("freqs_cis")}
     blocks = {f"{TRUNK}blocks.{i}.norm1.weight": torch.ones(embed_dim) for i in range(depth)}
@@ -119,7 +119,7 @@ def test_sizes_that_cannot_be_built_are_refused() -> None:
 
 @pytest.mark.parametrize("image_size", [112, 126])
 def test_encode_is_what_metas_predictor_embeds(tmp_path: Path, image_size: int) -> None:
-    """At a size where the windows fit the grid, and at one where Meta's ViT pads them."""
+    """At a size where windows fit the grid, and at one where Meta's ViT pads them."""
     path = tmp_path / "tiny.pt"
     tiny.save(path, tiny.resized(image_size))
     pixels = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)

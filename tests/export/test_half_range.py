@@ -1,4 +1,4 @@
-"""The values that an FP16 graph has to hold are those that its layers put out in FP32."""
+"""The values that an FP16 graph must hold are the outputs of its layers in FP32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_largest_is_noted_divided_and_only_inside() -> None:
 def test_what_the_graph_keeps_divided_is_taken_so(
     tiny_checkpoint: Path, side: int, fused: bool
 ) -> None:
-    """The stream; what is added to it, where that is FP16 too."""
+    """The stream, and what is added to it if that is FP16 too."""
     model = checkpoint.load(tiny_checkpoint, image_size=side)
     divided = {layer for layer, by in fp16_layers(model, fused=fused) if by == STREAM_SCALE}
     blocks = model.trunk.blocks

@@ -1,4 +1,4 @@
-"""The configs as they are written, and folders that appear whole or not at all."""
+"""The configs as written, and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file; give a folder"):
         check_output(tmp_path / "file", overwrite=True)
     with pytest.raises(
-        OutputError, match="refusing to replace .*: it contains file, which is not part"
+        OutputError, match=r"refusing to replace .*: it contains file, which is not part"
     ):
         check_output(tmp_path, overwrite=True)
     _fill(tmp_path / "models")

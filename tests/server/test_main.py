@@ -26,7 +26,7 @@ def command(repository: Path, *options: str) -> list[str]:
 
 @contextmanager
 def running(repository: Path) -> Iterator["subprocess.Popen[str]"]:
-    """The command in a process group of its own, as a terminal starts it."""
+    """The command in its own process group, as a terminal starts it."""
     with subprocess.Popen(
         command(repository),
         cwd=ROOT,
@@ -38,7 +38,7 @@ def running(repository: Path) -> Iterator["subprocess.Popen[str]"]:
         try:
             yield process
         finally:
-            process.kill()  # no harm to one that has ended; the keeper ends the rest
+            process.kill()  # harmless if it has exited; the keeper stops the rest
 
 
 def tritonserver_below(process: "subprocess.Popen[str]") -> int:
@@ -100,7 +100,7 @@ def test_ended_while_a_model_loads(tmp_path: Path, end: object) -> None:
 
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.06])
 def test_ended_at_any_moment_of_the_start(working: Path, delay: float) -> None:
-    """From the first sign of a keeper on, before there is anything to serve."""
+    """From the first sign of a keeper, before anything is served."""
     with running(working) as process:
         keepers = tiny.wait_for(lambda: tiny.children(process.pid), A_FEW_SECONDS)
         time.sleep(delay)

@@ -99,7 +99,7 @@ def _check_shapes(
     if coords.ndim != 3 or coords.shape[-1] != 2:
         raise InvalidPrompt(
             f"point_coords has shape {list(coords.shape)}; expected [N, P, 2]: N objects of P "
-            "tokens, each with x and y"
+            "tokens with x and y"
         )
     if labels.shape != coords.shape[:2]:
         raise InvalidPrompt(

@@ -56,9 +56,8 @@ class ClickReplay:
                 self._program, inputs, self._buffers, self._device, self._pool
             )
         except RuntimeError as error:
-            self.first_error = self.first_error or first_line(
-                error
-            )  # later ones may follow from it
+            # Later errors may be consequences of the first.
+            self.first_error = self.first_error or first_line(error)
 
     def find(self, inputs: LaunchInputs) -> Recording | None:
         """The recording for inputs of this shape and type, if there is one."""

@@ -1,4 +1,4 @@
-"""Each job reads what it asked for, whatever shares its launches and however they are cut."""
+"""Each job reads what it asked for, whatever shares its launches and however they are split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OBJECTS = [(j, n) for j, one in enumerate(JOBS) for n in range(len(one.objects))
 
 
 def program(launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Masks and scores of four candidates that tell the job, the object and the candidate."""
+    """Masks and scores of four candidates that identify the job, the object and the candidate."""
     numbers = torch.tensor([[10.0 * j + n + c / 4 for c in range(4)] for j, n in launch])
     scores = torch.tensor([[(j + n + c) % 4 for c in range(4)] for j, n in launch]).float()
     return numbers[:, :, None, None].expand(-1, -1, M, M).clone() / 4, scores

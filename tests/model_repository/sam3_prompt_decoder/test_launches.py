@@ -16,7 +16,7 @@ GPU = torch.device("cuda:0")
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
-    """With channels last: else each decode of several would put every pixel in its place anew."""
+    """Channels last: otherwise each decode of several images would rearrange every pixel."""
     images = [features(seed) for seed in (1, 2)]
     jobs = [Job(image.clone() if keep else image, OBJECTS[:1]) for image in images]
     together = gather(LaunchInputs.from_jobs(jobs, [(0, 0), (1, 0)]))
@@ -51,7 +51,7 @@ def test_masks_go_with_the_objects_that_have_them() -> None:
 def test_masks_of_the_host_go_to_a_gpu_in_one_page_locked_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But not if one lies on the GPU already."""
+    """But not if one of them is on the GPU already."""
     pieces: list[torch.Tensor] = []
     locked: list[bool] = []
     empty = torch.empty

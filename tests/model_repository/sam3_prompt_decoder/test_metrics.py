@@ -1,4 +1,4 @@
-"""What becomes of metrics when Triton fails, which the real one does only for want of memory."""
+"""Metrics when Triton fails, which the real one does only when it runs out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is replayed and what is not, with a recording that a CPU can make; CUDA's: test_gpu.py."""
+"""What is replayed and what is not, with recordings on a CPU; for CUDA see test_gpu.py."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Outputs = tuple[Tensor, Tensor]
 Record = Callable[[Callable[[], Outputs], Any, Any], tuple[Outputs, Callable[[], None]]]
 
 REPLAYED: Counter[int] = Counter()
-"""How often, by the number of objects."""
+"""Number of replays, by the number of objects."""
 
 
 def record(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
-    """As a CUDA graph: kernels on addresses, whoever may have the memory by then."""
+    """Like a CUDA graph: kernels on addresses, whoever owns the memory by then."""
     with Graph() as graph:
         outputs = run()
 
@@ -47,13 +47,13 @@ def refuse(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], N
 
 
 def forget(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
-    """Several always get the answers that they were recorded with."""
+    """Several objects always get the answers that were recorded."""
     outputs, replay = record(run)
     return outputs, (lambda: None) if len(outputs[0]) > 1 else replay
 
 
 def _decoder(program: Path) -> Decoder:
-    """One whose launches are as on a GPU: one after the other, and not cut to the cores."""
+    """A decoder with launches as on a GPU: one after the other, and not split among the cores."""
     decoder = Decoder(program, CPU)
     decoder._workers = None
     decoder._program = decoder._unchecked
@@ -171,7 +171,7 @@ def test_embeddings_of_another_type_run_as_they_are(replaying: Decoder, plain: D
 
 
 def test_triton_merges_twice_as_many_as_are_replayed() -> None:
-    """So that one half is read while the other is decoded."""
+    """So that one half is parsed while the other is decoded."""
     assert read_config(TEMPLATES, DECODER).max_batch_size == 2 * REPLAYED_OBJECTS
 
 
@@ -225,7 +225,7 @@ def test_what_refuses_merged_clicks_leaves_the_others(
 def test_no_memory_for_merged_clicks_leaves_the_others(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The decoder is loaded all the same."""
+    """The decoder still loads."""
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
     decoder = _decoder(program)
     decode = decoder.decode

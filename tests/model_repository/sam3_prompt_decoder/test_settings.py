@@ -1,4 +1,4 @@
-"""The decoder's settings, from the config as it is written to every way to get one wrong."""
+"""The decoder's settings: the config as written, and every way to get one wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARGS = {
 
 
 def config(**parameters: str | None) -> dict[str, Any]:
-    """The written config as Triton hands it over, with some parameters changed or left out."""
+    """The written config as Triton passes it, with some parameters changed or removed."""
     message = read_config(TEMPLATES, DECODER)
     written: dict[str, Any] = json.loads(
         json.dumps(MessageToDict(message, preserving_proto_field_name=True))
@@ -101,7 +101,7 @@ def test_no_parameters_at_all() -> None:
 
 
 def test_a_second_gpus_instance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton makes one for each GPU, and each would know its own images only."""
+    """Triton starts one for each GPU, and each would know only its own images."""
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     gpu = {**ARGS, "model_instance_kind": "GPU"}
     assert (

@@ -1,4 +1,4 @@
-"""Kept images: who is forgotten, when, and that nobody else's memory is kept."""
+"""Kept images: which are evicted and when, and that no other memory is kept."""
 
 from __future__ import annotations
 
@@ -173,13 +173,13 @@ def test_ids_are_unique_and_long_enough_not_to_be_guessed() -> None:
     assert len(set(ids)) == 500
     assert ID_BYTES >= 16
     assert all(re.fullmatch(r"[\w-]{22}", image_id) for image_id in ids)
-    # The same image twice is two ids: an id says nothing about what it stands for.
+    # The same image twice gives two ids: an id says nothing about its image.
     bits = [sum(a != b for a, b in zip(x, y, strict=True)) for x, y in pairwise(ids)]
     assert min(bits) > 8
 
 
 def test_threads_share_a_store() -> None:
-    """Every id answers with its own image or not at all, and no byte is lost count of."""
+    """Every id gives its own image or none, and every byte is counted."""
     shelf, wrong = store(images=8, idle=1e9), []
 
     def work(number: int) -> None:

@@ -1,4 +1,4 @@
-"""The wire contract of the served models: what goes in, what comes out, what is refused."""
+"""The wire contract of the served models: inputs, outputs, and what is rejected."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def pictures(count: int, side: int, seed: int = 0) -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def image_id(server: TritonServer, side: int) -> str:
-    """Under which `pictures(1, side)` is kept."""
+    """The id under which `pictures(1, side)` is kept."""
     answer = Served(server).ask(ENSEMBLE, **pictures(1, side), **clicks(1), keep_image=flag(True))
     return id_of(answer)
 
@@ -170,7 +170,7 @@ def test_a_mask_is_refined_with_points_or_alone(
 
 
 def test_some_objects_of_a_request_have_masks(served: Served, image_id: str) -> None:
-    """A plane of NaN, and a `mask_input` of no plane, are no masks."""
+    """A plane of NaN, and a `mask_input` without planes, mean no mask."""
     image, click = by_id(image_id), clicks(2)
     plain = served.ask(DECODER, **image, **click)
     mask = plain["low_res_masks"][:, :, 0].copy()
@@ -196,7 +196,7 @@ def test_only_what_is_asked_for_is_answered(server: TritonServer, image_id: str)
     assert [output.name for output in result.get_response().outputs] == ["iou_predictions"]
 
 
-# What is refused. (Array, sentence), for one object of one token unless it says otherwise.
+# What is rejected: (arrays, message), for one object of one token unless stated otherwise.
 
 BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"point_coords": np.zeros((1, 2), np.float32)}, "unexpected shape for input"),
@@ -351,7 +351,7 @@ def test_the_same_image_has_a_new_id_each_time(served: Served, side: int) -> Non
 
 
 def test_an_id_outlives_the_memory_its_image_came_in(served: Served, side: int) -> None:
-    """Triton reuses the shared memory of answered requests for the ones that follow."""
+    """Triton reuses the shared memory of answered requests for later ones."""
     question = clicks(2)
     first = served.ask(ENSEMBLE, **pictures(1, side, 99), **question, keep_image=flag(True))
     for seed in range(12):
