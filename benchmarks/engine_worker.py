@@ -42,10 +42,10 @@ class Worker:
         self._decoder = Decoder(repository / DECODER / "1" / "decoder.pt2", self._device)
         self._encode = self._make_encoder(repository, encoder)
         black = torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8)
-        self._features = self._embed(black).own()  # as a click finds them
+        self._features = self._embed(black).clone()  # as a click finds them
         # As the server does at its start: what comes after is no longer held to the traced shapes.
         shapes = {n: tuple(t.shape) for n, t in self._features._asdict().items()}
-        self._decoder.check(shapes, self._features.image_embed.dtype)
+        self._decoder.prepare(shapes, self._features.image_embed.dtype)
         self._limits = Limits(1024, 1024, self._features.high_res_feats_0.shape[-1])
 
     def encode(self, batch: int) -> float:
@@ -61,7 +61,7 @@ class Worker:
         jobs = [Job(Features(*self._features), prompts, best_only=True) for _ in range(images)]
         self._synchronize()
         started = time.perf_counter()
-        for answers in [self._decoder.start(part) for part in self._decoder.parts(jobs)]:
+        for answers in [self._decoder.start(part) for part in self._decoder.split_batch(jobs)]:
             answers.by_job()
         return time.perf_counter() - started
 

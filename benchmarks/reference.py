@@ -30,7 +30,7 @@ def meta_predictor(
 ) -> SAM3InteractiveImagePredictor:
     """Load a checkpoint in the official layout into Meta's predictor: FP32, on a GPU BF16."""
     weights = checkpoint.read(checkpoint_file)
-    architecture = Architecture.of(weights)
+    architecture = Architecture.from_weights(weights)
     tracker = _tracker(architecture)
     _load(tracker, weights)
     tracker.eval().requires_grad_(False).to(device)

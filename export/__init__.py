@@ -1,4 +1,4 @@
-"""SAM 3's checkpoint to a Triton model repository; `python -m export --help`."""
+"""Turns a SAM 3 checkpoint into a Triton model repository; see `python -m export --help`."""
 
 import os
 

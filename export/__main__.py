@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-# sam3 and the exporters warn about calls of their own, which nobody here can do anything about.
+# sam3 and the exporters warn about their own code, which users cannot change.
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
@@ -33,11 +33,11 @@ try:
 except ModuleNotFoundError as missing:
     print(
         f"error: the module {missing.name} is missing: pip install '.[export]', on Linux "
-        "(sam3 needs triton, which torch brings there alone)",
+        "(sam3 needs triton, which torch installs only there)",
         file=sys.stderr,
     )
     sys.exit(2)
-except RuntimeError as mismatch:  # operators of torchvision that this torch does not have
+except RuntimeError as mismatch:  # torchvision has operators that this torch lacks
     print(
         f"error: torch and torchvision do not fit together ({mismatch}); install both from the "
         "same index",
@@ -73,22 +73,22 @@ def main(
     ] = Precision.FP32,
     accelerator: Annotated[
         Accelerator | None,
-        typer.Option(help="What runs the models; by default the GPU where there is one."),
+        typer.Option(help="What runs the models; by default the GPU, if there is one."),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(help="Side of the encoder's input in pixels; the checkpoint's by default."),
     ] = None,
     min_iou: Annotated[
-        float, typer.Option(help="Worst mask IoU against FP32 PyTorch that is accepted.")
+        float, typer.Option(help="Lowest accepted mask IoU against FP32 PyTorch.")
     ] = DEFAULT_MIN_IOU,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model repository at the output.")
+        bool, typer.Option("--overwrite", help="Replace an existing model repository.")
     ] = False,
 ) -> None:
     """Export SAM 3's interactive head as a Triton model repository, and check it."""
     if threading.current_thread() is threading.main_thread():
-        _unwind_when_ended()
+        _unwind_on_signals()
     try:
         with _StepProgress() as progress:
             checks = export_repository(
@@ -113,15 +113,15 @@ def main(
     console.print(f"next: python -m server {output}")
 
 
-def _unwind_when_ended() -> None:
-    """As Ctrl-C does, so that what is half-made is removed; nohup's hang-up stays ignored."""
+def _unwind_on_signals() -> None:
+    """Unwind as on Ctrl-C, to remove partial output; under nohup, SIGHUP stays ignored."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
 
 class _StepProgress:
-    """A line for each step with a spinner and its time; the finished ones stay."""
+    """A line for each step with a spinner and its time; finished lines stay."""
 
     def __init__(self) -> None:
         self._bar = Progress(

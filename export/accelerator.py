@@ -1,6 +1,6 @@
-"""What runs the models: the differences that it makes to configs and graph.
+"""What runs the models, and what that changes in the configs and the graph.
 
-Without a choice the configs stay as they are written, and Triton takes the GPU where there is one.
+Without a choice the configs stay as written, and Triton uses the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from enum import Enum
 from export.encoder import MAX_BATCH
 
 CACHE = "/var/cache/triton-sam3/tensorrt"
-"""The volume of the container's engine cache (docker/); only a server with a GPU looks there."""
+"""The container's volume for the engine cache (docker/); only a server with a GPU uses it."""
 
 ANY_DEVICE = "instance_group [ { count: 1 } ]"
 
-# precision_mode is left out: the graph's own types say what is computed in 16 bits, which is all
-# that TensorRT 11 knows (Triton 26.07). Older ones need precision_mode "FP16" besides.
+# precision_mode is left out: the graph's own types say what is computed in 16 bits, and TensorRT 11
+# (Triton 26.07) knows nothing else. Older versions also need precision_mode "FP16".
 TENSORRT = """
-# TensorRT compiles the graph for the GPU it finds: minutes at the first start, read from the cache
-# at later ones. ONNX Runtime runs on CUDA what TensorRT does not take.
+# TensorRT compiles the graph for the GPU it finds: that takes minutes at the first start, and later
+# starts read the cache. ONNX Runtime runs on CUDA what TensorRT does not support.
 optimization {{ execution_accelerators {{
   gpu_execution_accelerator : [ {{
     name : "tensorrt"
@@ -33,17 +33,17 @@ optimization {{ execution_accelerators {{
 
 
 class Accelerator(str, Enum):
-    """ONNX Runtime's execution provider for the encoder, and the decoder's device with it."""
+    """ONNX Runtime's execution provider for the encoder, which also sets the decoder's device."""
 
     CUDA = "cuda"
     TENSORRT = "tensorrt"
-    """The encoder's graph is of plain operators then: TensorRT would cut it at each of ONNX
-    Runtime's own, and finds attention in plain ones by itself."""
+    """The encoder's graph then has plain operators only: TensorRT would split it at each of ONNX
+    Runtime's own, and recognises attention in plain ones."""
     CPU = "cpu"
 
 
 def place(config: str, accelerator: Accelerator) -> str:
-    """The config of a model that runs where the accelerator is."""
+    """The config of a model, placed on the accelerator's device."""
     assert ANY_DEVICE in config
     kind = "KIND_CPU" if accelerator is Accelerator.CPU else "KIND_GPU"
     return config.replace(ANY_DEVICE, f"instance_group [ {{ count: 1 kind: {kind} }} ]")
@@ -59,7 +59,7 @@ def compiled_by_tensorrt(config: str, image_size: int) -> str:
 
 
 def batch_profile(image_size: int) -> dict[str, str]:
-    """ONNX Runtime's options by which TensorRT knows the batches to compile the encoder for."""
+    """ONNX Runtime's options that tell TensorRT which batches to compile the encoder for."""
     return {
         f"trt_profile_{bound}_shapes": f"image:{batch}x{image_size}x{image_size}x3"
         for bound, batch in (("min", 1), ("opt", 1), ("max", MAX_BATCH))

@@ -1,8 +1,8 @@
 """The sizes of SAM 3's interactive path, and Meta's modules built to them.
 
-Every size of the model is declared here, once. What can be read off a checkpoint is read off it
-(`Architecture.of`), so that a small model of the same architecture takes the very same road as the
-official one; what leaves no trace in a checkpoint is a default of the dataclass.
+Every size of the model is declared here, once. Whatever a checkpoint reveals is read from it
+(`Architecture.from_weights`), so that a small model of the same architecture goes through the same
+code as the official one; sizes that leave no trace in a checkpoint are defaults of the dataclass.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Architecture:
         # Rotary embedding rotates pairs of channels in two dimensions.
         if self.embed_dim % (4 * self.num_heads):
             raise SizeError(
-                f"{self.embed_dim} channels cannot be shared out to {self.num_heads} heads in "
+                f"{self.embed_dim} channels cannot be split among {self.num_heads} heads in "
                 "multiples of 4"
             )
         # The mask decoder's cross-attention works at half the width.
@@ -90,22 +90,22 @@ class Architecture:
         return 4 * self.grid
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> Architecture:
-        """Read the sizes off a state dict in the official layout (see `checkpoint.load`).
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> Architecture:
+        """Read the sizes from a state dict in the official layout (see `checkpoint.load`).
 
-        The rotary tables (`freqs_cis`) tell head size, window size, global blocks and image size;
-        a checkpoint without any is taken to be the published model in those respects, if it is as
-        wide and as deep.
+        The rotary tables (`freqs_cis`) give head size, window size, global blocks and image size;
+        a checkpoint without any is assumed to match the published model in those respects, if it is
+        as wide and as deep.
 
-        Raises `KeyError` with the name of a weight that is absent, `SizeError` where the weights'
-        shapes contradict each other or say too little.
+        Raises `KeyError` with the name of a missing weight, `SizeError` if the weights' shapes
+        contradict each other or do not say enough.
         """
         embed_dim, _, _, patch_size = _shape(weights, TRUNK + "patch_embed.proj.weight", 4)
         _, positions, _ = _shape(weights, TRUNK + "pos_embed", 3)
         layers = MASK_DECODER + "transformer.layers."
         sizes: dict[str, Any] = {
             "patch_size": patch_size,
-            # One position is the class token's.
+            # One position belongs to the class token.
             "pretrain_image_size": math.isqrt(max(0, positions - 1)) * patch_size,
             "embed_dim": embed_dim,
             "depth": _count(weights, TRUNK + "blocks."),
@@ -124,13 +124,13 @@ class Architecture:
 def _rotary_sizes(
     weights: Mapping[str, Tensor], *, patch_size: int, embed_dim: int, depth: int, **_: int
 ) -> dict[str, Any]:
-    """What only the rotary tables [tokens, head size / 2] tell; nothing if there are none."""
+    """Sizes that only the rotary tables [tokens, head size / 2] give; empty if there are none."""
     keys = [f"{TRUNK}blocks.{i}.attn.freqs_cis" for i in range(depth)]
     if not any(key in weights for key in keys):
         _check_published(embed_dim, depth)
         return {}
     shapes = [_shape(weights, key, 2) for key in keys]
-    # The last block is always global; tokens of the others are those of one window.
+    # The last block is always global; the others have the tokens of one window.
     tokens = [count for count, _ in shapes]
     windows = [count for count in tokens if count != tokens[-1]] or tokens
     return {
@@ -146,9 +146,9 @@ def _check_published(embed_dim: int, depth: int) -> None:
     if (embed_dim, depth) != (published.embed_dim, published.depth):
         raise SizeError(
             f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables "
-            f"({TRUNK}blocks.*.attn.freqs_cis), which tell its heads and windows; only the "
-            f"published one's ({published.depth}, {published.embed_dim}) are known without: save "
-            "the checkpoint with them"
+            f"({TRUNK}blocks.*.attn.freqs_cis), which give its heads and windows; without them "
+            f"only the published trunk ({published.depth} blocks, {published.embed_dim} channels) "
+            "is known: save the checkpoint with the tables"
         )
 
 
@@ -160,7 +160,7 @@ def _shape(weights: Mapping[str, Tensor], key: str, axes: int) -> list[int]:
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules stand under a prefix, which counts from 0."""
+    """The number of numbered modules under a prefix."""
     numbers = {key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)}
     return len(numbers)
 
@@ -168,8 +168,8 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
 class InteractiveModel(nn.Module):
     """Meta's modules of the interactive path, and nothing else of SAM 3.
 
-    Left out, because points, boxes and masks never reach them: the detector and its neck, the
-    neck's half-size level, the text encoder, the tracker's memory.
+    Left out because points, boxes and masks never reach them: the detector and its neck, the
+    neck's half-size level, the text encoder and the tracker's memory.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -202,7 +202,7 @@ class InteractiveModel(nn.Module):
         )
 
     def layout(self) -> dict[str, nn.Module]:
-        """Where each module's weights stand in the official checkpoint."""
+        """Prefixes of each module's weights in the official checkpoint."""
         return {
             TRUNK: self.trunk,
             NECK: self.neck,
@@ -212,7 +212,7 @@ class InteractiveModel(nn.Module):
 
 
 def build_trunk(a: Architecture) -> ViT:
-    """Meta's ViT as SAM 3 sets it up."""
+    """Meta's ViT as SAM 3 configures it."""
     return ViT(
         img_size=a.image_size,
         pretrain_img_size=a.pretrain_image_size,
@@ -220,7 +220,7 @@ def build_trunk(a: Architecture) -> ViT:
         embed_dim=a.embed_dim,
         depth=a.depth,
         num_heads=a.num_heads,
-        # Meta rounds embed_dim · mlp_ratio down; half a unit more keeps it from falling short.
+        # Meta rounds embed_dim · mlp_ratio down; the extra half unit prevents one too few.
         mlp_ratio=(a.mlp_dim + 0.5) / a.embed_dim,
         norm_layer="LayerNorm",
         qkv_bias=True,
@@ -250,7 +250,7 @@ def _prompt_encoder(a: Architecture) -> PromptEncoder:
 
 
 def build_mask_decoder(a: Architecture) -> MaskDecoder:
-    """Meta's mask decoder as SAM 3 sets it up."""
+    """Meta's mask decoder as SAM 3 configures it."""
     return MaskDecoder(
         num_multimask_outputs=a.num_multimask_outputs,
         transformer=TwoWayTransformer(

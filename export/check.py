@@ -1,14 +1,12 @@
-"""What an export is worth: masks and embeddings against those of Meta's modules."""
+"""Checks an export: its masks and embeddings against those of Meta's modules."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Protocol
 
@@ -24,32 +22,32 @@ from torch.nn.functional import interpolate
 
 from export.architecture import InteractiveModel
 from export.encoder import FEATURES
-from export.half_range import LARGEST_ACCEPTED, narrowed, noting_largest
+from export.half_range import LARGEST_ACCEPTED, fp16_layers, record_largest
 from export.repository import ENCODER
 
 Features = tuple[Tensor, Tensor, Tensor]
 Candidates = tuple[Tensor, Tensor]
-"""K candidates of an object, three or with `multimask_output` false one: mask logits [K, M, M] and
+"""K candidates of an object, three, or one with `multimask_output` false: mask logits [K, M, M] and
 predicted IoU [K]."""
 
 FEATURE_TOLERANCE = 1e-4
-"""Relative error (L2) of an FP32 encoder's outputs; sums in another order cost about 1e-6."""
+"""Relative error (L2) of an FP32 encoder's outputs; another summation order costs about 1e-6."""
 LOGIT_TOLERANCE = 1e-3
-"""Relative error (L2) of the mask logits behind an FP32 encoder."""
+"""Relative error (L2) of the mask logits after an FP32 encoder."""
 PREDICTION_TOLERANCE = {True: 1e-3, False: 0.02}
-"""Error of predicted IoUs behind an FP32 encoder, and behind an FP16 one: 30 times what the demo
-model's rounding costs, since other weights may feel it more."""
+"""Error of predicted IoUs after an FP32 encoder (True) and after an FP16 one (False): 30 times what
+rounding costs the demo model, since other weights may be more sensitive."""
 
 PHOTOS = ("coffee", "astronaut", "chelsea", "coins")
-"""Pictures inside scikit-image's wheel."""
+"""Photos contained in scikit-image's wheel."""
 
 
 class PhotoError(Exception):
-    """A picture to check with cannot be read; the message says why."""
+    """A photo used for the check cannot be read; the message says why."""
 
 
 class Decode(Protocol):
-    """Coordinates [T, 2], labels [T] and an earlier mask [M, M] to an object's candidates."""
+    """Maps coordinates [T, 2], labels [T] and an earlier mask [M, M] to an object's candidates."""
 
     def __call__(
         self, coords: Tensor, labels: Tensor, mask: Tensor | None, *, multimask: bool
@@ -58,7 +56,7 @@ class Decode(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """One measured quantity beside what is allowed."""
+    """One measured quantity and its limit."""
 
     name: str
     value: float
@@ -72,7 +70,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of one object in the wire's terms; `refine` decodes twice, feeding back the mask."""
+    """A prompt of one object in wire format; `refine` decodes twice, feeding back the mask."""
 
     name: str
     coords: tuple[tuple[float, float], ...]
@@ -84,11 +82,32 @@ GRID = tuple((x / 6, y / 6) for y in range(1, 6) for x in range(1, 6))
 PROMPTS = (
     Prompt("point", ((0.45, 0.55),), (1,)),
     Prompt("points", ((0.45, 0.55), (0.6, 0.4), (0.1, 0.9)), (1, 1, 0)),
-    Prompt("many points", GRID, (1, 0) * 12 + (1,)),  # the way of many tokens (mask_decoder.py)
+    Prompt("many points", GRID, (1, 0) * 12 + (1,)),  # the path for many tokens (mask_decoder.py)
     Prompt("box", ((0.25, 0.2), (0.8, 0.75)), (2, 3)),
     Prompt("box and points", ((0.25, 0.2), (0.8, 0.75), (0.5, 0.5), (0.3, 0.7)), (2, 3, 1, 0)),
     Prompt("refined mask", ((0.45, 0.55),), (1,), refine=True),
 )
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The worst values of one prompt on one photo, with and without `multimask_output`."""
+
+    logit_error: float
+    prediction_error: float
+    iou: float
+
+
+@dataclass(frozen=True)
+class PhotoResult:
+    """One photo through the exported graphs and through Meta's modules."""
+
+    feature_errors: Mapping[str, float]
+    """Relative error by output name."""
+    prompts: Mapping[str, PromptResult]
+    """By prompt name."""
+    largest_values: Sequence[float]
+    """Largest value of each layer that is FP16 in the exported graph; empty for an exact check."""
 
 
 def check_values(
@@ -102,66 +121,115 @@ def check_values(
     fused: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
-    """Run the exported graphs beside Meta's modules on the same photos and prompts.
+    """Run the exported graphs and Meta's modules on the same photos and prompts.
 
     Mask IoU is that of the answer: the candidate with the highest predicted IoU, at the image's
-    resolution. `exact` demands the relative errors of an FP32 export as well, of every candidate;
-    an FP16 one's values, those of `fused` operators or of plain ones, must fit its range. Each
-    prompt is asked with and without `multimask_output`; what is told is the worst. Without it the
-    answer is one of two masks, and a rounding error may turn the choice: an FP16 one is compared
-    with the nearer of them.
+    resolution. `exact` also checks the relative errors of an FP32 export, over every candidate;
+    otherwise the values of an FP16 export, with `fused` operators or plain ones, must fit its
+    range. Each prompt is decoded with and without `multimask_output`, and the worst value counts.
+    Without it the answer is one of two masks, and a rounding error may flip the choice: an FP16
+    export is compared with the nearer of them.
 
     ONNX Runtime computes most of an FP16 graph in FP32 on a CPU: a GPU rounds somewhat more.
     """
     session = _session(repository)
     decoder = program.module()
-    errors: dict[tuple[str, float], list[float]] = defaultdict(list)
-    predicted: dict[str, list[float]] = defaultdict(list)
-    ious: dict[str, list[float]] = defaultdict(list)
-    values: list[float] = []
+    results = []
     for photo, image in photos.items():
         progress(photo)
-        exported = run_encoder(session, image)
-        with noting_largest(() if exact else narrowed(model, fused=fused)) as largest:
-            reference = encode_reference(model, image)
-        values += largest
-        for name, a, b in zip(FEATURES, exported, reference, strict=True):
-            errors[f"{name}: relative error", FEATURE_TOLERANCE].append(relative_error(a, b))
-        own = partial(run_decoder, decoder, exported)
-        metas = partial(decode_reference, model, reference)
-        for prompt, multimask in product(PROMPTS, (True, False)):
-            ours = decode(prompt, own, multimask=multimask)
-            theirs = (
-                decode(prompt, metas, multimask=multimask)
-                if exact or multimask
-                else _nearest(model, prompt, metas, ours, side=len(image))
+        results.append(_compare_photo(session, decoder, model, image, exact=exact, fused=fused))
+    return _verdicts(results, min_iou=min_iou, exact=exact)
+
+
+def _compare_photo(
+    session: ort.InferenceSession,
+    decoder: Callable[..., tuple[Tensor, Tensor]],
+    model: InteractiveModel,
+    image: NDArray[np.uint8],
+    *,
+    exact: bool,
+    fused: bool,
+) -> PhotoResult:
+    exported = run_encoder(session, image)
+    with record_largest(() if exact else fp16_layers(model, fused=fused)) as largest:
+        reference = encode_reference(model, image)
+    features = zip(FEATURES, exported, reference, strict=True)
+    own = partial(run_decoder, decoder, exported)
+    metas = partial(decode_reference, model, reference)
+    return PhotoResult(
+        {name: relative_error(a, b) for name, a, b in features},
+        {p.name: _compare_prompt(p, own, metas, model, len(image), exact=exact) for p in PROMPTS},
+        largest,
+    )
+
+
+def _compare_prompt(
+    prompt: Prompt, own: Decode, metas: Decode, model: InteractiveModel, side: int, *, exact: bool
+) -> PromptResult:
+    logit_errors: list[float] = []
+    prediction_errors, ious = [], []
+    for multimask in (True, False):
+        ours = decode(prompt, own, multimask=multimask)
+        theirs = (
+            decode(prompt, metas, multimask=multimask)
+            if exact or multimask
+            else _nearest(model, prompt, metas, ours, side)
+        )
+        logit_errors += map(relative_error, ours[0], theirs[0])
+        prediction_errors.append(largest_difference(ours[1], theirs[1]))
+        ious.append(answer_iou(ours, theirs, side))
+    return PromptResult(max(logit_errors), max(prediction_errors), min(ious))
+
+
+def _verdicts(results: Sequence[PhotoResult], *, min_iou: float, exact: bool) -> list[Check]:
+    """The worst value over all photos, against its limit."""
+    prompts = {p.name: [result.prompts[p.name] for result in results] for p in PROMPTS}
+    if exact:
+        checks = [
+            Check(
+                f"{name}: relative error",
+                max(result.feature_errors[name] for result in results),
+                FEATURE_TOLERANCE,
             )
-            logits = f"{prompt.name}: logits' relative error"
-            errors[logits, LOGIT_TOLERANCE] += map(relative_error, ours[0], theirs[0])
-            predicted[f"{prompt.name}: predicted IoU's error"].append(
-                largest_difference(ours[1], theirs[1])
+            for name in FEATURES
+        ] + [
+            Check(
+                f"{name}: logits' relative error",
+                max(prompt.logit_error for prompt in found),
+                LOGIT_TOLERANCE,
             )
-            ious[f"{prompt.name}: mask IoU"].append(answer_iou(ours, theirs, side=len(image)))
-    return [
-        *(Check(name, max(e), limit) for (name, limit), e in errors.items() if exact),
-        *([] if exact else [Check("largest value in FP16", max(values), LARGEST_ACCEPTED)]),
-        *(Check(name, max(e), PREDICTION_TOLERANCE[exact]) for name, e in predicted.items()),
-        *(Check(name, min(found), min_iou, at_least=True) for name, found in ious.items()),
+            for name, found in prompts.items()
+        ]
+    else:
+        largest = max(value for result in results for value in result.largest_values)
+        checks = [Check("largest value in FP16", largest, LARGEST_ACCEPTED)]
+    checks += [
+        Check(
+            f"{name}: predicted IoU's error",
+            max(prompt.prediction_error for prompt in found),
+            PREDICTION_TOLERANCE[exact],
+        )
+        for name, found in prompts.items()
     ]
+    checks += [
+        Check(f"{name}: mask IoU", min(prompt.iou for prompt in found), min_iou, at_least=True)
+        for name, found in prompts.items()
+    ]
+    return checks
 
 
 def _nearest(
     model: InteractiveModel, prompt: Prompt, metas: Decode, ours: Candidates, side: int
 ) -> Candidates:
-    """Which of Meta's two possible answers ours is: the single mask, or where too many of its
-    pixels are near its edge the best of several (`_dynamic_multimask_via_stability`).
+    """Which of Meta's two possible answers is nearer to ours: the single mask or, if too many of
+    its pixels are near its edge, the best of several (`_dynamic_multimask_via_stability`).
     """
     several = decode(prompt, metas)
     best = several[1].argmax(keepdim=True)
     with _without_fallback(model):
         single = decode(prompt, metas, multimask=False)
-    found = (single, (several[0][best], several[1][best]))
-    return max(found, key=lambda theirs: answer_iou(ours, theirs, side))
+    possible = (single, (several[0][best], several[1][best]))
+    return max(possible, key=lambda theirs: answer_iou(ours, theirs, side))
 
 
 @contextmanager
@@ -176,7 +244,7 @@ def _without_fallback(model: InteractiveModel) -> Iterator[None]:
 
 
 def _session(repository: Path) -> ort.InferenceSession:
-    """The encoder on the CPU: where there is a GPU the default is that, whose TF32 rounds more."""
+    """The encoder on the CPU; the default is a GPU, if there is one, whose TF32 rounds more."""
     graph = repository / ENCODER / "1" / "model.onnx"
     return ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
@@ -193,7 +261,7 @@ def load_photo(name: str, side: int) -> NDArray[np.uint8]:
     except OSError as error:
         raise PhotoError(
             f"scikit-image's photo {name}, with which an export is checked, cannot be read: "
-            f"{error.strerror or error}; install scikit-image anew"
+            f"{error.strerror or error}; reinstall scikit-image"
         ) from error
     return np.asarray(photo.resize((side, side), Image.Resampling.BILINEAR))
 
@@ -262,8 +330,8 @@ def decode_reference(
 
 
 def decode(prompt: Prompt, decoder: Decode, *, multimask: bool = True) -> Candidates:
-    """The candidates for a prompt; a refined one is decoded twice, the first mask fed back, which
-    as the client asks is one of several.
+    """The candidates for a prompt; a refined one is decoded twice, feeding back the first of
+    several masks, which is what the client asks for.
     """
     coords = torch.tensor(prompt.coords)
     labels = torch.tensor(prompt.labels, dtype=torch.int32)
@@ -277,8 +345,8 @@ def decode(prompt: Prompt, decoder: Decode, *, multimask: bool = True) -> Candid
 def answer_iou(ours: Candidates, theirs: Candidates, side: int) -> float:
     """Mask IoU of the candidate that `theirs` predicts to be best, at side × side pixels.
 
-    Upsampled as a client does it: at M × M, one pixel that a rounding error carries across zero
-    already weighs more than a percent of a small mask.
+    Upsampled as a client does it: at M × M, a single pixel that a rounding error moves across zero
+    already makes up more than one percent of a small mask.
     """
     best = int(theirs[1].argmax())
     masks = torch.stack((ours[0][best], theirs[0][best]))[None]
@@ -287,22 +355,22 @@ def answer_iou(ours: Candidates, theirs: Candidates, side: int) -> float:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ (L2); infinite where a value is not finite."""
+    """‖ours − theirs‖ / ‖theirs‖ (L2); infinite if a value is not finite."""
     theirs = theirs.double()
     error = float((ours.double() - theirs).norm() / theirs.norm())
     return error if math.isfinite(error) else math.inf
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours − theirs|; infinite where a value is not finite."""
+    """max |ours − theirs|; infinite if a value is not finite."""
     difference = float((ours - theirs).abs().max())
     return difference if math.isfinite(difference) else math.inf
 
 
 def mask_iou(ours: Tensor, theirs: Tensor) -> float:
-    """Intersection over union of the masks of two logits; two empty masks agree fully.
+    """Intersection over union of two masks given as logits; two empty masks agree fully.
 
-    Logits that are not finite are no mask and agree with nothing.
+    Logits that are not finite agree with nothing.
     """
     if not (ours.isfinite().all() and theirs.isfinite().all()):
         return 0.0

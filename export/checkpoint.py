@@ -1,4 +1,4 @@
-"""Checkpoint file <-> `InteractiveModel`, strictly: a missing weight is an error with its name."""
+"""Strict conversion between checkpoint files and `InteractiveModel`: errors name the weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from export.architecture import (
 )
 
 ROTARY_TABLE = "freqs_cis"
-"""Suffix of buffers that follow from the sizes and are computed, not loaded."""
+"""Suffix of buffers that are computed from the sizes, not loaded."""
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -41,11 +41,11 @@ class CheckpointError(Exception):
 def load(path: Path, image_size: int | None = None) -> InteractiveModel:
     """Build the interactive model of a checkpoint in the official layout, in FP32, on the CPU.
 
-    `image_size` replaces the side the checkpoint was made for: the rotary tables are interpolated
-    and the position embedding is tiled, as Meta's ViT does.
+    `image_size` replaces the size that the checkpoint was made for: the rotary tables are
+    interpolated and the position embedding is tiled, as Meta's ViT does.
 
-    Raises `CheckpointError` for a file that is missing, unreadable, of another layout, incomplete
-    or with weights that SAM 3 does not have, and `SizeError` for an image size that is not a
+    Raises `CheckpointError` for a file that is missing, unreadable, incomplete, in another layout
+    or has weights that SAM 3 does not have, and `SizeError` for an image size that is not a
     multiple of the patch size.
     """
     weights = read(path)
@@ -58,7 +58,7 @@ def load(path: Path, image_size: int | None = None) -> InteractiveModel:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Read the interactive path's weights of a checkpoint file, memory-mapped and unconverted."""
+    """Read the interactive path's weights from a checkpoint file, memory-mapped and unconverted."""
     weights = _unpickle(path)
     wanted = {
         key: value
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def save(model: InteractiveModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a model in the official layout; rotary tables are kept, they carry the sizes."""
+    """Write a model in the official layout, with the rotary tables, which carry the sizes."""
     weights = {NO_MEM_EMBED: model.no_mem_embed}
     for prefix, module in model.layout().items():
         weights |= {prefix + key: value for key, value in module.state_dict().items()}
@@ -102,7 +102,7 @@ def _check_file(path: Path) -> None:
         if path.is_file():
             return
         found = "is a folder" if path.is_dir() else "no such file"
-    except OSError as error:  # a path too long, a folder closed to this user
+    except OSError as error:  # path too long or folder not accessible
         found = f"cannot be read ({error.strerror})"
     raise CheckpointError(f"{path}: {found}; give the path of a SAM 3 checkpoint (sam3.pt)")
 
@@ -111,29 +111,30 @@ def _read_torch(path: Path) -> object:
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                raise CheckpointError(_unreadable(path, "not a zip archive, as torch.save makes"))
+                raise CheckpointError(_unreadable(path, "not a zip archive as torch.save writes"))
         _check_intact(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = "it holds Python objects beside the weights, which are not loaded, or is damaged"
+        reason = "it is damaged or holds Python objects besides the weights, which are not loaded"
         raise CheckpointError(_unreadable(path, reason)) from error
     except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = "damaged or incomplete, or another kind of zip archive"
+        reason = "damaged, incomplete or another kind of zip archive"
         raise CheckpointError(_unreadable(path, reason)) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _check_intact(path: Path) -> None:
-    """Compare checksums, which torch does not: a damaged weight would only make masks wrong.
+    """Verify checksums, which torch does not do: a damaged weight would merely give wrong masks.
 
-    Nor would the export's own check show it, which takes the same weights for right.
+    The export's own check would not catch it either, as it uses the same weights as the reference.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(
-            f"{path}: damaged: {damaged} in it is not what was written; copy or download it again"
+            f"{path}: damaged: the checksum of {damaged} in it does not match; copy or download it "
+            "again"
         )
 
 
@@ -170,21 +171,21 @@ def _kind(weights: Mapping[str, Tensor]) -> str:
         ".interactive_convs." in key for key in weights
     ):
         return (
-            "looks like SAM 3.1 (multiplex), whose click head is another one; use SAM 3's sam3.pt"
+            "looks like SAM 3.1 (multiplex), which has a different click head; use SAM 3's sam3.pt"
         )
     if has("image_encoder.", "sam_mask_decoder.", "memory_attention."):
         return "looks like SAM 1 or SAM 2, not SAM 3"
     if has("detector.", "backbone.", "trunk.", "model.detector."):
         return (
-            "looks like a SAM 3 checkpoint without the interactive head, as fine-tuning often "
-            "saves it; merge its weights into Meta's sam3.pt"
+            "looks like a SAM 3 checkpoint without the interactive head, as often saved by "
+            "fine-tuning; merge its weights into Meta's sam3.pt"
         )
     return "does not look like a SAM 3 checkpoint"
 
 
 def _architecture(path: Path, weights: Mapping[str, Tensor]) -> Architecture:
     try:
-        return Architecture.of(weights)
+        return Architecture.from_weights(weights)
     except KeyError as error:
         raise CheckpointError(f"{path}: lacks {error.args[0]}") from error
     except SizeError as error:
@@ -197,21 +198,22 @@ def _first_of(names: list[str]) -> str:
 
 
 def _check_known(path: Path, others: Set[str]) -> None:
-    """Raise on weights that belong to no module of Meta's, as fine-tuning adds them.
+    """Raise on weights that belong to none of Meta's modules, such as those fine-tuning adds.
 
-    Meta's video model loads sam3.pt strictly: it has none. The neck's fourth level is not used.
+    Meta's video model loads sam3.pt strictly, so that file has none. The neck's fourth level is
+    allowed but not used.
     """
     unknown = sorted(k for k in others if not k.startswith(NECK) and not k.endswith(ROTARY_TABLE))
     if unknown:
         raise CheckpointError(
-            f"{path}: holds {_first_of(unknown)}, for which SAM 3 has no place: the export would "
-            "leave out what they do; merge them into SAM 3's own weights (as LoRA's can be), or "
-            "use Meta's sam3.pt"
+            f"{path}: holds {_first_of(unknown)}, which SAM 3 does not have: the export would lose "
+            "their effect; merge them into SAM 3's own weights (as is possible for LoRA), or use "
+            "Meta's sam3.pt"
         )
 
 
 def _assign(path: Path, model: InteractiveModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every parameter its weight; raise on the first absent, unknown or of another shape."""
+    """Assign every parameter its weight; raise if one is missing, unknown or of another shape."""
     destinations = {
         prefix + key: value
         for prefix, module in model.layout().items()

@@ -1,8 +1,8 @@
 """The prompt decoder: SAM's prompt encoder and mask decoder as one `torch.export` program.
 
-The program decodes N objects of T tokens each. It knows neither requests nor images: whoever runs
-it hands over one embedding per object (an expanded view where objects share an image), and the
-tokens complete, the trailing not-a-point token of an object with points or a box included.
+The program decodes N objects of T tokens each. It knows neither requests nor images: its caller
+passes one embedding per object (an expanded view if objects share an image) and all tokens,
+including the trailing not-a-point token of an object with points or a box.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_OBJECTS = 1024
 MAX_TOKENS = 1024
 
 NOT_A_POINT = -1
-"""The first label; the others follow it."""
+"""The lowest label; the others follow it."""
 
 TORCH_VERSION = "torch_version"
 """Extra file inside decoder.pt2."""
@@ -78,26 +78,26 @@ class PromptDecoder(nn.Module):
 
     def _points(self, point_coords: Tensor, point_labels: Tensor) -> Tensor:
         """Meta's `_embed_points`, with a table of the labels' embeddings: [N, T, 256]."""
-        # From pixels' centres, as Meta's.
-        places = (point_coords * self.image_size + 0.5) / self.image_size
-        nowhere = (point_labels == NOT_A_POINT).unsqueeze(-1)
-        return self._encode_places(places).masked_fill(nowhere, 0) + F.embedding(
+        # From pixel centres, like Meta's.
+        positions = (point_coords * self.image_size + 0.5) / self.image_size
+        not_points = (point_labels == NOT_A_POINT).unsqueeze(-1)
+        return self._encode_positions(positions).masked_fill(not_points, 0) + F.embedding(
             point_labels - NOT_A_POINT, self.labels
         )
 
-    def _encode_places(self, places: Tensor) -> Tensor:
-        """Meta's `_pe_encoding`, [N, T, 2] → [N, T, 256], without its matrix product: in TF32 that
-        would round the places, at 1008 pixels by up to a quarter of one.
+    def _encode_positions(self, positions: Tensor) -> Tensor:
+        """Meta's `_pe_encoding`, [N, T, 2] → [N, T, 256], without its matrix product, which in TF32
+        would round positions by up to a quarter of a pixel at 1008 pixels.
         """
         along_x, along_y = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-        x, y = (2 * places - 1).chunk(2, dim=-1)
+        x, y = (2 * positions - 1).chunk(2, dim=-1)
         angles = 2 * pi * (x * along_x + y * along_y)
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
     def _pixels(self, image_embed: Tensor, mask_input: Tensor, mask_index: Tensor) -> Tensor:
-        """The image's embedding with the mask's, or with that of no mask, added: [N, E·E, 256]."""
+        """The image's embedding plus the mask's, or plus that of no mask: [N, E·E, 256]."""
         no_mask = self.prompt_encoder.no_mask_embed.weight
-        # Added first: where the embedding's channels lie last already, nothing has to be moved.
+        # Added first: nothing has to be moved if the embedding is channels last already.
         pixels: Tensor = (as_rows(image_embed) + no_mask).contiguous()
         masks = self.prompt_encoder.mask_downscaling(mask_input.unsqueeze(1))
         pixels.index_copy_(0, mask_index, as_rows(image_embed[mask_index] + masks))
@@ -107,7 +107,7 @@ class PromptDecoder(nn.Module):
 def example_inputs(
     architecture: Architecture, objects: int = 2, tokens: int = 3, masks: int = 2
 ) -> dict[str, Tensor]:
-    """Inputs of `PromptDecoder` by name; they also drive tracing."""
+    """Inputs of `PromptDecoder` by name; also used for tracing."""
     embedding, mask = architecture.grid, architecture.mask_size
     channels = architecture.d_model
     return {
@@ -143,19 +143,19 @@ def export_decoder(model: InteractiveModel) -> ExportedProgram:
 
 
 def save_decoder(program: ExportedProgram, path: Path) -> None:
-    """Write the program, with the version of torch that a reader must not be older than."""
-    program.example_inputs = None  # embeddings as large as the weights
+    """Write the program and the torch version, which a reader's must not be older than."""
+    program.example_inputs = None  # they are as large as the weights
     for graph in _graphs(program):
         for node in graph.nodes:
-            node.meta.pop("stack_trace", None)  # this machine's paths
+            node.meta.pop("stack_trace", None)  # contains local paths
     archive = BytesIO()
     torch.export.save(program, archive, extra_files={TORCH_VERSION: torch.__version__})
-    # Not written by torch itself: it answers a full disk with an internal error.
+    # Not written by torch directly, which fails with an internal error when the disk is full.
     path.write_bytes(archive.getvalue())
 
 
 def _graphs(program: ExportedProgram) -> Iterator[Graph]:
-    """The program's own, and those of its branches."""
+    """The program's own graph and those of its branches."""
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
             yield module.graph

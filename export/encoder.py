@@ -6,10 +6,10 @@
                                             high_res_feats_1 [B,64,2E,2E] ◄────────────┘     │
                                             high_res_feats_0 [B,32,4E,4E] ◄──────────────────┘
 
-The blocks are Meta's. What differs from `InteractiveModel.encode` is only how the same numbers are
-reached: tokens are put in window order once instead of twice a block (attention does not care for
-the order, so long as the rotary table follows), rotation and attention are fused operators, and
-convolutions that follow each other without a nonlinearity between them are multiplied out.
+The blocks are Meta's. Only the way in which the same numbers are computed differs from
+`InteractiveModel.encode`: tokens are put in window order once instead of twice per block (attention
+does not depend on the order as long as the rotary table has the same), rotation and attention are
+fused operators, and consecutive convolutions without a nonlinearity between them are merged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
 from export.operators import attention, rotary_embedding
 
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
-"""Names of the graph's outputs, in their order."""
+"""Names of the graph's outputs, in order."""
 
 OPSET = 20
 MAX_BATCH = 8
@@ -37,12 +37,12 @@ class ImageEncoder(nn.Module):
     """UINT8 RGB [B, S, S, 3] → image_embed, high_res_feats_0, high_res_feats_1.
 
     With `dtype` FP16, matrix products, attention and convolutions are in half precision and the
-    outputs are FP16; the patches' projection and sums inside of layer norms stay FP32. The residual
-    stream leaves half precision's range: where operators are fused and windows fit the grid it is
-    kept to scale in FP16 (see half_precision.py), elsewhere in FP32 and narrowed at its end. The
-    softmax inside attention is FP32 where operators are fused, FP16 where they are spelled out.
+    outputs are FP16; the patch projection and the sums inside layer norms stay FP32. The residual
+    stream exceeds half precision's range: if operators are fused and windows fit the grid, it is
+    kept scaled in FP16 (see half_precision.py), otherwise in FP32 and cast to FP16 at its end. The
+    softmax inside attention is FP32 with fused operators and FP16 with plain ones.
 
-    `fused`: rotation and attention as ONNX Runtime's own operators, or spelled out (see
+    `fused`: rotation and attention as ONNX Runtime's own operators, or in plain ones (see
     operators.py).
     """
 
@@ -75,14 +75,14 @@ class ImageEncoder(nn.Module):
 
 
 def keeps_fp16_stream(architecture: Architecture, fused: bool) -> bool:
-    """Whether an FP16 graph has the residual stream, and what is added to it, in FP16 to scale."""
+    """Whether an FP16 graph keeps the residual stream, and what is added to it, scaled in FP16."""
     return fused and _Windows(architecture).fits
 
 
 class _Windows:
     """Token layouts of a grid of E×E patches cut into n×n windows of side w.
 
-    Where w does not divide E, the grid is one window and the blocks cut and pad it themselves.
+    If w does not divide E, the grid is one window and the blocks cut and pad it themselves.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -98,7 +98,7 @@ class _Windows:
         return cut.permute(0, 1, 3, 2, 4, 5).reshape(-1, w, w, grid.shape[-1])
 
     def reorder(self, rows: Tensor) -> Tensor:
-        """[E·E, …] of the grid's order → in windows' order."""
+        """[E·E, …] in the grid's order → in window order."""
         side = self.count * self.side
         return self.split(rows.reshape(1, side, side, -1)).flatten(0, 2)
 
@@ -120,8 +120,8 @@ class _Windows:
 class _PatchEmbed(nn.Module):
     """Normalise and project patches, in window order: UINT8 [B, S, S, 3] → [B, n²·w, w, C].
 
-    (x/255 - mean)/std with mean = std = 1/2 is (x - 127.5)/127.5. The division is split into one
-    by 128, exact in half precision, and one folded into the weights.
+    (x/255 - mean)/std with mean = std = 1/2 is (x - 127.5)/127.5. The division is split into a
+    division by 128, which is exact in half precision, and a factor folded into the weights.
     """
 
     def __init__(self, projection: nn.Conv2d, windows: _Windows) -> None:
@@ -133,14 +133,16 @@ class _PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         n, w, p = self.windows.count, self.windows.side, self.patch
-        pixels = image.to(self.weight.dtype)  # first: TensorRT takes UINT8 into a Cast alone
+        pixels = image.to(
+            self.weight.dtype
+        )  # first: TensorRT accepts UINT8 only as input to a Cast
         cut = pixels.reshape(-1, n, w, p, n, w, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
         patches = cut.reshape(-1, n * n * w, w, p * p * 3)
         return nn.functional.linear((patches - 127.5) / 128, self.weight)
 
 
 class _Narrow(nn.Module):
-    """A layer norm in FP32 whose result goes into half-precision products."""
+    """A layer norm in FP32 whose result is cast for half-precision products."""
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -153,13 +155,13 @@ class _Narrow(nn.Module):
 
 
 def _alias(module: nn.Module) -> Any:
-    """A copy to change and convert at will; its weights share the original's memory until then."""
+    """A copy that can be modified; its weights share the original's memory until converted."""
     parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
     return deepcopy(module, parameters)
 
 
 class _Attention(nn.Module):
-    """Meta's ViT attention on our operators; tokens [B, H, W, C] in whatever order."""
+    """Meta's ViT attention with this package's operators; tokens [B, H, W, C] in any order."""
 
     def __init__(self, meta: Attention, rotary: Tensor, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
@@ -180,10 +182,10 @@ class _Attention(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Meta's blocks one after the other, on an FP32 stream.
+    """Meta's blocks in sequence, on an FP32 stream.
 
-    An FP16 neck takes it divided by `STREAM_SCALE`. What a block adds to it is not divided: FP16
-    then rounds the weights more, which cost a mask of the demo model 0.006 IoU.
+    For an FP16 neck the stream is divided by `STREAM_SCALE` at the end. What each block adds is not
+    scaled: scaled weights round more in FP16, which cost a mask of the demo model 0.006 IoU.
     """
 
     def __init__(
@@ -200,15 +202,17 @@ class _Blocks(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
-            whole = i in self.global_att_blocks
-            tokens = block(self.windows.join(tokens) if whole else self.windows.part(tokens))
+            is_global = i in self.global_att_blocks
+            tokens = block(self.windows.join(tokens) if is_global else self.windows.part(tokens))
         return tokens / STREAM_SCALE if self.scaled else tokens
 
 
 def _half_blocks(model: InteractiveModel, windows: _Windows) -> HalfPrecisionBlocks:
-    blocks, whole = model.trunk.blocks, frozenset(model.architecture.global_att_blocks)
-    rotary = {i in whole: block.attn.freqs_cis for i, block in enumerate(blocks)}
-    return HalfPrecisionBlocks(blocks, whole, rotary[False], windows.reorder(rotary[True]))
+    blocks, global_att_blocks = model.trunk.blocks, frozenset(model.architecture.global_att_blocks)
+    rotary = {i in global_att_blocks: block.attn.freqs_cis for i, block in enumerate(blocks)}
+    return HalfPrecisionBlocks(
+        blocks, global_att_blocks, rotary[False], windows.reorder(rotary[True])
+    )
 
 
 def _block(
@@ -237,9 +241,9 @@ def _position_embedding(model: InteractiveModel) -> Tensor:
 
 
 def _folded_neck(model: InteractiveModel, scale: float) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The three neck levels with the decoder's entry convolutions, products of linear layers.
+    """The three neck levels merged with the decoder's entry convolutions.
 
-    scale: by which their input is too small, that of each level's first layer.
+    scale: the factor by which the input was divided; each level's first layer undoes it.
     """
     fine, middle, coarse = _alias(model.neck)
     if scale != 1:
@@ -266,7 +270,7 @@ def _folded_neck(model: InteractiveModel, scale: float) -> tuple[nn.Module, nn.M
 def _then_pointwise(
     first: nn.Conv2d | nn.ConvTranspose2d, pointwise: nn.Conv2d
 ) -> nn.Conv2d | nn.ConvTranspose2d:
-    """One layer for `pointwise(first(x))`: a 1×1 convolution only mixes what `first` puts out."""
+    """One layer for `pointwise(first(x))`: a 1×1 convolution only mixes the outputs of `first`."""
     mix, offset = pointwise.weight.double().flatten(1), pointwise.bias
     assert first.bias is not None
     assert offset is not None
@@ -280,7 +284,7 @@ def _then_pointwise(
 
 
 def export_encoder(encoder: ImageEncoder, image_size: int, path: Path) -> None:
-    """Write `encoder` as ONNX with a dynamic batch; weights stand beside it in external data."""
+    """Write `encoder` as ONNX with a dynamic batch; weights go to external data beside it."""
     image = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
     program = torch.onnx.export(
         encoder,
@@ -294,5 +298,5 @@ def export_encoder(encoder: ImageEncoder, image_size: int, path: Path) -> None:
     )
     assert program is not None
     for node in program.model.graph:
-        node.metadata_props.clear()  # the exporter's stack traces, with this machine's paths
+        node.metadata_props.clear()  # the exporter's stack traces contain local paths
     program.save(path, external_data=True)

@@ -1,16 +1,16 @@
-"""The trunk's blocks in half precision, in the operators that ONNX Runtime has on CUDA.
+"""The trunk's blocks in half precision, with operators that ONNX Runtime has on CUDA.
 
     ┌─ residual stream ÷ 16, FP16 ─────────────────────────────┐
     │                                                          ▼
     └► norm ─► q, k, v ─► rotate q, k ─► attention ─► proj ─► + bias + stream, norm ─► MLP ─► …
                                                               └─ SkipLayerNormalization ─┘
 
-Next to the matrix products, most of an FP32 stream's time goes into passes over it: cast, add the
+After the matrix products, most of an FP32 stream's time goes into passes over it: cast, add the
 bias, add the residual, normalise, cast back. In FP16 that is one operator.
 
-What a ViT this deep adds up leaves half precision's range, so the stream is kept divided by
-`STREAM_SCALE`. That costs no digit, being a power of two, and norms do not see it, their epsilon
-divided likewise. Sums inside of a norm, and softmax inside of attention, are FP32; the former since
+The sums of a ViT this deep exceed half precision's range, so the stream is kept divided by
+`STREAM_SCALE`. As a power of two it costs no precision, and norms cancel it, with their epsilon
+scaled accordingly. Sums inside a norm and the softmax inside attention are FP32; the former since
 ONNX Runtime 1.27 (Triton 26.07).
 """
 
@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from export.operators import attention, rotary_embedding, skip_layer_norm
 
 STREAM_SCALE = 16
-"""A stream of up to a million, 16 times what half precision holds."""
+"""Allows stream values up to a million, 16 times what half precision holds."""
 
 ROTATED_AT_ONCE = 256
-"""Channels in one head of the rotary operator, of which CUDA makes a block of threads each. With
-SAM 3's 64 it takes 52 µs a time (H200), much of it for starting 83,000 blocks; the encoder at batch
-1 and 8 takes 16.5 and 121 ms then, 15.3 and 113 with 256, and no less with 512 or 1024."""
+"""Channels per head of the rotary operator; CUDA starts one block of threads for each head. With
+SAM 3's 64 one call takes 52 µs (H200), much of it for starting 83,000 blocks. The encoder at batch
+1 and 8 takes 16.5 and 121 ms with 64, 15.3 and 113 ms with 256, and no less with 512 or 1024."""
 
 
 class HalfPrecisionBlocks(nn.Module):
-    """All blocks; tokens are windows [B·n², w², C], or [B, n²·w², C] where attention is global."""
+    """All blocks; tokens are windows [B·n², w², C], or [B, n²·w², C] if attention is global."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class HalfPrecisionBlocks(nn.Module):
 
 
 class _HalfBlock(nn.Module):
-    """Meta's block up to the sum at its end, which the next one's norm makes."""
+    """Meta's block without the sum at its end, which is fused into the next block's norm."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -87,17 +87,17 @@ class _HalfBlock(nn.Module):
     def forward(
         self, normed: Tensor, stream: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the MLP adds to the stream, but for `bias`, and the stream it is added to."""
+        """What the MLP adds to the stream, except `bias`, and the stream to add it to."""
         attended = self.attn(normed, cos, sin)
         normed, stream = skip_layer_norm(attended, stream, self.norm2, self.attn.bias)
         return self.fc2(self.act(self.fc1(normed))), stream
 
 
 class _HalfAttention(nn.Module):
-    """Meta's ViT attention; three products spare the operator that would cut one in three.
+    """Meta's ViT attention; three products save the operator that would split one into three.
 
-    An attention's weights sum to 1, so that the values' bias passes through it whole: the
-    projection's bias takes it in.
+    Attention weights sum to 1, so the values' bias passes through unchanged and is folded into the
+    projection's bias.
     """
 
     def __init__(self, meta: Attention) -> None:
@@ -113,13 +113,13 @@ class _HalfAttention(nn.Module):
 
     @property
     def heads_at_once(self) -> int:
-        """Heads that the rotary operator takes for one: as many as fit, of those that divide."""
+        """Heads that the rotary operator treats as one: the largest divisor that fits."""
         width = self.query.out_features // self.num_heads
         divisors = (n for n in range(self.num_heads, 0, -1) if self.num_heads % n == 0)
         return next((n for n in divisors if n * width <= ROTATED_AT_ONCE), 1)
 
     def forward(self, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, L, C] → the same, but for `bias`."""
+        """[B, L, C] → [B, L, C], without `bias`."""
         wide_heads = self.num_heads // self.heads_at_once
         query = rotary_embedding(self.query(normed), cos, sin, wide_heads)
         key = rotary_embedding(self.key(normed), cos, sin, wide_heads)
@@ -128,14 +128,14 @@ class _HalfAttention(nn.Module):
 
 
 def _tables(rotary: Tensor, repeat: int) -> tuple[nn.Buffer, nn.Buffer]:
-    """cos and sin for a number of heads that are taken for one."""
+    """cos and sin for `repeat` heads that are treated as one."""
     parts = (rotary.real, rotary.imag)
     cos, sin = (nn.Buffer(part.to(torch.float16).repeat(1, repeat).contiguous()) for part in parts)
     return cos, sin
 
 
 def _scaled_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
-    """The same norm of what is divided by `STREAM_SCALE`."""
+    """The same norm for input divided by `STREAM_SCALE`."""
     scaled = nn.LayerNorm(norm.normalized_shape, eps=norm.eps / STREAM_SCALE**2)
     scaled.load_state_dict(norm.state_dict())
     return scaled.to(torch.float16)

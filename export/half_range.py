@@ -1,7 +1,7 @@
-"""What a half-precision graph has to hold, seen in the FP32 run beside it.
+"""The range of values in a half-precision graph, observed in the FP32 reference run.
 
 ONNX Runtime computes most of an FP16 graph in FP32 on a CPU: values that overflow on a GPU do not
-show in what it puts out there.
+show in its output there.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from export.encoder import keeps_fp16_stream
 from export.half_precision import STREAM_SCALE
 
 LARGEST_ACCEPTED = 2.0**15
-"""Half of what FP16 holds: other photos have other values."""
+"""Half of what FP16 holds, because other photos have other values."""
 
 
 @contextmanager
-def noting_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[float]]:
-    """Lists the largest value of each layer, divided as given, whenever the model runs."""
-    found: list[float] = []
+def record_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[float]]:
+    """Append each layer's largest value, divided by its number, to the list when the model runs."""
+    largest: list[float] = []
 
-    def note(scale: int, _: nn.Module, __: object, output: Tensor) -> None:
-        found.append(float(output.abs().max()) / scale)
+    def record(scale: int, _: nn.Module, __: object, output: Tensor) -> None:
+        largest.append(float(output.abs().max()) / scale)
 
-    hooks = [layer.register_forward_hook(partial(note, by)) for layer, by in layers]
+    hooks = [layer.register_forward_hook(partial(record, scale)) for layer, scale in layers]
     try:
-        yield found
+        yield largest
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def narrowed(model: InteractiveModel, *, fused: bool) -> Iterator[tuple[nn.Module, int]]:
-    """The layers whose outputs an FP16 graph has in FP16, and by what they are divided there."""
+def fp16_layers(model: InteractiveModel, *, fused: bool) -> Iterator[tuple[nn.Module, int]]:
+    """The layers whose outputs are FP16 in an FP16 graph, and what they are divided by there."""
     added = STREAM_SCALE if keeps_fp16_stream(model.architecture, fused) else 1
     for block in model.trunk.blocks:
         yield from ((layer, 1) for layer in (block.attn.qkv, block.mlp.fc1))

@@ -1,15 +1,15 @@
 """Meta's mask decoder in fewer operations: the same function, rearranged for few tokens.
 
-An object has some ten tokens and an image thousands of pixels, so what a decode costs is what it
-does to every pixel. Meta projects each pixel to queries, keys and values. Here the tokens are
-projected twice instead, head by head:
+An object has some ten tokens and an image thousands of pixels, so the cost of a decode is the work
+per pixel. Meta projects each pixel to queries, keys and values. Here the tokens are projected twice
+instead, head by head:
 
     (W_q t) · (W_k x) = (W_kᵀ W_q t) · x        Σ p_x W_o W_v x = W_o W_v Σ p_x x
 
-so that pixels are only ever multiplied with heads × tokens vectors: the same results but for
-rounding, and less work while tokens are few (`few_tokens`); else Meta's way is taken. Upscaling is
-a matrix product too, its pixels in the order in which a 2 × 2 transposed convolution makes them
-until the masks are there.
+so pixels are only ever multiplied by heads × tokens vectors: the same results except for rounding,
+and less work as long as tokens are few (`few_tokens`); otherwise Meta's method is used. Upscaling
+is a matrix product too; pixels stay in the order in which a 2 × 2 transposed convolution produces
+them until the masks are complete.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 
 def few_tokens(attention: Attention) -> int:
-    """Up to how many tokens, the decoder's own included, projecting them twice is less work.
+    """The largest number of tokens, the decoder's own included, for which merging is less work.
 
-    Multiplications by a pixel, for T tokens, H heads, C channels and D inside of the attention,
-    2·T·H·C then and 2·C·D + 2·T·D otherwise, equated.
+    Multiplications per pixel, for T tokens, H heads, C channels and D inner channels, are 2·T·H·C
+    merged and 2·C·D + 2·T·D otherwise; the limit is where both are equal.
     """
     heads: int = attention.num_heads
     width: int = attention.embedding_dim
@@ -37,7 +37,7 @@ def few_tokens(attention: Attention) -> int:
 
 
 class _MergedAttention(nn.Module):
-    """What both directions share: an inside of D channels, cut into H heads of d each."""
+    """What both directions share: D inner channels, split into H heads of d channels each."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class _MergedAttention(nn.Module):
         return weight.detach().view(*self.heads, *weight.shape[1:])
 
     def _widen(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """tokens [N, T, D], each head times its own of weight [H, d, C] → [N, H · T, C]"""
+        """tokens [N, T, D], each head times its weight [d, C] out of [H, d, C] → [N, H · T, C]"""
         n, t, _ = tokens.shape
         wide = torch.bmm(tokens.view(n * t, *self.heads).transpose(0, 1), weight)
         return wide.view(-1, n, t, weight.shape[-1]).transpose(0, 1).flatten(1, 2)
 
     def _narrow(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """The way back: tokens [N, H · T, C], weight [H, C, d] → [N, T, D]"""
+        """The reverse: tokens [N, H · T, C], weight [H, C, d] → [N, T, D]"""
         n, _, c = tokens.shape
         heads = tokens.view(n, self.heads[0], -1, c).transpose(0, 1).flatten(1, 2)
         return torch.bmm(heads, weight).transpose(0, 1).reshape(n, -1, self.inside)
@@ -65,7 +65,7 @@ class _MergedAttention(nn.Module):
 class TokenToImageAttention(_MergedAttention):
     """Tokens attend to pixels.
 
-    What the keys' bias adds to a score is the same for all pixels, which softmax does not see.
+    The keys' bias adds the same to the scores of all pixels, which softmax cancels.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -79,9 +79,9 @@ class TokenToImageAttention(_MergedAttention):
         """tokens [N, T, C], keys and pixels [N, P, C] → [N, T, C]"""
         query = self._widen(self.query(tokens), self.key)
         weights = torch.bmm(query, keys.transpose(1, 2)).softmax(dim=-1)
-        # Weights of a head sum to 1: the values' bias passes through whole.
-        seen = self._narrow(torch.bmm(weights, pixels), self.value) + self.value_bias
-        answer: Tensor = self.out(seen)
+        # A head's weights sum to 1: the values' bias passes through unchanged.
+        attended = self._narrow(torch.bmm(weights, pixels), self.value) + self.value_bias
+        answer: Tensor = self.out(attended)
         return answer
 
 
@@ -92,20 +92,20 @@ class ImageToTokenAttention(_MergedAttention):
         super().__init__(attention)
         self.key, self.value = attention.k_proj, attention.v_proj
         self.query = nn.Buffer(self._split(attention.q_proj.weight) * self.scale)
-        # What the queries' bias adds to the scores of a token: of each head's key, one number.
+        # The queries' bias adds one number per head to the scores of a token, given by its key.
         bias = self._split(attention.q_proj.bias) * self.scale
         self.query_bias = nn.Buffer(bias.unsqueeze(2))
         self.out = nn.Buffer(self._split(attention.out_proj.weight.T.contiguous()))
-        # Weights of a head sum to 1: shared out to the heads, the answer's bias is added once.
+        # A head's weights sum to 1: split among the heads, the output's bias is added exactly once.
         self.out_bias = nn.Buffer(attention.out_proj.bias.detach() / self.heads[0])
 
     def forward(self, keys: Tensor, tokens: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
-        """keys (pixels that ask) and pixels [N, P, C], tokens and values [N, T, C] → [N, P, C]"""
+        """keys (attending pixels) and pixels [N, P, C], tokens and values [N, T, C] → [N, P, C]"""
         key = self.key(tokens)
         scores = torch.baddbmm(
             self._widen(key, self.query_bias), self._widen(key, self.query), keys.transpose(1, 2)
         )
-        # Tokens before pixels: softmax over an axis of ten is slow where that axis is the last.
+        # Tokens before pixels: softmax over an axis of ten is slow if that axis is the last.
         by_head = scores.view(len(scores), self.heads[0], -1, keys.shape[1])
         weights = by_head.softmax(dim=2).flatten(1, 2)
         value = self._widen(self.value(values), self.out) + self.out_bias
@@ -145,40 +145,40 @@ class MergedTwoWay(nn.Module):
         return self.last_norm(queries + answer), pixels
 
 
-class MetasTwoWay(nn.Module):
-    """Meta's `TwoWayTransformer` as it is."""
+class OriginalTwoWay(nn.Module):
+    """Meta's unmodified `TwoWayTransformer`."""
 
     def __init__(self, transformer: TwoWayTransformer) -> None:
         super().__init__()
         self.transformer = transformer
 
     def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MergedTwoWay`."""
+        """Like `MergedTwoWay`."""
         image, image_pe = (_as_square(rows) for rows in (pixels, positions))
         found: tuple[Tensor, Tensor] = self.transformer(image, image_pe, tokens)
         return found
 
 
-class EitherTwoWay(nn.Module):
-    """Merged up to `few` tokens, Meta's beyond: decided at each decode, by the tokens it brings."""
+class AdaptiveTwoWay(nn.Module):
+    """Merged up to `few` tokens, Meta's original beyond: chosen at each decode by its tokens."""
 
     def __init__(self, transformer: TwoWayTransformer, few: int) -> None:
         super().__init__()
         self.few = few
         self.merged = MergedTwoWay(transformer)
-        self.metas = MetasTwoWay(transformer)
+        self.original = OriginalTwoWay(transformer)
 
     def forward(self, pixels: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MergedTwoWay`."""
-        given = (pixels, positions, tokens)
+        """Like `MergedTwoWay`."""
+        operands = (pixels, positions, tokens)
         chosen: tuple[Tensor, Tensor] = torch.cond(
-            tokens.shape[1] <= self.few, self.merged, self.metas, given
+            tokens.shape[1] <= self.few, self.merged, self.original, operands
         )
         return chosen
 
 
 class Upscaling(nn.Module):
-    """Meta's `output_upscaling`, and the masks of it."""
+    """Meta's `output_upscaling`, and the masks from it."""
 
     def __init__(self, upscaling: nn.Sequential, side: int) -> None:
         """side: E"""
@@ -197,8 +197,8 @@ class Upscaling(nn.Module):
         """Masks [N, K, 4E, 4E].
 
         pixels [N, E·E, C]; fine, high_res_feats_0 [N, C/8, 4E, 4E]; middle, high_res_feats_1
-        [N, C/4, 2E, 2E]; hyper [N, K, C/8]. y, x below are of E × E, each further pair of axes of
-        the 2 × 2 that a step makes of a pixel.
+        [N, C/4, 2E, 2E]; hyper [N, K, C/8]. In the views below the first y, x axes are those of
+        E × E, and each further pair is the 2 × 2 that a step makes from a pixel.
         """
         n, c_fine, c_middle = fine.shape[0], fine.shape[1], middle.shape[1]
         e = middle.shape[-1] // 2
@@ -208,13 +208,13 @@ class Upscaling(nn.Module):
         upscaled = self.second(F.gelu(self.norm(upscaled)))
         upscaled = upscaled.view(n, e, e, 2, 2, 2, 2, c_fine).add_(fine)
         masks = torch.bmm(hyper, F.gelu(upscaled).view(n, -1, c_fine).transpose(1, 2))
-        # Gathered, as two neighbours at a time are slow to copy.
+        # Gathered, because copying two neighbours at a time is slow.
         in_rows = masks.gather(2, self.order.expand_as(masks))
         return in_rows.view(n, -1, 4 * e, 4 * e)
 
 
-class _SideBySide(nn.Module):
-    """K linear layers, each for its own of K tokens."""
+class _BatchedLinear(nn.Module):
+    """K linear layers, one for each of K tokens."""
 
     def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
         super().__init__()
@@ -227,12 +227,12 @@ class _SideBySide(nn.Module):
 
 
 class Hypernetworks(nn.Module):
-    """Meta's `output_hypernetworks_mlps`, of each of K masks one."""
+    """Meta's `output_hypernetworks_mlps`, one for each of K masks."""
 
     def __init__(self, networks: nn.ModuleList) -> None:
         super().__init__()
         layers = zip(*(network.layers for network in networks), strict=True)
-        self.layers = nn.ModuleList(map(_SideBySide, layers))
+        self.layers = nn.ModuleList(map(_BatchedLinear, layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[N, K, C] → [N, K, C/8]"""
@@ -245,16 +245,16 @@ class Hypernetworks(nn.Module):
 
 
 class MergedMaskDecoder(nn.Module):
-    """Meta's `MaskDecoder.predict_masks`, given the same weights."""
+    """Meta's `MaskDecoder.predict_masks` with the same weights."""
 
     def __init__(self, decoder: MaskDecoder, image_pe: Tensor) -> None:
-        """image_pe: [1, C, E, E], the prompt encoder's dense one."""
+        """image_pe: the prompt encoder's dense encoding, [1, C, E, E]."""
         super().__init__()
         first = (decoder.obj_score_token, decoder.iou_token, decoder.mask_tokens)
         self.tokens = nn.Buffer(torch.cat([t.weight for t in first]).detach().unsqueeze(0))
         self.positions = nn.Buffer(as_rows(image_pe).contiguous())
         few = few_tokens(decoder.transformer.final_attn_token_to_image)
-        self.two_way = EitherTwoWay(decoder.transformer, few)
+        self.two_way = AdaptiveTwoWay(decoder.transformer, few)
         self.upscaling = Upscaling(decoder.output_upscaling, image_pe.shape[-1])
         self.hypernetworks = Hypernetworks(decoder.output_hypernetworks_mlps)
         self.iou_head = decoder.iou_prediction_head
@@ -293,7 +293,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _as_linear(convolution: nn.ConvTranspose2d) -> nn.Linear:
-    """A transposed convolution whose steps do not overlap: C → (2 · 2 · C') for each pixel."""
+    """A transposed convolution without overlap: C → (2 · 2 · C') for each pixel."""
     weight, bias = convolution.weight.detach(), convolution.bias
     assert bias is not None and convolution.stride == convolution.kernel_size
     squares = weight.shape[2] * weight.shape[3]

@@ -1,9 +1,9 @@
 """Three operators that PyTorch runs as written here and ONNX Runtime runs fused.
 
-PyTorch's exporter would spell rotary embedding and attention out in dozens of nodes and keep whole
-attention matrices; as `com.microsoft` operators they are one kernel each, on the CPU and on CUDA,
+PyTorch's exporter would decompose rotary embedding and attention into dozens of nodes and keep
+whole attention matrices; as `com.microsoft` operators each is one kernel, on the CPU and on CUDA,
 and the graph does not depend on the opset-23 `Attention` operator. `fused=False` exports them
-spelled out, for runtimes that know neither.
+decomposed, for runtimes that support neither.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def rotary_embedding(
 ) -> Tensor:
     """Rotate pairs of neighbouring channels of each head (RoPE, arXiv 2104.09864).
 
-    x [B, L, heads*D]; cos, sin [L, D/2]. Same as multiplying (x[2i] + j·x[2i+1]) by
-    (cos[i] + j·sin[i]), which is how Meta's ViT writes it, in complex numbers.
+    x [B, L, heads*D]; cos, sin [L, D/2]. The same as multiplying (x[2i] + j·x[2i+1]) by
+    (cos[i] + j·sin[i]), which is how Meta's ViT does it, with complex numbers.
     """
     if fused and torch.onnx.is_in_onnx_export():
         first_row = torch.zeros(1, dtype=torch.int64)
@@ -45,7 +45,7 @@ def attention(
 def skip_layer_norm(
     x: Tensor, skip: Tensor, norm: torch.nn.LayerNorm, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + bias + skip, normalised and as it is; all tensors [B, L, C], the bias [C]."""
+    """The sum x + bias + skip, normalised and plain; all tensors [B, L, C], the bias [C]."""
     if torch.onnx.is_in_onnx_export():
         statistics = (*x.shape[:2], 1)
         normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
@@ -62,7 +62,7 @@ def skip_layer_norm(
 
 
 def _fused(operator: str, like: Tensor, inputs: tuple[Tensor, ...], **attributes: int) -> Tensor:
-    """A node of ONNX Runtime's own domain whose output has the type and shape of `like`."""
+    """A node in ONNX Runtime's own domain whose output has the type and shape of `like`."""
     return torch.onnx.ops.symbolic(
         f"com.microsoft::{operator}",
         inputs,

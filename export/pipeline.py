@@ -16,11 +16,11 @@ from export.signatures import SignatureError, check_signatures
 
 DEFAULT_MIN_IOU = 0.995
 EXACT_PHOTOS = check.PHOTOS[:1]
-"""FP32 differs from the reference by rounding alone, which one photo shows as well as many."""
+"""FP32 differs from the reference only by rounding, which one photo shows as well as many."""
 
 
 class ToleranceError(Exception):
-    """The exported graphs are further from PyTorch than allowed."""
+    """The exported graphs differ from PyTorch by more than allowed."""
 
     def __init__(self, checks: list[check.Check]) -> None:
         super().__init__("out of tolerance: " + ", ".join(c.name for c in checks if not c.passed))
@@ -34,7 +34,7 @@ BAD_INPUT = (
     check.PhotoError,
 )
 BAD_EXPORT = (SignatureError, ToleranceError)
-"""What `export_repository` raises, each with a sentence for whoever asked for the export."""
+"""What `export_repository` raises, each with a message for the user."""
 
 
 def export_repository(
@@ -48,19 +48,19 @@ def export_repository(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[check.Check]:
-    """Export a checkpoint and check the result; `output` appears only when every check passed.
+    """Export a checkpoint and check the result; `output` appears only if every check passes.
 
     Args:
         checkpoint_file: in the layout of Meta's sam3.pt.
-        dtype: FP32 or FP16, of the encoder's matrix products and outputs.
-        accelerator: what runs the models; by default the GPU where there is one.
+        dtype: FP32 or FP16, for the encoder's matrix products and outputs.
+        accelerator: what runs the models; by default the GPU, if there is one.
         image_size: side of the encoder's input in pixels; the checkpoint's own by default.
-        min_iou: worst mask IoU against FP32 PyTorch that is accepted.
-        progress: told what is being done.
+        min_iou: lowest accepted mask IoU against FP32 PyTorch.
+        progress: called with a description of each step.
 
     Raises:
         One of BAD_INPUT: nothing was written.
-        One of BAD_EXPORT: the export is not what it should be.
+        One of BAD_EXPORT: the export failed its checks.
     """
     repository.check_output(output, overwrite=overwrite)
     progress("loading the checkpoint")
@@ -94,7 +94,7 @@ def write_repository(
     accelerator: Accelerator | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """All files of the repository, unchecked; returns the decoder's."""
+    """Write all files of the repository, unchecked; return the path of the decoder's program."""
     repository.copy_sources(folder, model.architecture, dtype, accelerator)
     progress("exporting the image encoder to ONNX")
     graph = folder / repository.ENCODER / "1" / "model.onnx"
@@ -107,5 +107,5 @@ def write_repository(
 
 
 def _fused(accelerator: Accelerator | None) -> bool:
-    """Whether the encoder's graph is of ONNX Runtime's own operators."""
+    """Whether the encoder's graph uses ONNX Runtime's own operators."""
     return accelerator is not Accelerator.TENSORRT

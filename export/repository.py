@@ -1,4 +1,4 @@
-"""A model repository on disk: the hand-written configs beside the artifacts built for them."""
+"""A model repository on disk: the hand-written configs and the artifacts built for them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MODELS = (ENCODER, DECODER, READER, WRITER, *ENSEMBLES)
 SHARED_SOURCE = ROOT / "client" / "triton_sam3"
 SHARED_PACKAGE = "sam3_shared"
 SHARED = {READER: ("contract.py", "errors.py", "geometry.py"), WRITER: ("formats.py", "masks.py")}
-"""What the client does to pixels and logits, and two models do for callers without it: written
-once, in the client, and copied beside those models' own files, so that the results are the same
-and the server needs no client."""
+"""The client's code for pixels and logits, which two models run for callers without the client. It
+is written once, in the client, and copied next to those models' own files, so that results are the
+same and the server does not need the client."""
 
 
 class OutputError(Exception):
@@ -38,9 +38,9 @@ class OutputError(Exception):
 
 @contextmanager
 def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to build in that becomes `output` when all went well, and is removed otherwise.
+    """A folder to build in, which becomes `output` on success and is removed otherwise.
 
-    Raises `OutputError` where `output` is in the way or cannot be written.
+    Raises `OutputError` if `output` must not be replaced or cannot be written.
     """
     check_output(output, overwrite=overwrite)
     output = output.resolve()
@@ -57,7 +57,7 @@ def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(
             f"{output} cannot be written: {error.strerror or error}; it is built in "
-            f"{output.parent}, which must be writable and have room"
+            f"{output.parent}, which must be writable and have enough space"
         ) from error
     finally:
         for folder in missing:
@@ -66,7 +66,7 @@ def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(output: Path, folder: Path, aside: Path) -> None:
-    """Two renames: what stood at `output` is whole until it is replaced as a whole."""
+    """Replace `output` with two renames, so that it is never incomplete."""
     if not output.exists():
         folder.rename(output)
         return
@@ -79,11 +79,11 @@ def _replace(output: Path, folder: Path, aside: Path) -> None:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise `OutputError` if something stands at `output` that is not to be replaced."""
+    """Raise `OutputError` if `output` holds something that must not be replaced."""
     try:
         _check_replaceable(output, overwrite=overwrite)
-    except OSError as error:  # a path too long, a folder closed to this user
-        raise OutputError(f"{output} cannot be looked at: {error.strerror}") from error
+    except OSError as error:  # path too long or folder not accessible
+        raise OutputError(f"{output} cannot be accessed: {error.strerror}") from error
 
 
 def _check_replaceable(output: Path, *, overwrite: bool) -> None:
@@ -99,7 +99,7 @@ def _check_replaceable(output: Path, *, overwrite: bool) -> None:
     others = sorted(entry.name for entry in output.iterdir() if entry.name not in MODELS)
     if others:
         raise OutputError(
-            f"{output} is in the way: it holds {others[0]}, which is no part of a model "
+            f"refusing to replace {output}: it contains {others[0]}, which is not part of a model "
             "repository; give another folder"
         )
     if any(output.iterdir()) and not overwrite:
@@ -117,7 +117,8 @@ def copy_sources(
 ) -> None:
     """Copy configs and Python files.
 
-    Dims and the embeddings' type follow the model, encoder's and decoder's device the accelerator.
+    Dims and the embeddings' type are set to the model's, and the device of encoder and decoder to
+    the accelerator's.
     """
     for name in MODELS:
         shutil.copytree(
@@ -136,7 +137,7 @@ def copy_sources(
 
 
 def _copy_shared(package: Path, modules: Iterable[str]) -> None:
-    """A package, because the modules import each other by relative names."""
+    """Copy modules as a package, because they import each other by relative names."""
     package.mkdir()
     (package / "__init__.py").write_text(f'"""Copied from {SHARED_SOURCE.name} by the export."""\n')
     for module in modules:
@@ -144,7 +145,7 @@ def _copy_shared(package: Path, modules: Iterable[str]) -> None:
 
 
 def adapt_config(text: str, architecture: Architecture, dtype: torch.dtype) -> str:
-    """A config written for SAM 3's sizes, for other ones and another embedding type."""
+    """Adapt a config written for SAM 3's sizes to other sizes and another embedding type."""
     ours = dict(zip(map(str, _sizes(Architecture())), map(str, _sizes(architecture)), strict=True))
 
     def rescale(dims: re.Match[str]) -> str:
@@ -158,7 +159,7 @@ def adapt_config(text: str, architecture: Architecture, dtype: torch.dtype) -> s
 
 
 def _sizes(a: Architecture) -> tuple[int, ...]:
-    """Every size in the configs that follows from the model; all differ in the published one."""
+    """Every size in the configs that depends on the model; in the published one all differ."""
     return (
         *(a.image_size, a.grid, 2 * a.grid, a.mask_size),
         *(a.d_model, a.d_model // 4, a.d_model // 8),

@@ -1,4 +1,4 @@
-"""Names, types and shapes: the exported graphs against the configs, and every wire's two ends."""
+"""Checks names, types and shapes of graphs and configs, and both ends of every ensemble wire."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Signature = dict[str, tuple[str, tuple[int, ...]]]
 
 DECODER_OUTPUTS = ("low_res_masks", "iou_predictions")
 INTERNAL = {"mask_index"}
-"""Inputs of the decoder's program that are no tensor of a request."""
+"""Inputs of the decoder's program that are not tensors of a request."""
 
 
 class SignatureError(Exception):
-    """A graph and a config, or the two ends of an ensemble's wire, disagree."""
+    """A graph and its config, or the two ends of an ensemble's wire, disagree."""
 
 
 def check_signatures(repository: Path, program: ExportedProgram) -> None:
@@ -39,18 +39,20 @@ def check_signatures(repository: Path, program: ExportedProgram) -> None:
 
 
 def _check_program(program: ExportedProgram, decoder: model_config_pb2.ModelConfig) -> None:
-    """Shapes only: whoever runs the program converts to its FP32."""
+    """Check shapes only: the program's caller converts to its FP32."""
     inputs, outputs = _signature(decoder.input), _signature(decoder.output)
     shapes = {node.name: _static(node.meta.get("val")) for node in program.graph.nodes}
     for name in program.graph_signature.user_inputs:
-        # An embedding has one more axis than in the config, which speaks of one image.
+        # An embedding has one more axis than in the config, whose dims are those of one image.
         dims = shapes[name][1:] if name in FEATURES else shapes[name]
         if name not in INTERNAL and inputs.get(name, ("", None))[1] != dims:
-            raise SignatureError(f"the decoder's {name} is {dims}, in its config {inputs}")
+            raise SignatureError(f"the decoder's {name} is {dims}, but its config has {inputs}")
     for name, node in zip(DECODER_OUTPUTS, program.graph_signature.user_outputs, strict=True):
         _, dims = outputs[name]
         if not all(c in (-1, d) for c, d in zip(dims, shapes[node], strict=True)):
-            raise SignatureError(f"the decoder's {name} is {shapes[node]}, in its config {dims}")
+            raise SignatureError(
+                f"the decoder's {name} is {shapes[node]}, but its config has {dims}"
+            )
 
 
 def _static(value: object) -> tuple[int, ...]:
@@ -67,13 +69,13 @@ def _check_wires(repository: Path, ensemble: model_config_pb2.ModelConfig) -> No
         for name, wire in step.input_map.items():
             if wire not in wires:
                 raise SignatureError(
-                    f"{ensemble.name}: no step puts out {wire} for {step.model_name}.{name}"
+                    f"{ensemble.name}: no step outputs {wire} for {step.model_name}.{name}"
                 )
             ends = {name: wires[wire]}, {name: inputs.get(name)}
             _same(f"{ensemble.name}: the ends of {wire} into {step.model_name}", *ends)
         for name, wire in step.output_map.items():
             if name not in outputs:
-                raise SignatureError(f"{step.model_name} puts out no {name}")
+                raise SignatureError(f"{step.model_name} has no output {name}")
             wires[wire] = outputs[name]
     for name, tensor in results.items():
         _same(f"{ensemble.name}'s outputs", {name: tensor}, {name: wires.get(name)})

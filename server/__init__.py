@@ -3,8 +3,8 @@
     with TritonServer(Path("build/models")) as server:
         print(server.grpc_url)
 
-`python -m server build/models` is the same on the command line. For development and tests: the
-server inside nvidia-pytriton is an old one (2.51), so it listens on loopback unless told otherwise.
+`python -m server build/models` does the same on the command line. For development and tests: the
+server in nvidia-pytriton is old (2.51), so it listens on loopback unless told otherwise.
 """
 
 from server.errors import (

@@ -17,7 +17,7 @@ from server.triton import TritonServer
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable[[int, FrameType | None], NoReturn] | signal.Handlers
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port.")]
 
 
 class _Stopped(BaseException):
@@ -33,7 +33,7 @@ def serve(
     log: Annotated[Path | None, typer.Option(help="File to append the server's output to.")] = None,
     start_timeout: Annotated[float, typer.Option(min=1, help="Seconds until ready.")] = 600.0,
 ) -> None:
-    """Serve REPOSITORY with a real tritonserver: the one on PATH, else nvidia-pytriton's."""
+    """Serve REPOSITORY with a real tritonserver: the one on PATH, or else nvidia-pytriton's."""
     server = TritonServer(
         repository,
         host=host,
@@ -62,17 +62,19 @@ def _run(server: TritonServer, log: Path | None) -> int:
         with err.status(f"Starting tritonserver on {escape(str(server.repository))}"):
             server.start()
         if not server.address.is_loopback:
-            err.print("Whoever reaches this machine can use the server.", style="yellow")
+            err.print("Anyone who can reach this machine can use the server.", style="yellow")
         Console(soft_wrap=True).print(server.http_url, server.grpc_url, server.metrics_url)
         status = server.wait()
-        err.print(f"tritonserver ended by itself (status {status}).", style="red")
+        err.print(f"tritonserver exited unexpectedly (status {status}).", style="red")
         err.print(failure.tail(server.read_log()), markup=False)
     except SetupError as error:
         err.print(str(error), style="red", markup=False)
         return 2
     except ServerError as error:
         err.print(str(error), style="red", markup=False)
-    err.print(f"All of its output is in {log}." if log else "All of its output: --log FILE.")
+    err.print(
+        f"See {log} for all of its output." if log else "Use --log FILE for all of its output."
+    )
     return 1
 
 
@@ -82,7 +84,7 @@ def _on_stop_signals(handler: Handler) -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    _on_stop_signals(signal.SIG_IGN)  # what follows is the clean-up: nothing may interrupt it
+    _on_stop_signals(signal.SIG_IGN)  # nothing may interrupt the clean-up that follows
     raise _Stopped
 
 

@@ -17,16 +17,16 @@ ENVIRONMENT = {
     # ONNX Runtime's Linux wheels report to Microsoft by default.
     "ORT_DISABLE_TELEMETRY": "1",
 }
-"""Tritonserver's, where the caller's says nothing else. MALLOC_*: glibc's thresholds. What is
-larger than the first goes back to the system as soon as it is freed, and so does what lies free at
-the end of a heap beyond the second.
+"""Variables for tritonserver unless the caller sets them. MALLOC_*: glibc's thresholds. A buffer
+larger than the first is returned to the system as soon as it is freed, as is free memory at the end
+of a heap beyond the second.
 Left alone, glibc raises both with the largest buffer freed, to 32 and 64 MiB in each of its heaps,
-and requests of many sizes made tritonserver grow without an end in sight."""
+and requests of many sizes made tritonserver grow without bound."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens: one IPv4 interface in digits, three TCP ports."""
+    """Where a server listens: one numeric IPv4 address and three TCP ports."""
 
     host: str
     http_port: int
@@ -35,7 +35,7 @@ class Address:
 
     @property
     def ports(self) -> set[int]:
-        """All three."""
+        """All three ports."""
         return {self.http_port, self.grpc_port, self.metrics_port}
 
     @property
@@ -45,7 +45,7 @@ class Address:
 
     @property
     def reachable_host(self) -> str:
-        """The host for a URL: a wildcard address is reached through loopback."""
+        """The host to use in a URL: a wildcard address is reached through loopback."""
         return "127.0.0.1" if self.host == "0.0.0.0" else self.host
 
 
@@ -65,12 +65,12 @@ def command_line(
       died can be unloaded and loaded again, which no other mode allows.
     - beyond loopback, what administers a server asks for `admin_key`: who may load a model may
       run any code, who may set the log or trace file may write any file.
-    - no auto-completion: the configs are complete, and what they leave out is an error.
-    - a short exit timeout: a model that is still loading would hold up the end for 30 s.
-    - `shm_prefix`: so that this server's shared memory can be told from any other's.
+    - no auto-completion: the configs are complete, and anything missing is an error.
+    - a short exit timeout: a model that is still loading would delay the exit by 30 s.
+    - `shm_prefix`: distinguishes this server's shared memory from any other's.
 
-    `extra_args` come last: where Triton takes an option once, theirs wins. Raises SetupError if
-    they move or close an endpoint, which nobody would find then.
+    `extra_args` come last: they win where Triton takes an option only once. Raises SetupError if
+    they move or close an endpoint, which nobody could find then.
     """
     listen = {
         "--http-address": address.host,
@@ -83,8 +83,8 @@ def command_line(
     fixed = {*listen, "--allow-http", "--allow-grpc", "--allow-metrics"}
     if clash := sorted(fixed & {arg.split("=")[0] for arg in extra_args}):
         raise SetupError(
-            f"extra_args must not hold {', '.join(clash)}: all three endpoints are always open, "
-            "on the host and the ports given apart from them."
+            f"extra_args must not contain {', '.join(clash)}: all three endpoints are always open, "
+            "on the host and ports that are passed separately."
         )
     return [
         str(executable),

@@ -1,24 +1,24 @@
 """What can go wrong when a server is started.
 
 ServerError
-├── SetupError            the call cannot work as it is: nothing was started (exit status 2)
+├── SetupError            the call cannot work as given: nothing was started (exit status 2)
 │   ├── TritonNotFoundError
 │   ├── RepositoryError
 │   └── PortInUseError
-└── StartError            tritonserver was started and did not come up (exit status 1)
+└── StartError            tritonserver was started but did not become ready (exit status 1)
 """
 
 
 class ServerError(Exception):
-    """Base of everything this package raises on purpose; the message is for people."""
+    """Base class of the errors of this package; the message is meant for users."""
 
 
 class SetupError(ServerError):
-    """Something the caller can correct before anything is started."""
+    """An error that the caller can fix; nothing was started."""
 
 
 class TritonNotFoundError(SetupError):
-    """No tritonserver that can run here."""
+    """There is no tritonserver that can run here."""
 
 
 class RepositoryError(SetupError):
@@ -30,4 +30,4 @@ class PortInUseError(SetupError):
 
 
 class StartError(ServerError):
-    """tritonserver ended, failed its canary or was not ready in time."""
+    """tritonserver exited, failed its canary or was not ready in time."""

@@ -1,4 +1,4 @@
-"""A running tritonserver with the keeper above it and the stubs below it."""
+"""A running tritonserver with its parent, the keeper, and its children, the stubs."""
 
 import os
 import re
@@ -22,11 +22,11 @@ _SAFE_PATH = re.compile(r"[\w./+-]+", re.ASCII)
 
 
 ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
-"""Triton would load the models on each there is, and kept images live on one."""
+"""Triton would load the models on every GPU, but kept images live on one."""
 
 
 class Family:
-    """Starts all of it when made; `end` must be called, more than once does no harm.
+    """Starts all processes on creation; `stop` must be called, and may be called repeatedly.
 
     Raises SetupError if there is no tritonserver, StartError if it cannot be executed.
     """
@@ -45,31 +45,31 @@ class Family:
         self._shm_prefix = f"triton_sam3_{secrets.token_hex(6)}_"
         self._keeper: subprocess.Popen[str] | None = None
         self._log: BinaryIO = _open_log(log)
-        weakref.finalize(self, self._log.close)  # still readable after the end
+        weakref.finalize(self, self._log.close)  # still readable after `stop`
         self._log_start = self._log.seek(0, os.SEEK_END)
         self._work_dir = _make_work_dir()
         self._repository = repository.resolve()
         try:
             self._start(address, extra_args, {**os.environ, **env})
         except BaseException:
-            self.end(signal.SIGUSR1)
+            self.stop(signal.SIGUSR1)
             raise
 
     def returncode(self) -> int | None:
-        """None while anything of it runs, then tritonserver's exit status."""
+        """None while any of the processes runs, then tritonserver's exit status."""
         return None if self._keeper is None else self._keeper.poll()
 
     def wait(self) -> int:
-        """Block until tritonserver ends by itself; its exit status."""
+        """Block until tritonserver exits on its own and return its exit status."""
         return 0 if self._keeper is None else self._keeper.wait()
 
     def read_log(self) -> str:
-        """What this server and its stubs have written so far."""
+        """The output of this server and its stubs so far."""
         size = os.fstat(self._log.fileno()).st_size - self._log_start
         text = os.pread(self._log.fileno(), size, self._log_start).decode(errors="replace")
         return text.replace(str(self._work_dir / "models"), str(self._repository))
 
-    def end(self, signal_number: int) -> None:
+    def stop(self, signal_number: int) -> None:
         """Send the keeper one of its signals, wait for it, and clean up if it was killed."""
         if self._keeper is not None:
             self._keeper.send_signal(signal_number)
@@ -98,7 +98,7 @@ class Family:
         self._start_keeper(command, {**ENVIRONMENT, **ONE_GPU, **environment, **found.environment})
 
     def _safe_repository(self) -> Path:
-        """Triton 2.51 puts the path of a model into a shell command, unquoted."""
+        """A shell-safe path: Triton 2.51 puts a model's path into a shell command, unquoted."""
         if _SAFE_PATH.fullmatch(str(self._repository)):
             return self._repository
         link = self._work_dir / "models"
@@ -131,6 +131,6 @@ def _open_log(path: Path | None) -> BinaryIO:
 
 
 def _make_work_dir() -> Path:
-    usual = tempfile.gettempdir()
-    parent = usual if _SAFE_PATH.fullmatch(usual) else "/tmp"  # as for the repository
+    default = tempfile.gettempdir()
+    parent = default if _SAFE_PATH.fullmatch(default) else "/tmp"  # as for the repository
     return Path(tempfile.mkdtemp(prefix="triton-sam3-server-", dir=parent)).resolve()

@@ -1,4 +1,4 @@
-"""Questions to a running server, over plain HTTP: is it ready, and does it answer?"""
+"""Checks a running server over plain HTTP: is it ready, and does it answer?"""
 
 import http.client
 import json
@@ -19,30 +19,30 @@ class Probe:
         self._host, self._port = host, port
 
     def is_ready(self) -> bool:
-        """Whether the server and every model say that they are ready."""
+        """Whether the server and every model report that they are ready."""
         try:
             return self.request("/v2/health/ready", timeout=5)[0] == http.client.OK
         except OSError:
             return False
 
     def canary(self, timeout: float) -> None:
-        """One click in the middle of a black image through the ensemble, where there is one.
+        """Send one click in the middle of a black image through the ensemble, if there is one.
 
         timeout: seconds. Raises StartError if the answer is anything but finite scores, OSError
-        if there is none.
+        if there is no answer.
         """
         status, config = self.request(f"/v2/models/{ENSEMBLE}/config", timeout)
         if status != http.client.OK:
-            return  # another repository: its readiness must do
+            return  # another repository: being ready must suffice
         inference = canary_request(json.loads(config))
         check_canary(*self.request(f"/v2/models/{ENSEMBLE}/infer", timeout, inference))
 
     def request(
         self, path: str, timeout: float, inference: tuple[bytes, bytes] | None = None
     ) -> tuple[int, bytes]:
-        """Status and body of an answer: to GET, or to an inference's JSON header and binary part.
+        """Status and body of the response to GET, or to an inference's JSON header and binary part.
 
-        Raises OSError where there is none within `timeout` seconds.
+        Raises OSError if there is none within `timeout` seconds.
         """
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
         try:
@@ -53,14 +53,14 @@ class Probe:
                 connection.request("POST", path, b"".join(inference), length)
             response = connection.getresponse()
             return response.status, response.read()
-        except http.client.HTTPException as error:  # the server went away in mid-sentence
+        except http.client.HTTPException as error:  # the server closed the connection mid-response
             raise ConnectionError(repr(error)) from error
         finally:
             connection.close()
 
 
 def canary_request(config: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """The JSON header and the binary image of the canary, sized by the ensemble's config."""
+    """The canary's JSON header and binary image, sized by the ensemble's config."""
     image = next(entry for entry in config["input"] if entry["name"] == IMAGE)
     shape = [1, *(int(side) for side in image["dims"])]
     pixels = bytes(math.prod(shape))
@@ -81,7 +81,7 @@ def canary_request(config: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 
 def check_canary(status: int, answer: bytes) -> None:
-    """Raise StartError unless `answer` holds finite scores."""
+    """Raise StartError unless `answer` contains finite scores."""
     try:
         body = json.loads(answer)
     except ValueError:

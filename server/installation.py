@@ -1,13 +1,13 @@
 """Which tritonserver to run, and what it needs around it.
 
-One on PATH (the NVIDIA container) is complete and is used as it is. The one inside
-nvidia-pytriton has a Python backend only and no stub beside it; it gets a private folder:
+A tritonserver on PATH (the NVIDIA container) is complete and is used as is. The one in
+nvidia-pytriton has only a Python backend, without a stub next to it; it gets a private folder:
 
     work_dir/backends/python/        libtriton_python.so, its utilities, this Python's stub
     work_dir/backends/onnxruntime/   model.py: serves model.onnx under the C++ backend's name
     work_dir/lib/                    the libpython that the stub embeds
-    work_dir/bin/python3             only where `python3` beside this Python is another one
-    work_dir/venv                    only where this Python's path is not in ASCII
+    work_dir/bin/python3             only if the `python3` next to this Python is another one
+    work_dir/venv                    only if this Python's path is not ASCII
 """
 
 import importlib.util
@@ -29,9 +29,9 @@ STUB = "triton_python_backend_stub"
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver that is ready to start.
+    """A tritonserver that can be started.
 
-    backend_directory: None where the server's own default is right.
+    backend_directory: None if the server's own default is right.
     environment: variables to add to the caller's, PATH and LD_LIBRARY_PATH already extended.
     """
 
@@ -41,7 +41,7 @@ class Installation:
 
 
 def find(work_dir: Path, environment: Mapping[str, str]) -> Installation:
-    """Find tritonserver on the environment's PATH, else in nvidia-pytriton.
+    """Find tritonserver on the environment's PATH, or else in nvidia-pytriton.
 
     work_dir: an existing private folder; filled only for nvidia-pytriton's server.
     Raises TritonNotFoundError.
@@ -77,7 +77,7 @@ def _pytriton() -> Path:
 
 
 def _check_numpy(installed: str) -> None:
-    """NumPy 2 lays its arrays out anew: the stub would hand models the first value for all."""
+    """Reject NumPy 2, whose array layout differs: models would get the first value everywhere."""
     if int(installed.partition(".")[0]) >= 2:
         raise TritonNotFoundError(
             f"nvidia-pytriton's Python backend misreads every array with NumPy {installed}. "
@@ -91,7 +91,7 @@ def _assemble_backends(tritonserver: Path, target: Path) -> Path:
         known = ", ".join(sorted(path.name for path in stub.parent.parent.glob("3.*")))
         raise TritonNotFoundError(
             f"nvidia-pytriton has no Python backend for Python {PYTHON_VERSION}, only for {known}. "
-            "Use one of those."
+            "Use one of these."
         )
     python = target / "python"
     python.mkdir(parents=True)
@@ -107,7 +107,7 @@ def _assemble_backends(tritonserver: Path, target: Path) -> Path:
 
 
 def _libpython_directory(target: Path) -> Path:
-    """A folder with this Python's own libpython alone: the stub would load any it finds first."""
+    """A folder with only this Python's own libpython: the stub loads the first one it finds."""
     name = f"libpython{PYTHON_VERSION}.so.1.0"
     folders = (sysconfig.get_config_var("LIBDIR"), f"{sys.base_exec_prefix}/lib")
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
@@ -117,7 +117,7 @@ def _libpython_directory(target: Path) -> Path:
     found = next((path for path in candidates if path.exists()), None)
     if found is None:
         raise TritonNotFoundError(
-            f"Triton's Python backend needs {name}, and the Python at {sys.base_prefix} has none. "
+            f"Triton's Python backend needs {name}, but the Python at {sys.base_prefix} has none. "
             "Use a Python built with --enable-shared, or install your system's libpython package "
             f"(Debian: libpython{PYTHON_VERSION})."
         )
@@ -137,9 +137,10 @@ def _python_directory(target: Path) -> Path:
 
 
 def _in_ascii(folder: Path, link: Path) -> Path:
-    """The same folder by a path that the stub's Python can read, whose file system is in ASCII.
+    """The folder by an ASCII path, the only kind that the stub's Python can read.
 
-    By a link to the environment as a whole: packages, such as torch, ask where they are.
+    It goes through a link to the whole environment, because packages such as torch look up their
+    own location.
     """
     if str(folder).isascii() or not folder.is_relative_to(sys.prefix):
         return folder

@@ -1,12 +1,12 @@
-"""The process between a `TritonServer` and its tritonserver: nothing outlives it.
+"""The process between a `TritonServer` and its tritonserver, so that nothing is left running.
 
     caller ── keeper ── tritonserver ── Python stubs (one per model instance)
 
-Triton leaves its stubs and their shared memory behind when it is killed, and nobody would stop
-Triton when the caller is. So the keeper is the parent: it ends the whole family when told to
-(signals), when tritonserver ends by itself, and when the caller disappears. Then it removes the
-shared memory and the temporary folder. `spawn` runs this file as a plain script with nothing but
-the standard library, so that it starts at once and cannot fail on the caller's environment.
+When Triton is killed, it leaves its stubs and their shared memory behind, and when the caller is
+killed, nothing stops Triton. So the keeper is the parent: it stops all processes when it gets a
+signal, when tritonserver exits on its own, and when the caller disappears. Then it removes the
+shared memory and the temporary folder. `spawn` runs this file as a plain script with only the
+standard library, so that it starts at once and cannot fail because of the caller's environment.
 
 SIGTERM, SIGINT, SIGHUP   let tritonserver finish, at most `--grace` seconds, then kill
 SIGUSR1                   kill at once
@@ -28,7 +28,7 @@ SHARED_MEMORY = Path("/dev/shm")
 GRACEFUL = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 WATCHED = {*GRACEFUL, signal.SIGUSR1, signal.SIGCHLD}
 CALLER_CHECK_SECONDS = 0.25
-CANNOT_EXECUTE = 126  # as a shell says it
+CANNOT_EXECUTE = 126  # as in a shell
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -42,12 +42,12 @@ def spawn(
     output: IO[bytes] | int,
     environment: Mapping[str, str],
 ) -> tuple["subprocess.Popen[str]", IO[str]]:
-    """Start a keeper of `command`, for the calling process.
+    """Start a keeper of `command` for the calling process.
 
-    work_dir: where both run, and what is removed in the end; grace: seconds, as in `--grace`;
-    output: where all of it goes, as `subprocess.Popen` takes it.
-    Returns the keeper and its report, to be read to its end: the process id of `command`, nothing
-    if it could not be executed.
+    work_dir: the working directory of both, removed in the end; grace: seconds, as in `--grace`;
+    output: where all output goes, as for `subprocess.Popen`.
+    Returns the keeper and its report, to be read to the end: the process id of `command`, or
+    nothing if it could not be executed.
     """
     read_end, write_end = os.pipe()
     try:
@@ -61,7 +61,7 @@ def spawn(
                 f"--report-fd={write_end}",
                 *("--", *command),
             ],
-            cwd=work_dir,  # the stubs put it first on sys.path: nothing may lie there
+            cwd=work_dir,  # the stubs put it first on sys.path: it must be empty
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -107,21 +107,21 @@ def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
     )
 
 
-def _has_ended(pid: int) -> bool:
-    """Reap orphans; say whether `pid` ended, leaving it unreaped so that its id stays taken."""
+def _has_exited(pid: int) -> bool:
+    """Reap orphans; return whether `pid` exited, leaving it unreaped so that its id stays taken."""
     while True:
-        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended is None:
+        exited = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if exited is None:
             return False
-        if ended.si_pid == pid:
+        if exited.si_pid == pid:
             return True
-        os.waitpid(ended.si_pid, 0)
+        os.waitpid(exited.si_pid, 0)
 
 
 def _watch(pid: int, caller: int, grace: float) -> None:
-    """Return when tritonserver has ended or the time has come to kill it."""
+    """Return when tritonserver has exited or must be killed."""
     deadline = None
-    while not _has_ended(pid) and os.getppid() == caller:
+    while not _has_exited(pid) and os.getppid() == caller:
         received = signal.sigtimedwait(WATCHED, CALLER_CHECK_SECONDS)
         if received is not None and received.si_signo == signal.SIGUSR1:
             return
@@ -137,8 +137,8 @@ def _children() -> list[int]:
 
 
 def _kill_family(server: "subprocess.Popen[bytes]") -> None:
-    """Kill tritonserver's group, then whatever it orphaned: a subreaper inherits those."""
-    os.killpg(server.pid, signal.SIGKILL)  # unreaped so far, so the id cannot be another's
+    """Kill tritonserver's process group, then its orphans, which the subreaper inherits."""
+    os.killpg(server.pid, signal.SIGKILL)  # not reaped yet, so the id cannot have been reused
     server.wait()
     while orphans := _children():
         for pid in orphans:
@@ -147,7 +147,7 @@ def _kill_family(server: "subprocess.Popen[bytes]") -> None:
 
 
 def _keep(command: Sequence[str], report_fd: int, caller: int, grace: float) -> int:
-    """Run `command` to its end, report its process id; its exit status as a shell tells it."""
+    """Run `command`, report its process id and return its exit status as a shell would."""
     try:
         server = _start(command)
     except OSError as error:
@@ -163,7 +163,7 @@ def _keep(command: Sequence[str], report_fd: int, caller: int, grace: float) -> 
 
 
 def main() -> int:
-    """Keep one command, as the arguments say, and clean up after it."""
+    """Run and watch one command as given by the arguments, and clean up after it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--caller", type=int, required=True)
     parser.add_argument("--grace", type=float, required=True)

@@ -1,4 +1,4 @@
-"""TCP ports: which are free, and which a process listens on."""
+"""TCP ports: which are free, and which ones a process listens on."""
 
 import errno
 import socket
@@ -9,32 +9,32 @@ from pathlib import Path
 from server.command import Address
 from server.errors import PortInUseError, SetupError
 
-LARGEST_PORT = 65535
+MAX_PORT = 65535
 _LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
 def choose(
     host: str, http_port: int | None, grpc_port: int | None, metrics_port: int | None
 ) -> Address:
-    """The three ports as asked for, or free ones for None or 0.
+    """The three ports as requested, or free ones for None or 0.
 
-    A free port is only free now: whoever starts a server on it must be ready to lose the race.
-    Raises PortInUseError, and SetupError for anything that could never be listened on.
+    A free port is only free for now: starting a server on it may lose a race with another process.
+    Raises PortInUseError, and SetupError for anything that can never be listened on.
     """
     wanted = {"HTTP": http_port or 0, "gRPC": grpc_port or 0, "metrics": metrics_port or 0}
     _check(wanted)
-    with ExitStack() as held:  # all at once, or two of them could be the same
+    with ExitStack() as held:  # all held at once, or two of them could be the same
         bound = [_hold(held, host, port, name) for name, port in wanted.items()]
     return Address(bound[0][0], *(port for _, port in bound))
 
 
 def listened_on(pid: int) -> set[int]:
-    """The ports on which the process itself listens; none if it has gone."""
+    """The ports on which the process itself listens; none if it has exited."""
     proc = Path(f"/proc/{pid}")
     with suppress(FileNotFoundError, ProcessLookupError):
         sockets = {str(descriptor.readlink()) for descriptor in (proc / "fd").iterdir()}
         families = [proc / "net" / name for name in ("tcp", "tcp6")]
-        # A kernel without IPv6 has no table of it.
+        # A kernel without IPv6 has no such table.
         tables = [table.read_text() for table in families if table.exists()]
         rows = [line.split() for table in tables for line in table.splitlines()[1:]]
         return {
@@ -51,14 +51,14 @@ def _check(wanted: Mapping[str, int]) -> None:
         listed = ", ".join(f"{name} {port}" for name, port in wanted.items())
         raise SetupError(f"The three ports must differ, not: {listed}.")
     for name, port in wanted.items():
-        if not 0 <= port <= LARGEST_PORT:
-            raise SetupError(f"The {name} port must be from 0 to {LARGEST_PORT}, not {port}.")
+        if not 0 <= port <= MAX_PORT:
+            raise SetupError(f"The {name} port must be from 0 to {MAX_PORT}, not {port}.")
 
 
 def _hold(held: ExitStack, host: str, port: int, name: str) -> tuple[str, int]:
-    """The numeric address (Triton's HTTP endpoint does not look names up) and the port."""
+    """The numeric address (Triton's HTTP endpoint does not resolve names) and the port."""
     holder = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-    # A port whose last connections are still closing (TIME_WAIT) is free to a server.
+    # A port whose last connections are still closing (TIME_WAIT) is free for a server.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         holder.bind((host, port))
@@ -68,7 +68,7 @@ def _hold(held: ExitStack, host: str, port: int, name: str) -> tuple[str, int]:
             raise SetupError(f"{host} is not an IPv4 address of this machine.") from error
         raise PortInUseError(
             f"Cannot use {host}:{port} for {name}: {error.strerror}. Stop what is listening there, "
-            "or give another port (0: a free one)."
+            "or choose another port (0 for a free one)."
         ) from error
     numeric, chosen = holder.getsockname()
     return str(numeric), int(chosen)

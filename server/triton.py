@@ -1,4 +1,4 @@
-"""`TritonServer`: one tritonserver with its Python stubs, from start to end."""
+"""`TritonServer`: starts, checks and stops one tritonserver with its Python stubs."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ class TritonServer:
     """A model repository under a real tritonserver; a context manager.
 
     repository: a folder of models, each with a `config.pbtxt`.
-    host: the IPv4 address to listen on, or a name for it. Beyond loopback, model control, shared
-        memory, logging and trace settings are refused to whoever does not send `admin_headers`.
-    http_port, grpc_port, metrics_port: None or 0 chooses a free one, kept across `restart`.
+    host: the IPv4 address to listen on, or a name for it. Beyond loopback, requests for model
+        control, shared memory, logging and trace settings are rejected without `admin_headers`.
+    http_port, grpc_port, metrics_port: None or 0 chooses a free port, kept across restarts.
     log: file to append the output of the server and its stubs to.
-    extra_args: appended to tritonserver's command line; it runs in a temporary folder, so paths
-        must be absolute.
-    env: variables on top of the caller's own environment.
-    start_timeout: seconds until ready, canary included.
+    extra_args: appended to tritonserver's command line; paths must be absolute, because it runs in
+        a temporary folder.
+    env: variables added to the caller's own environment.
+    start_timeout: seconds until ready, including the canary.
 
     Starting raises a SetupError before anything runs (no tritonserver, no repository, a port in
     use) or a StartError that says which model failed and why.
@@ -58,7 +58,7 @@ class TritonServer:
 
     @property
     def address(self) -> Address:
-        """Host and ports; known from the first start on."""
+        """Host and ports; known once the server has been started."""
         if self._address is None:
             raise RuntimeError("The server was never started: it has no address yet.")
         return self._address
@@ -85,11 +85,11 @@ class TritonServer:
 
     @property
     def admin_headers(self) -> dict[str, str]:
-        """HTTP headers that model control asks for; none on loopback."""
+        """HTTP headers that model control requires; none on loopback."""
         return {} if self.address.is_loopback else {ADMIN_HEADER: self._latest.admin_key}
 
     def is_alive(self) -> bool:
-        """Whether tritonserver runs. Once False, its stubs are gone as well."""
+        """Whether tritonserver is running. If not, its stubs have exited as well."""
         return self._family is not None and self._family.returncode() is None
 
     def start(self) -> "TritonServer":
@@ -105,27 +105,27 @@ class TritonServer:
                 break
             except StartError as error:
                 lost_port = self._lost_port_race(str(error))
-                if attempt == START_ATTEMPTS or not (lost_port or failure.is_chance(str(error))):
+                if attempt == START_ATTEMPTS or not (lost_port or failure.is_transient(str(error))):
                     raise
                 self._address = None if lost_port else self._address
         return self
 
     def stop(self) -> None:
-        """End tritonserver; requests in flight get a few seconds. Safe to call at any time."""
+        """Stop tritonserver; requests in flight get a few seconds. Safe to call at any time."""
         if self._family is not None:
-            self._family.end(signal.SIGTERM)
+            self._family.stop(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL tritonserver and its stubs."""
         if self._family is not None:
-            self._family.end(signal.SIGUSR1)
+            self._family.stop(signal.SIGUSR1)
 
     def wait(self) -> int:
-        """Wait until tritonserver ends by itself; return its exit status."""
+        """Wait until tritonserver exits on its own and return its exit status."""
         return self._latest.wait()
 
     def read_log(self) -> str:
-        """What the server and its stubs have written since the latest start."""
+        """The output of the server and its stubs since the latest start."""
         return self._latest.read_log()
 
     def __enter__(self) -> "TritonServer":
@@ -153,14 +153,14 @@ class TritonServer:
 
     def _wait_until_ready(self, family: Family, address: Address, deadline: float) -> None:
         probe = Probe(address.reachable_host, address.http_port)
-        # Its own ports: a server that took one in the meantime would answer in its place.
+        # Check the ports too: another server that took one in the meantime would answer instead.
         while not (address.ports <= ports.listened_on(family.pid) and probe.is_ready()):
             log = family.read_log()
             if family.returncode() is not None or failure.is_doomed(log):
                 raise StartError(failure.explain(log))
             if time.monotonic() > deadline:
-                late = f"Not ready after {self._start_timeout:g} s. The end of the log:"
-                raise StartError(f"{late}\n{failure.tail(log)}")
+                timeout = f"Not ready after {self._start_timeout:g} s. The end of the log:"
+                raise StartError(f"{timeout}\n{failure.tail(log)}")
             time.sleep(POLL_SECONDS)
         try:
             probe.canary(timeout=max(1.0, deadline - time.monotonic()))
@@ -172,10 +172,7 @@ class TritonServer:
 
 
 def check_repository(path: Path) -> None:
-    """Raise RepositoryError unless `path` is a folder with at least one model in it.
-
-    One that may not be read looks empty.
-    """
+    """Raise RepositoryError unless `path` is a readable folder with at least one model in it."""
     if not path.is_dir():
         reason = "it is not a folder" if path.exists() else "there is no such folder"
         raise RepositoryError(
@@ -185,7 +182,7 @@ def check_repository(path: Path) -> None:
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         raise RepositoryError(
             f"User {os.geteuid()} may not read {path}. "
-            f"Let others read it and all in it: chmod --recursive o+rX {path}"
+            f"Make it and everything in it readable: chmod --recursive o+rX {path}"
         )
     if not any(path.glob("*/config.pbtxt")):
         raise RepositoryError(

@@ -105,7 +105,7 @@ class Container:
         while True:
             if self.process.poll() is not None:
                 said = self.log.read_text()[-3000:]
-                if not failure.is_chance(said[-500:]):
+                if not failure.is_transient(said[-500:]):
                     raise RuntimeError(f"it ended while starting: {said}")
                 self.start()
             try:

@@ -130,7 +130,7 @@ def test_a_failed_export_is_told_in_a_sentence(
     (tmp_path / OUTPUT / "models").mkdir(parents=True)
     (tmp_path / OUTPUT / "models" / "mine").touch()
     said = _failure(tmp_path, monkeypatch, capsys)
-    assert said.startswith(f"error: {OUTPUT}/models is in the way: it holds mine")
+    assert said.startswith(f"error: refusing to replace {OUTPUT}/models: it contains mine")
 
 
 def test_a_damaged_checkpoint_is_told_in_a_sentence(
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_told_in_a_sentence(
     damaged.write_bytes(program.CHECKPOINT.read_bytes()[:-1000])
     monkeypatch.setattr(program, "CHECKPOINT", damaged)
     said = _failure(tmp_path, monkeypatch, capsys)
-    assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged or incomplete")
+    assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged, incomplete")
 
 
 def test_a_graph_that_fits_no_config_is_told_in_a_sentence(

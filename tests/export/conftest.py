@@ -18,9 +18,9 @@ from tests.export import tiny
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """The command, run inside of the tests, sets handlers where nothing is ignored.
+    """The command, run inside the tests, sets handlers for signals that are not ignored.
 
-    Each test begins with nothing ignored, however pytest was started, as under nohup.
+    Each test starts with none ignored, however pytest was started, such as under nohup.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
@@ -31,7 +31,7 @@ def signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def program(exported: tiny.Export) -> ExportedProgram:
-    """Of the exported decoder."""
+    """The exported decoder's program."""
     return torch.export.load(exported.repository / DECODER / "1" / "decoder.pt2")
 
 
@@ -44,5 +44,5 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tiny_checkpoint: Path) -> InteractiveModel:
-    """Not to be changed."""
+    """Must not be modified."""
     return checkpoint.load(tiny_checkpoint)

@@ -1,4 +1,4 @@
-"""Sizes read off checkpoints, and Meta's modules put together to them."""
+"""Sizes read from checkpoints, and Meta's modules built to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _weights(model: InteractiveModel) -> dict[str, Tensor]:
 
 @st.composite
 def _architectures(draw: Any) -> Architecture:
-    """Small ones whose sizes can be told apart: some block is windowed, the last is global."""
+    """Small ones with distinct sizes: some block is windowed, the last is global."""
 
     def size(low: int, high: int, times: int = 1) -> int:
         return times * int(draw(st.integers(low, high)))
@@ -58,11 +58,11 @@ def _architectures(draw: Any) -> Architecture:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(_architectures())
 def test_sizes_are_read_off_the_weights(architecture: Architecture) -> None:
-    assert Architecture.of(_weights(InteractiveModel(architecture))) == architecture
+    assert Architecture.from_weights(_weights(InteractiveModel(architecture))) == architecture
 
 
 def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
-    """The tiny model's weights, as far as sizes are read off them, of a trunk of these sizes."""
+    """The tiny model's weights that sizes are read from, for a trunk of these sizes."""
     weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
     kept = {key: value for key, value in weights.items() if not key.endswith("freqs_cis")}
     blocks = {f"{TRUNK}blocks.{i}.norm1.weight": torch.ones(embed_dim) for i in range(depth)}
@@ -72,7 +72,7 @@ def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
 def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> None:
     published = Architecture()
     weights = _without_tables(published.embed_dim, published.depth)
-    assert Architecture.of(weights) == replace(
+    assert Architecture.from_weights(weights) == replace(
         published,
         pretrain_image_size=tiny.ARCHITECTURE.pretrain_image_size,
         mlp_dim=tiny.ARCHITECTURE.mlp_dim,
@@ -87,14 +87,14 @@ def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> 
 def test_without_rotary_tables_another_trunk_is_refused(embed_dim: int, depth: int) -> None:
     says = f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables"
     with pytest.raises(SizeError, match=says):
-        Architecture.of(_without_tables(embed_dim, depth))
+        Architecture.from_weights(_without_tables(embed_dim, depth))
 
 
 def test_a_rotary_table_that_is_absent_beside_others_is_named() -> None:
     weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
     del weights[f"{TRUNK}blocks.1.attn.freqs_cis"]
     with pytest.raises(KeyError, match=r"blocks\.1\.attn\.freqs_cis"):
-        Architecture.of(weights)
+        Architecture.from_weights(weights)
 
 
 def test_published_sizes() -> None:
@@ -111,7 +111,7 @@ def test_an_image_size_of_no_whole_patches_is_refused(image_size: int, nearest: 
 
 
 def test_sizes_that_cannot_be_built_are_refused() -> None:
-    with pytest.raises(SizeError, match="1024 channels cannot be shared out to 7 heads"):
+    with pytest.raises(SizeError, match="1024 channels cannot be split among 7 heads"):
         Architecture(num_heads=7)
     with pytest.raises(SizeError, match="d_model 100 is not a multiple of 16"):
         Architecture(d_model=100)
@@ -119,7 +119,7 @@ def test_sizes_that_cannot_be_built_are_refused() -> None:
 
 @pytest.mark.parametrize("image_size", [112, 126])
 def test_encode_is_what_metas_predictor_embeds(tmp_path: Path, image_size: int) -> None:
-    """At a size where the windows fit the grid, and at one where Meta's ViT pads them."""
+    """At a size where windows fit the grid, and at one where Meta's ViT pads them."""
     path = tmp_path / "tiny.pt"
     tiny.save(path, tiny.resized(image_size))
     pixels = np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)

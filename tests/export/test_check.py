@@ -1,4 +1,4 @@
-"""The check of an export must fail on what is wrong."""
+"""The check of an export must fail on a wrong one."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_wrong_decoder_is_found(exported: tiny.Export, program: ExportedProgra
 def test_a_wrong_prediction_is_found(
     exported: tiny.Export, program: ExportedProgram, exact: bool
 ) -> None:
-    """By which the answer is chosen; no mask depends on it else."""
+    """The answer is chosen by it; no mask depends on it otherwise."""
     own = "mask_decoder.iou_prediction_head.layers.2.bias"
     checks = _values(exported, program, own, 0.2, exact=exact)
     assert not checks["box: predicted IoU's error"].passed
@@ -134,7 +134,7 @@ def test_a_wrong_prediction_is_found(
 
 
 def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedProgram) -> None:
-    """What is answered without `multimask_output` has weights of its own."""
+    """The answer without `multimask_output` has its own weights."""
     own = "mask_decoder.output_hypernetworks_mlps.0.layers.2.bias"
     assert not _values(exported, program, own, 0.5)["box: logits' relative error"].passed
 
@@ -143,7 +143,7 @@ def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedPr
 def test_a_choice_that_rounding_may_turn_fails_only_where_nothing_is_rounded(
     exported: tiny.Export, program: ExportedProgram, exact: bool
 ) -> None:
-    """Below a share of stable pixels the single mask gives way to the best of several."""
+    """Below a share of stable pixels, the best of several masks replaces the single one."""
     model = checkpoint.load(exported.checkpoint)
     photos = load_photos(check.PHOTOS[:1], model.architecture.image_size)
     failed: set[str] = set()

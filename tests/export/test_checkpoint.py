@@ -1,4 +1,4 @@
-"""Strict loading: what is wrong with a file is said in one sentence, with names."""
+"""Strict loading: one sentence says what is wrong with a file, with names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def weights(tiny_checkpoint: Path) -> Weights:
 
 
 def refusal(path: Path) -> str:
-    """The sentence with which a file is refused; it names the file and has one line."""
+    """The message with which a file is rejected; it names the file and has one line."""
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(path)
     sentence = str(caught.value)
@@ -89,7 +89,7 @@ def test_weights_of_the_rest_of_sam3_are_left_aside(tmp_path: Path, weights: Wei
 
 def test_weights_may_stand_at_the_top_or_in_safetensors(tmp_path: Path, weights: Weights) -> None:
     assert checkpoint.load(saved(weights, tmp_path)).architecture == tiny.ARCHITECTURE
-    # safetensors has no complex numbers: without its tables only the published model is known.
+    # safetensors has no complex numbers: without the tables only the published model is known.
     real = {k: v.contiguous() for k, v in weights.items() if not k.endswith(ROTARY_TABLE)}
     save_file(real, tmp_path / "sam3.safetensors")
     assert "2 blocks and 48 channels without rotary tables" in refusal(
@@ -106,7 +106,7 @@ def test_another_image_size(tiny_checkpoint: Path) -> None:
 
 
 def _some(weights: Weights) -> list[str]:
-    """Those that sizes are read off, and some of the others."""
+    """The weights that sizes are read from, and some of the others."""
     sized = (
         *("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "mask_tokens.weight"),
         *("layers.0.mlp.lin1.weight", "iou_prediction_head.layers.0.weight", NO_MEM_EMBED),
@@ -126,7 +126,7 @@ def test_every_weight_is_needed(tmp_path: Path, weights: Weights) -> None:
 
 @pytest.mark.parametrize("change", ["flat", "doubled", "empty"])
 def test_every_weights_shape_matters(tmp_path: Path, weights: Weights, change: str) -> None:
-    """Whatever a wrong shape makes of the sizes read off, it ends in a sentence."""
+    """Whatever sizes a wrong shape gives, the result is an error message."""
     for key in _some(weights):
         value = weights[key]
         wrong = {
@@ -164,11 +164,9 @@ def test_weights_that_would_be_left_out_are_refused(
     tmp_path: Path, weights: Weights, name: str
 ) -> None:
     more = {name: torch.zeros(1)}
-    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name}, for which SAM 3")
+    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name}, which SAM 3")
     more |= {f"{name}.{i}": torch.zeros(1) for i in range(2)}
-    assert refusal(saved(weights | more, tmp_path)).startswith(
-        f"holds {name} and 2 more, for which"
-    )
+    assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name} and 2 more, which")
 
 
 def test_the_necks_level_that_is_not_used_is_left_aside(tmp_path: Path, weights: Weights) -> None:
@@ -177,7 +175,7 @@ def test_the_necks_level_that_is_not_used_is_left_aside(tmp_path: Path, weights:
 
 
 def test_every_weight_of_metas_own_modules_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As its model builder makes them, but narrow; sam3.pt has these weights and no others."""
+    """As Meta's model builder makes them, but narrow; sam3.pt has exactly these weights."""
     narrow = {"embed_dim": 64, "img_size": 112}
     monkeypatch.setattr(model_builder, "ViT", lambda **options: ViT(**options | narrow))
     tracker = Sam3TrackerBase.__new__(Sam3TrackerBase)
@@ -257,7 +255,7 @@ def _zip_text(path: Path, _: Weights) -> None:
 def _damage_compressed(path: Path, weights: Weights) -> None:
     _zip_text(path, weights)
     octets = bytearray(path.read_bytes())
-    octets[34] ^= 0xFF  # the first of what is compressed: headers come before
+    octets[34] ^= 0xFF  # the first compressed byte: headers come before
     path.write_bytes(octets)
 
 
@@ -265,11 +263,11 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
     "text": (lambda p, _: p.write_text("version https://git-lfs"), "not a zip archive"),
     "empty": (lambda p, _: p.touch(), "not a zip archive"),
     "plain pickle": (lambda p, _: p.write_bytes(pickle.dumps({"a": 1})), "not a zip archive"),
-    "truncated": (_cut, "damaged or incomplete"),
+    "truncated": (_cut, "damaged, incomplete"),
     "another zip": (_zip_text, "or another kind of zip archive"),
-    "a damaged compressed zip": (_damage_compressed, "damaged or incomplete"),
-    "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects beside"),
-    "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects beside"),
+    "a damaged compressed zip": (_damage_compressed, "damaged, incomplete"),
+    "other objects": (lambda p, w: torch.save({"model": w, "at": p}, p), "Python objects besides"),
+    "a module": (lambda p, _: torch.save(torch.nn.Linear(1, 1), p), "Python objects besides"),
     "a list": (lambda p, _: torch.save([1, 2], p), "holds no weights by name"),
     "numbers for names": (lambda p, w: torch.save(dict(enumerate(w.values())), p), "does not look"),
     "no tensors": (lambda p, _: torch.save({"model": {"a": 1}}, p), "holds no weights by name"),
@@ -290,7 +288,7 @@ def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None:
-    """Bits that changed on the way, which torch would load."""
+    """Bits that flipped in transit, which torch would load."""
     path = saved(weights, tmp_path)
     octets = bytearray(path.read_bytes())
     largest = max(weights.values(), key=lambda weight: weight.nbytes)
@@ -299,7 +297,7 @@ def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None
     path.write_bytes(octets)
     sentence = refusal(path)
     assert sentence.startswith("damaged: ")
-    assert sentence.endswith("is not what was written; copy or download it again")
+    assert sentence.endswith("does not match; copy or download it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + b"\0" * 7 + b"garbage garbage!"])

@@ -30,7 +30,7 @@ from tests.export import tiny
 Inputs = dict[str, Tensor]
 
 OWN_TOKENS = 6
-"""The decoder's: of the object's score, of the IoU, of four masks."""
+"""The decoder's own tokens: object score, IoU and four masks."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def _inputs(objects: int, tokens: int, masks: int) -> Inputs:
 
 
 def test_no_product_rounds_where_a_prompt_points(program: ExportedProgram) -> None:
-    """On GPUs products are in TF32, of 10 bits: 1008 pixels take as many for each of them alone."""
+    """On GPUs products are in TF32, with 10 bits, which 1008 pixels need just for whole pixels."""
     aten = torch.ops.aten
     products = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
     widths = [
@@ -81,7 +81,7 @@ def test_the_program_computes_what_was_traced(
 
 
 def _metas(model: Any, inputs: Inputs, n: int, multimask: bool) -> tuple[Tensor, Tensor]:
-    """One object by Meta's own modules; their padding point is the program's last token."""
+    """One object through Meta's own modules; their padding point is the program's last token."""
     coords = inputs["point_coords"][n : n + 1, :-1] * tiny.ARCHITECTURE.image_size
     given = inputs["mask_input"][inputs["mask_index"] == n]
     sparse, dense = model.prompt_encoder(
@@ -123,7 +123,7 @@ def test_every_candidate_is_metas(model: InteractiveModel, tokens: int) -> None:
 def test_few_and_many_tokens_go_two_ways_to_metas_masks(
     model: InteractiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny model's heads are too small for it to pay, and would show one way only."""
+    """The tiny model's heads are too small for merging to pay, so only one path would be tested."""
     monkeypatch.setattr(mask_decoder, "few_tokens", lambda _: OWN_TOKENS + 4)
     program = export_decoder(model).module()
     for tokens in (1, 4, 5, 9):
@@ -131,7 +131,7 @@ def test_few_and_many_tokens_go_two_ways_to_metas_masks(
 
 
 def test_projecting_tokens_twice_pays_for_a_click_and_some_corrections() -> None:
-    """Against what was measured: more than ten points, with 72² pixels and with 16²."""
+    """Agrees with measurements: more than ten points, with 72² pixels and with 16²."""
     attention = build_mask_decoder(Architecture()).transformer.final_attn_token_to_image
     assert 10 < few_tokens(attention) - OWN_TOKENS < 20
 

@@ -1,4 +1,4 @@
-"""The encoder's graph: Meta's numbers by another road, and an ONNX file that says what it is."""
+"""The encoder's graph: Meta's numbers computed differently, and a self-describing ONNX file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from export.repository import ENCODER
 from tests.export import tiny
 
 FITS, TOO_LARGE, DOES_NOT_DIVIDE = 112, 28, 154
-"""Image sizes whose grids (8, 2 and 11 patches) relate to windows of 4 in different ways."""
+"""Image sizes whose grids (8, 2 and 11 patches) fit windows of 4 in different ways."""
 
 
 def _images(count: int, side: int) -> NDArray[np.uint8]:
@@ -135,7 +135,7 @@ def test_the_graphs_signature(exported: tiny.Export, exported_fp16: tiny.Export)
 
 
 def _signature(values: Sequence[onnx.ValueInfoProto]) -> dict[str, tuple[int, list[int]]]:
-    """Type and dims of each; the first axis must be the one dynamic batch."""
+    """Type and dims of each; the first axis must be the only dynamic one, the batch."""
     batches = {value.type.tensor_type.shape.dim[0].dim_param for value in values}
     assert len(batches) == 1
     assert batches != {""}
@@ -149,7 +149,7 @@ def _signature(values: Sequence[onnx.ValueInfoProto]) -> dict[str, tuple[int, li
 
 
 def test_the_graphs_operators(exported: tiny.Export, exported_fp16: tiny.Export) -> None:
-    """Fused ones of ONNX Runtime's own, and not opset 23's Attention, which runs on the CPU."""
+    """ONNX Runtime's own fused ones, not opset 23's Attention, which runs on the CPU."""
     for export in (exported, exported_fp16):
         proto = _graph(export)
         opsets = {entry.domain: entry.version for entry in proto.opset_import}
@@ -172,7 +172,7 @@ def _takers_of_the_image(proto: onnx.ModelProto) -> list[str]:
 def test_the_image_goes_into_a_cast_alone(
     exported: tiny.Export, exported_fp16: tiny.Export
 ) -> None:
-    """As TensorRT demands of UINT8; of the graph that is made for it, the next test says so."""
+    """As TensorRT requires for UINT8; the next test checks the graph made for TensorRT."""
     for export in (exported, exported_fp16):
         assert _takers_of_the_image(_graph(export)) == ["Cast"]
 
@@ -202,7 +202,7 @@ def test_weights_stand_beside_the_graph(exported: tiny.Export) -> None:
 def test_what_stays_in_fp32_in_a_half_precision_graph(
     model: InteractiveModel, tmp_path: Path
 ) -> None:
-    """Of plain operators: layer norms, the residual stream, the patches' projection, no more."""
+    """With plain operators: layer norms, the residual stream and the patch projection only."""
     path = tmp_path / "model.onnx"
     export_encoder(ImageEncoder(model, torch.float16, fused=False), FITS, path)
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
@@ -217,12 +217,12 @@ def test_what_stays_in_fp32_in_a_half_precision_graph(
         if node.op_type == "Reshape" and node.output[0] in stream:
             stream.add(node.input[0])
     residuals = [n for n in graph.node if n.op_type == "Add" and n.output[0] in stream]
-    # The positions, and two of each block; the last of them goes to the neck.
+    # The positions, and two for each block; the last of them goes to the neck.
     assert len(residuals) == 2 * tiny.ARCHITECTURE.depth
     for node in residuals:
         assert {types[name] for name in node.input} == {TensorProto.FLOAT}
     products = [n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose")]
     kinds = [{types[name] for name in node.input} for node in products]
     assert kinds[0] == {TensorProto.FLOAT}
-    # Four of each block and two in its attention, and the neck's seven.
+    # Four for each block and two in its attention, and the neck's seven.
     assert kinds[1:] == [{TensorProto.FLOAT16}] * (6 * tiny.ARCHITECTURE.depth + 7)

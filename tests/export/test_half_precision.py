@@ -1,4 +1,4 @@
-"""The blocks in half precision: FP32's numbers, whatever the residual stream adds up to."""
+"""The blocks in half precision give FP32's numbers, however large the residual stream gets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> Non
     tables = [t for t in graph.initializer if t.name.endswith(("_cos", "_sin"))]
     rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
     assert {name for node in rotations for name in node.input[2:]} == {t.name for t in tables}
-    assert len(tables) == 2 * 2  # of windowed and of global attention
+    assert len(tables) == 2 * 2  # for windowed and for global attention
 
 
 @pytest.mark.parametrize(("heads", "width", "together"), [(16, 64, 4), (4, 12, 4), (10, 64, 2)])

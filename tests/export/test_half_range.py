@@ -1,4 +1,4 @@
-"""The values that an FP16 graph has to hold are those that its layers put out in FP32."""
+"""The values that an FP16 graph must hold are the outputs of its layers in FP32."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from export import checkpoint
 from export.encoder import ImageEncoder
 from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
-from export.half_range import narrowed, noting_largest
+from export.half_range import fp16_layers, record_largest
 from tests.export.test_encoder import DOES_NOT_DIVIDE, FITS
 
 
 def test_the_largest_is_noted_divided_and_only_inside() -> None:
     layer = nn.Identity()
-    with noting_largest([(layer, 1), (layer, 16)]) as found:
+    with record_largest([(layer, 1), (layer, 16)]) as found:
         layer(torch.tensor([1.0, -64.0]))
     layer(torch.tensor([128.0]))
     assert found == [64, 4]
@@ -28,12 +28,12 @@ def test_the_largest_is_noted_divided_and_only_inside() -> None:
 def test_what_the_graph_keeps_divided_is_taken_so(
     tiny_checkpoint: Path, side: int, fused: bool
 ) -> None:
-    """The stream; what is added to it, where that is FP16 too."""
+    """The stream, and what is added to it if that is FP16 too."""
     model = checkpoint.load(tiny_checkpoint, image_size=side)
-    divided = {layer for layer, by in narrowed(model, fused=fused) if by == STREAM_SCALE}
+    divided = {layer for layer, by in fp16_layers(model, fused=fused) if by == STREAM_SCALE}
     blocks = model.trunk.blocks
     added = {layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)}
     graph = ImageEncoder(model, torch.float16, fused=fused)
     halved = isinstance(graph.blocks, HalfPrecisionBlocks)
     assert divided == ({*blocks, *added} if halved else {*blocks})
-    assert added <= {layer for layer, _ in narrowed(model, fused=fused)}
+    assert added <= {layer for layer, _ in fp16_layers(model, fused=fused)}

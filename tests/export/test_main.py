@@ -26,7 +26,7 @@ from tests.export import tiny
 
 
 def _sentence(result: Result) -> str:
-    """The one line in which an export says why it failed; nothing else but its progress."""
+    """The one line that says why an export failed; there must be nothing else but its progress."""
     assert "Traceback" not in result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.stderr.rstrip().endswith(line)
@@ -83,7 +83,7 @@ def test_the_demo_passes_the_gate_of_half_precision(tmp_path: Path) -> None:
 
 
 def _write_copy(repository: Path) -> Callable[..., Path]:
-    """In place of the writing of a repository, which takes its time, that of its copy."""
+    """Copy a repository instead of writing one, which takes longer."""
 
     def write(folder: Path, *_: object) -> Path:
         shutil.copytree(repository, folder, dirs_exist_ok=True)
@@ -161,7 +161,9 @@ def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path
     nothing = tmp_path / "sam3.pt"
     (tmp_path / "file").touch()
     assert "file is a file" in _refused(nothing, tmp_path / "file", "--overwrite")
-    assert "is in the way: it holds file" in _refused(nothing, tmp_path, "--overwrite")
+    assert f"refusing to replace {tmp_path}: it contains file" in _refused(
+        nothing, tmp_path, "--overwrite"
+    )
     (tmp_path / "models" / ENCODER).mkdir(parents=True)
     assert "already holds a model repository" in _refused(nothing, tmp_path / "models")
     mounted = "/dev/shm is a mount point, which cannot be replaced as a whole; give a folder in it"
@@ -199,7 +201,7 @@ def test_the_command_itself_ends_with_status_and_sentence(tmp_path: Path) -> Non
 
 
 def test_a_machine_without_triton_is_told_so(tmp_path: Path) -> None:
-    """As one whose torch comes without it: sam3 imports it."""
+    """As with a torch that lacks it: sam3 imports it."""
     (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')")
     command = _command(tmp_path / "sam3.pt", tmp_path / "models")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -214,7 +216,7 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
     with subprocess.Popen(
         _command(tiny_checkpoint, output), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        while not list(tmp_path.glob(f".models.*/new/{ENCODER}")):  # until it is half-made
+        while not list(tmp_path.glob(f".models.*/new/{ENCODER}")):  # until it is half done
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -245,14 +247,14 @@ def test_a_photo_that_cannot_be_read_is_status_2_and_nothing_is_made(
     monkeypatch.setattr(skimage.data, "coffee", unreadable)
     sentence = _refused(tiny_checkpoint, tmp_path / "models")
     assert sentence.startswith("scikit-image's photo coffee, with which an export is checked, ")
-    assert "cannot be read: Permission denied; install scikit-image anew" in sentence
+    assert "cannot be read: Permission denied; reinstall scikit-image" in sentence
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands in for the disk: the weights' file does not fit."""
+    """A limit on file sizes simulates a full disk: the weights do not fit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:

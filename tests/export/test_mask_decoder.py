@@ -1,4 +1,4 @@
-"""The mask decoder, rearranged: each part beside Meta's of the same weights."""
+"""The rearranged mask decoder: each part against Meta's with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs as they are written, and folders that appear whole or not at all."""
+"""The configs as written, and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -208,7 +208,9 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file; give a folder"):
         check_output(tmp_path / "file", overwrite=True)
-    with pytest.raises(OutputError, match="is in the way: it holds file, which is no part"):
+    with pytest.raises(
+        OutputError, match=r"refusing to replace .*: it contains file, which is not part"
+    ):
         check_output(tmp_path, overwrite=True)
     _fill(tmp_path / "models")
     with pytest.raises(OutputError, match="pass --overwrite to replace it"):
@@ -229,7 +231,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, parent: str) -> N
 
 
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be looked at: File name too long"):
+    with pytest.raises(OutputError, match="cannot be accessed: File name too long"):
         check_output(tmp_path / ("x" * 300), overwrite=False)
 
 

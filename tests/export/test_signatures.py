@@ -1,4 +1,4 @@
-"""Whatever does not fit together in an exported repository must be found."""
+"""Every mismatch in an exported repository must be found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_exports_signatures_agree(exported: tiny.Export, program: ExportedPr
 def test_half_precision_signatures_agree(
     exported_fp16: tiny.Export, program: ExportedProgram
 ) -> None:
-    """The decoder is the same in both: what has its type is the encoder."""
+    """The decoder is the same in both: only the encoder has the type."""
     check_signatures(exported_fp16.repository, program)
 
 

@@ -1,4 +1,4 @@
-"""A model of SAM 3's architecture that is exported in seconds, and its exports, made once."""
+"""A model of SAM 3's architecture that exports in seconds, and its exports, made once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _app.command()(main)
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint, the model repository made of it, and what the command said."""
+    """A checkpoint, the model repository made from it, and the command's output."""
 
     checkpoint: Path
     repository: Path

@@ -1,4 +1,4 @@
-"""Requests to served models as a caller without the Python client makes them."""
+"""Requests to served models, as made by a caller without the Python client."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def decoded(outputs: Outputs, image: int = 0) -> NDArray[np.bool_]:
 
 
 def assert_same(outputs: Outputs, expected: Segmentation, image: int = 0) -> None:
-    """That one image's finished masks are the Python client's, to the bit."""
+    """Assert that one image's finished masks are the Python client's, bit for bit."""
     np.testing.assert_array_equal(decoded(outputs, image), expected.masks)
     np.testing.assert_array_equal(outputs["scores"][image], expected.scores)
     np.testing.assert_array_equal(outputs["boxes"][image], expected.boxes)
 
 
 def assert_alike(outputs: Outputs, expected: Segmentation, image: int = 0) -> None:
-    """`assert_same` for images computed in a batch, whose sums may round otherwise."""
+    """`assert_same` for images computed in a batch, whose sums may round differently."""
     differing = decoded(outputs, image) ^ expected.masks
     assert differing.mean() < 1e-3
     np.testing.assert_allclose(outputs["scores"][image], expected.scores, atol=1e-4)

@@ -1,4 +1,4 @@
-"""sam3_image_reader: files as the Python client reads them, and what never reaches a decoder."""
+"""sam3_image_reader: reads files like the Python client, and what never reaches a decoder."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_photo_that_shrinks(ask: Ask, photo: Path, image_side: int) -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_motion_photo_is_its_picture(ask: Ask, progressive: bool) -> None:
-    """Its film is no part of it, though some of its bytes look like a JPEG's scans."""
+    """Its video is not part of it, although some of its bytes look like a JPEG's scans."""
     plain = saved(small(), "JPEG", progressive=progressive)
     assert FILM.count(b"\xff\xda") > 25
     alone, filmed = (read(ask, data)["image"] for data in (plain, plain + FILM))
@@ -124,7 +124,7 @@ def test_text_carries_the_same_file(disguise: Callable[[bytes], bytes], ask: Ask
 
 
 def png(width: int, height: int, rows: int = 0) -> bytes:
-    """A grey PNG whose header claims width×height and that holds the first black rows of it."""
+    """A grey PNG whose header claims width×height but which has only the first rows, in black."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)
@@ -153,7 +153,7 @@ def webp(width: int, height: int) -> bytes:
 
 
 def scans(count: int, between: bytes = b"") -> bytes:
-    """A progressive JPEG whose last scan comes again and again, with segments before each."""
+    """A progressive JPEG whose last scan is repeated, with segments before each repetition."""
     data = saved(small(), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + (between + data[last:-2]) * count + data[-2:]
@@ -168,23 +168,23 @@ def exif_segments(count: int) -> bytes:
 
 
 def comment(data: bytes) -> bytes:
-    """A JPEG's segment that says nothing of the picture."""
+    """A JPEG segment without information about the image."""
     return b"\xff\xfe" + struct.pack(">H", 2 + len(data)) + data
 
 
 END_OF_IMAGE = b"\xff\xd9"
 FILM = np.random.default_rng(0).bytes(4 << 20)
-"""What a phone puts behind the end of a motion photo, as far as a JPEG's reader can tell."""
+"""What a phone appends to a motion photo, as far as a JPEG reader can tell."""
 
 
 def padded(octets: int) -> bytes:
-    """A JPEG with filling before its first segment, which is read octet by octet."""
+    """A JPEG with fill bytes before its first segment, which are read one by one."""
     data = saved(small(), "JPEG")
     return data[:2] + b"\xff" * octets + data[2:]
 
 
 def commented(chunks: int) -> bytes:
-    """A PNG with private chunks that hold nothing."""
+    """A PNG with empty private chunks."""
     data = saved(small(), "PNG")
     empty = struct.pack(">I4sI", 0, b"prVt", zlib.crc32(b"prVt"))
     return data[:33] + empty * chunks + data[33:]
@@ -199,9 +199,9 @@ def zipped() -> bytes:
 
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [small().rotate(180)]}
 PIXELS = "more than the 50000000 pixels that are accepted"
-FRAMES = "has 2 frames, and at most 1 are accepted"
+FRAMES = "has 2 frames, but at most 1 are accepted"
 PIECES = "is in more than 200000 pieces"
-FORMATS = "no image of an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
+FORMATS = "not in an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "PNG of 60000×60000": lambda: png(60_000, 60_000),
     "PNG, just too large and complete": lambda: png(7072, 7072, rows=7072),
@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG, commented for ever": (lambda: scans(1, comment(b"") * 20_000), "10000 segments"),
     "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
     "PNG, of empty chunks": (lambda: commented(200_000), PIECES),
-    "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, and a side may have at most"),
+    "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, but a side may have at most"),
     "too many bytes": (lambda: b"\xff" * (32 * 1024**2 + 1), "larger than the 33554432 bytes"),
     "too many bytes in base64": (
         lambda: base64.b64encode(b"\xff" * (32 * 1024**2 + 1)),
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "too much text": (lambda: b" " * (50 * 1024**2), "larger than the 33554432 bytes"),
     **{name: (make, PIXELS) for name, make in BOMBS.items() if not name.startswith("WebP")},
-    # Whether the canvas is looked at first, or the frame in it, depends on Pillow's version.
+    # Whether the canvas or the frame in it is checked first depends on Pillow's version.
     **{name: (make, "encoded_image ") for name, make in BOMBS.items() if name.startswith("WebP")},
 }
 
@@ -269,7 +269,7 @@ def test_the_largest_picture_is_read(ask: Ask) -> None:
 
 
 def peak_growth(processes: list[psutil.Process], act: Callable[[], object]) -> int:
-    """By how many bytes the processes' highest resident size rose above where they were."""
+    """How many bytes the processes' peak resident size rose above the current one."""
     for process in processes:
         Path(f"/proc/{process.pid}/clear_refs").write_text("5")
     before = sum(process.memory_info().rss for process in processes)
@@ -362,7 +362,7 @@ def test_any_bytes_get_an_image_or_a_sentence(ask: Ask, image_side: int, data: b
     try:
         answer = read(ask, data)
     except InferenceServerException as error:
-        # A header overwritten may put the point outside; everything else is about the file.
+        # An overwritten header may put the point outside; all other errors are about the file.
         assert error.status() == "StatusCode.INVALID_ARGUMENT"
         assert any(start in str(error.message()) for start in ("encoded_image ", "points["))
     else:

@@ -1,4 +1,4 @@
-"""sam3_mask_writer: what it refuses, and the shapes at the edges. Its masks: test_thin_clients."""
+"""sam3_mask_writer: what it rejects, and edge-case shapes. For its masks see test_thin_clients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_size_no_image_has_is_refused(
 def test_more_pixels_than_one_request_may_ask_for_are_refused(
     ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:
-    """Many masks of a size that is accepted by itself: nobody could stop the writer at them."""
+    """Many masks of a size that is accepted alone: the writer could not be stopped."""
     many = {name: np.repeat(array, 128, axis=1) for name, array in foreground.items()}
     sentence = refusal(ask, WRITER, **many, image_size=size(7_000, 7_000))
     assert "128 masks of each image would have 6272000000 pixels in all" in sentence

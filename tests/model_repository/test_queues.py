@@ -1,4 +1,4 @@
-"""Requests that meet in a queue: whoever waits must not wait for nothing."""
+"""Requests that meet in a queue must not wait for nothing."""
 
 import pytest
 
@@ -11,7 +11,7 @@ MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 
 @pytest.mark.parametrize("model", MODELS)
 def test_no_queue_has_a_policy(model: str) -> None:
-    """With a bound or a timeout Triton leaves requests lying for up to half a second."""
+    """With a bound or a timeout, Triton leaves requests waiting for up to half a second."""
     batching = read_config(REPOSITORY, model).dynamic_batching
     assert not batching.HasField("default_queue_policy")
     assert not batching.priority_queue_policy

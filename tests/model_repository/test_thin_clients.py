@@ -1,4 +1,4 @@
-"""The ensembles for callers without Python: their masks are the Python client's, to the bit."""
+"""The ensembles for callers without Python: their masks are the client's, bit for bit."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_bad_requests_beside_good_ones(ask: Ask, client: Client, photo: Path) ->
 
 
 def curl(url: str, body: str) -> tuple[int, dict[str, Any]]:
-    """POST by curl itself: status and answer."""
+    """POST with curl; return status and answer."""
     command = ["curl", "--silent", "--write-out", "\n%{http_code}"]
     command += ["--header", "Content-Type: application/json", "--data", "@-", url]
     done = subprocess.run(command, input=body, capture_output=True, text=True, check=True)
@@ -212,7 +212,7 @@ def test_curl(server: TritonServer, client: Client, photo: Path) -> None:
 
 
 def test_curl_with_a_photo_of_megabytes(server: TritonServer) -> None:
-    """Beyond the 8 MB that Triton 2.51 would bear if curl called it a form."""
+    """Above the 8 MB that Triton 2.51 would accept if curl sent it as a form."""
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG", compress_level=0)

@@ -1,4 +1,4 @@
-"""Servers of tiny models; each test that harms one starts its own."""
+"""Servers of tiny models; a test that harms a server starts its own."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -40,15 +40,15 @@ def failed(model: str, reason: str) -> str:
             failed("a", "Internal: Stub process 'a_0_0' is not healthy.")
             + "\n"
             + failed("b", "Invalid argument: ensemble 'b' depends on 'a'"),
-            "a: Stub process 'a_0_0' is not healthy. Its process ended while loading: it crashed, "
-            "or was killed for want of memory.\n"
+            "a: Stub process 'a_0_0' is not healthy. Its process exited while loading: it crashed "
+            "or ran out of memory.\n"
             "b: ensemble 'b' depends on 'a'",
             id="two models",
         ),
         pytest.param(
             failed("a", "Not found: unable to load x.so: failed to map segment from shared object"),
-            "a: unable to load x.so: failed to map segment from shared object Temporary files lie "
-            "where none may be executed: set TMPDIR to another folder.",
+            "a: unable to load x.so: failed to map segment from shared object The folder for "
+            "temporary files is mounted noexec: set TMPDIR to another folder.",
             id="a folder mounted noexec",
         ),
         pytest.param(

@@ -50,7 +50,7 @@ def test_numpy_2_is_refused_before_it_misreads_anything(
 def test_a_tritonserver_on_path_is_used_as_it_is(
     working: Path, start: Start, tmp_path: Path
 ) -> None:
-    """As in the NVIDIA container: it finds its libraries and its backends by itself."""
+    """As in the NVIDIA container: it finds its libraries and backends on its own."""
     parts = tmp_path / "container"
     parts.mkdir()
     bundled = installation.find(parts, NOWHERE)
@@ -116,7 +116,7 @@ def test_an_interpreter_beside_another_python3(
 def test_an_environment_whose_path_is_not_ascii(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stub's Python cannot read such a path, and torch would not start by it."""
+    """The stub's Python cannot read such a path, and torch would not start from it."""
     folder, work_dir = tmp_path / "José", tmp_path / "work"
     folder.mkdir()
     work_dir.mkdir()

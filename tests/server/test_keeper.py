@@ -1,4 +1,4 @@
-"""The keeper on its own, over processes that are harder to end than tritonserver."""
+"""The keeper on its own, with processes that are harder to stop than tritonserver."""
 
 import os
 import secrets
@@ -71,7 +71,7 @@ class Kept:
 
 @pytest.fixture
 def stubborn(tmp_path: Path) -> Iterator[tuple[Kept, int]]:
-    """A process that ignores SIGTERM, and its child in a session of its own."""
+    """A process that ignores SIGTERM, and its child in its own session."""
     with Kept(tmp_path, sys.executable, "-c", STUBBORN) as kept:
         assert kept.process.stdout
         yield kept, int(kept.process.stdout.readline())

@@ -26,7 +26,7 @@ def command(repository: Path, *options: str) -> list[str]:
 
 @contextmanager
 def running(repository: Path) -> Iterator["subprocess.Popen[str]"]:
-    """The command in a process group of its own, as a terminal starts it."""
+    """The command in its own process group, as a terminal starts it."""
     with subprocess.Popen(
         command(repository),
         cwd=ROOT,
@@ -38,7 +38,7 @@ def running(repository: Path) -> Iterator["subprocess.Popen[str]"]:
         try:
             yield process
         finally:
-            process.kill()  # no harm to one that has ended; the keeper ends the rest
+            process.kill()  # harmless if it has exited; the keeper stops the rest
 
 
 def tritonserver_below(process: "subprocess.Popen[str]") -> int:
@@ -100,7 +100,7 @@ def test_ended_while_a_model_loads(tmp_path: Path, end: object) -> None:
 
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.06])
 def test_ended_at_any_moment_of_the_start(working: Path, delay: float) -> None:
-    """From the first sign of a keeper on, before there is anything to serve."""
+    """From the first sign of a keeper, before anything is served."""
     with running(working) as process:
         keepers = tiny.wait_for(lambda: tiny.children(process.pid), A_FEW_SECONDS)
         time.sleep(delay)
@@ -115,7 +115,7 @@ def test_a_server_that_dies_is_reported(working: Path) -> None:
         traces = Traces.of(tritonserver_below(process))
         os.kill(traces.session, signal.SIGKILL)
         assert process.wait(A_FEW_SECONDS) == 1
-        assert "tritonserver ended by itself (status 137)" in process.stderr.read()
+        assert "tritonserver exited unexpectedly (status 137)" in process.stderr.read()
         assert not traces.left()
 
 
@@ -134,7 +134,7 @@ def test_a_broken_model_exits_1_with_its_reason(tmp_path: Path) -> None:
     reason, place, where = err.splitlines()
     assert reason == "broken: RuntimeError: no luck today"
     assert place.strip().endswith("model.py(3): initialize")
-    assert where == f"All of its output is in {log}."
+    assert where == f"See {log} for all of its output."
     assert "failed to load 'broken'" in log.read_text()
 
 

@@ -156,9 +156,9 @@ def _outcome(request: Any) -> tuple[list[float], list[int]] | InferenceServerExc
 
 
 def executions(client: InferenceServerClient) -> int:
-    """How many batches the server has handed to the backend, failed ones included.
+    """How many batches the server has passed to the backend, including failed ones.
 
-    Read until it stands still: Triton counts after it has answered.
+    Read until it stops changing: Triton counts after it has answered.
     """
     before, count = -1, _executions(client)
     while before != count:
@@ -195,12 +195,12 @@ def test_intra_op_thread_count_is_honoured(tiny_server: TritonServer) -> None:
         for name in ("tuned_0_0", "unbatched_0_0")
         if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     }
-    # Untuned, ONNX Runtime adds one thread per further core to the one that calls it.
+    # By default, ONNX Runtime adds one thread per further core to the calling one.
     assert threads["unbatched_0_0"] - threads["tuned_0_0"] == physical_cores() - 1
 
 
 def physical_cores() -> int:
-    """Cores as ONNX Runtime counts them by default: all, whatever this process may run on."""
+    """Cores as ONNX Runtime counts them by default: all, even those this process may not use."""
     siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings")
     return len({path.read_text() for path in siblings})
 
@@ -255,7 +255,7 @@ def session(model: Any) -> ort.InferenceSession:
 
 
 def parsed(inputs: tiny.Tensors, outputs: tiny.Tensors, batch: int = 8) -> dict[str, Any]:
-    """A config as Triton hands it to a backend."""
+    """A config as Triton passes it to a backend."""
     kinds = {"input": inputs, "output": outputs}
     tensors = {
         kind: [{"name": name, "data_type": spec[0], "dims": spec[1]} for name, spec in one.items()]
@@ -350,7 +350,7 @@ def test_a_gpu_instance_uses_cuda_where_there_is_one(
     backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    logger = SimpleNamespace(log_warn=warnings.append)  # the stub alone has the real one
+    logger = SimpleNamespace(log_warn=warnings.append)  # only the stub has the real one
     monkeypatch.setattr(backend.pb_utils, "Logger", logger, raising=False)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert backend.choose_providers("GPU", "1", {}) == ["CPUExecutionProvider"]
@@ -369,7 +369,7 @@ def test_a_gpu_instance_uses_cuda_where_there_is_one(
 
 
 def test_a_provider_that_cannot_be_loaded_ends_the_start(backend: ModuleType) -> None:
-    """Rather than that all goes on, on the CPU."""
+    """Instead of silently continuing on the CPU."""
     cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
     backend.check_providers([cpu], [cpu])
     backend.check_providers([(cuda, {"device_id": "0"}), cpu], [cuda, cpu])
@@ -389,5 +389,5 @@ def test_accelerators_are_read_as_triton_writes_them(backend: ModuleType) -> Non
 
 
 def test_outputs_of_another_length_are_not_handed_out(backend: ModuleType) -> None:
-    with pytest.raises(ValueError, match="another batch size"):
+    with pytest.raises(ValueError, match="differ in batch size"):
         backend.split({"y": np.zeros((1, 3))}, [1, 2])

@@ -67,7 +67,7 @@ sys.stdin.read()
 
 
 def test_listeners_are_found_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has none, there is no table of it."""
+    """A kernel without IPv6 has no table for it."""
     exists, read = Path.exists, Path.read_text
 
     def read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The life of a server: nothing of it may outlive it, whatever ends it."""
+"""The life of a server: nothing may be left running, whatever stops it."""
 
 import os
 import random
@@ -47,7 +47,7 @@ def plus_one(server: TritonServer, model: str = "plus_one") -> list[float]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server that no test harms, where a shell and sys.path could go wrong."""
+    """A server that no test harms, in a folder that could break a shell and sys.path."""
     folder = tmp_path_factory.mktemp("my models (new); $(touch oops)")
     tiny.add_plus_one(folder)
     add_plus_two(folder)
@@ -85,7 +85,7 @@ def test_awkward_paths_do_not_matter(shared: TritonServer) -> None:
 
 
 def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> None:
-    """Bodies of many sizes at once, which glibc left alone would keep room for in every heap."""
+    """Bodies of many sizes at once, for which untuned glibc would keep memory in every heap."""
     process = psutil.Process(shared.pid)
     before = process.memory_full_info().uss
     with ThreadPoolExecutor(8) as callers:
@@ -103,7 +103,7 @@ def test_a_callers_own_word_on_the_environment_counts(working: Path, start: Star
 
 
 def refused(server: TritonServer, size: int) -> int:
-    """The status of a body that is no request."""
+    """The status for a body that is not a request."""
     url = f"{server.http_url}/v2/models/plus_one/infer"
     kind = {"Content-Type": "application/octet-stream"}
     with pytest.raises(urllib.error.HTTPError) as caught:
@@ -176,7 +176,7 @@ def test_kill_leaves_nothing(working: Path, start: Start) -> None:
     traces = Traces.of(server.pid)
     server.kill()
     assert not traces.left()
-    server.stop()  # and once more does no harm
+    server.stop()  # once more is harmless
 
 
 def test_a_killed_keeper_takes_everything_along(working: Path, start: Start) -> None:
@@ -204,7 +204,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def caller(working: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Another Python with a server of its own, in a process group as a terminal makes it."""
+    """Another Python with its own server, in a process group as a terminal makes it."""
     with subprocess.Popen(
         [sys.executable, "-c", CALLER, str(working)],
         cwd=ROOT,
@@ -306,7 +306,7 @@ def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
 def test_administration_needs_the_key_beyond_loopback(
     working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Address, "is_loopback", False)  # but do not listen out there
+    monkeypatch.setattr(Address, "is_loopback", False)  # but do not listen beyond loopback
     server = start(working)
     assert plus_one(server) == [2, 3, 4]
     http = tritonclient.http.InferenceServerClient(server.http_url.split("://")[1])
@@ -335,8 +335,8 @@ def test_what_is_not_a_repository(tmp_path: Path) -> None:
 
 
 def test_a_repository_that_may_not_be_read_is_not_called_empty(working: Path) -> None:
-    """As in the container, whose user is not who exported the models."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders let no other user through
+    """As in a container whose user did not export the models."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         closed = Path(name, "models")
         shutil.copytree(working, closed)
         closed.chmod(0)

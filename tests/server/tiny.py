@@ -1,4 +1,4 @@
-"""Tiny models for a real tritonserver, and what to look for after it has gone."""
+"""Tiny models for a real tritonserver, and what to look for after it has exited."""
 
 import os
 import re
@@ -116,7 +116,7 @@ def add_python(repository: Path, name: str, initialize: str) -> None:
 
 @dataclass(frozen=True)
 class Traces:
-    """What a running tritonserver will have left behind if it is not cleaned up after."""
+    """What a running tritonserver leaves behind unless it is cleaned up."""
 
     session: int
     keeper: int
@@ -125,7 +125,7 @@ class Traces:
 
     @classmethod
     def of(cls, pid: int) -> "Traces":
-        """Read them off the command line of tritonserver."""
+        """Read them from tritonserver's command line."""
         text = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", "\n")
         shm_prefix = re.search(r"shm-region-prefix-name=(\S+)", text)
         backends = re.search(r"--backend-directory=(\S+)", text)
@@ -134,7 +134,7 @@ class Traces:
         return cls(pid, int(keeper[1]), shm_prefix[1], Path(backends[1]).parent)
 
     def processes(self) -> list[int]:
-        """tritonserver, its stubs, its keeper: those that run."""
+        """tritonserver, its stubs and its keeper, if running."""
         present = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
         family = [pid for pid in present if pid == self.keeper or _session(pid) == self.session]
         return [pid for pid in family if runs(pid)]
@@ -144,12 +144,12 @@ class Traces:
         return list(Path("/dev/shm").glob(f"{self.shm_prefix}*"))
 
     def left(self) -> list[str]:
-        """Everything that is still there."""
+        """Everything that still exists."""
         folder = [str(self.work_dir)] if self.work_dir.exists() else []
         return [*map(str, self.processes()), *map(str, self.regions()), *folder]
 
     def gone_within(self, seconds: float) -> bool:
-        """Whether nothing is left, waiting for it if need be."""
+        """Whether nothing is left, waiting for that if need be."""
         return wait_for(lambda: not self.left(), seconds)
 
 

@@ -1,4 +1,4 @@
-"""An image file, judged by its header before a pixel of it is decoded.
+"""Reads an image file, checking its header before any pixel is decoded.
 
 bytes │ base64 ──► bytes ──► header: format, pixels, frames ──► RGB [H, W, 3], upright
 """
@@ -21,21 +21,21 @@ from sam3_shared.errors import ImageError
 from sam3_shared.geometry import load_image, upright
 
 MAX_SCANS = 25
-"""Scans of a progressive JPEG, usually ten: each costs a pass over all pixels, and few bytes."""
+"""Scans of a progressive JPEG, usually ten: each costs few bytes but a pass over all pixels."""
 
 MAX_READS = 200_000
-"""How often a decoder may read. Large files take some ten thousand; one of empty chunks, or of a
-JPEG's filling, would take millions, a second for each."""
+"""Reads that a decoder may make. A large file takes some ten thousand; one of empty chunks, or of a
+JPEG's fill bytes, would take millions, each million taking a second."""
 
 MAX_SEGMENTS = 10_000
-"""Segments of a JPEG; each holds up to 64 KB, so that a profile takes a few, a preview some ten."""
+"""Segments of a JPEG; each holds up to 64 KB, so a profile takes a few and a preview some ten."""
 
 MAX_EXIF_SEGMENTS = 100
 """EXIF fits one segment, and a few cameras write more. Pillow appends each to all before it: a
 thousand full ones take six seconds."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""Of a segment that says its length: no stuffed byte, restart, or filling (ITU-T T.81, B.1.1)."""
+"""Marker of a segment with a length: not a stuffed byte, restart or fill (ITU-T T.81, B.1.1)."""
 _END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
 _JPEG, _EXIF = b"\xff\xd8\xff", b"Exif\0\0"
 _DECODED = frozenset(
@@ -46,7 +46,7 @@ passes over a reserved one (02 to BF) without the length that is said there, and
 seem to lie within."""
 
 DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
-"""What a browser puts before base64."""
+"""The prefix that a browser puts before base64."""
 
 
 class InvalidFile(ValueError):
@@ -55,7 +55,7 @@ class InvalidFile(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted: formats by Pillow's names, the rest as numbers of one image."""
+    """What is accepted: formats by Pillow's names, the rest as limits of one image."""
 
     formats: tuple[str, ...]
     max_bytes: int
@@ -75,8 +75,8 @@ class _Reads(BytesIO):
         self._left -= 1
         if self._left < 0:
             raise InvalidFile(
-                f"encoded_image is in more than {MAX_READS} pieces: save it again, without what is "
-                "no picture in it"
+                f"encoded_image is in more than {MAX_READS} pieces: re-save it without embedded "
+                "non-image data"
             )
         return super().read(size)
 
@@ -95,38 +95,38 @@ def _check_jpeg(file: bytes) -> None:
         kind = file[marker.end() - 1]
         if kind not in _DECODED:
             raise InvalidFile(
-                f"encoded_image has a JPEG marker that is not supported (FF {kind:02X}): save it "
-                "again as a baseline JPEG"
+                f"encoded_image has a JPEG marker that is not supported (FF {kind:02X}): re-save "
+                "it as a baseline JPEG"
             )
         scans += kind == _START_OF_SCAN
         exif += kind == _APP1 and file.startswith(_EXIF, marker.end() + 2)
         if scans > MAX_SCANS:
             raise InvalidFile(
-                f"encoded_image has more than the {MAX_SCANS} scans that are accepted: save it "
-                "again as a baseline JPEG"
+                f"encoded_image has more than the {MAX_SCANS} scans that are accepted: re-save "
+                "it as a baseline JPEG"
             )
         if exif > MAX_EXIF_SEGMENTS:
             break
         at = marker.end() + int.from_bytes(file[marker.end() : marker.end() + 2], "big")
     raise InvalidFile(
         f"encoded_image has more than {MAX_SEGMENTS} segments, or {MAX_EXIF_SEGMENTS} of EXIF: "
-        "save it again without embedded non-image data"
+        "re-save it without embedded non-image data"
     )
 
 
 class FileReader:
-    """Decodes image files within limits. One a process: it sets Pillow's own limit as well."""
+    """Decodes image files within limits. Use one per process: it also sets Pillow's own limit."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        # Pillow looks at the header's size before its decoders allocate anything.
+        # Pillow checks the size in the header before its decoders allocate anything.
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def read(self, data: bytes) -> NDArray[np.uint8]:
         """Decode a file, or base64 of one, to RGB [H, W, 3] with its EXIF orientation applied.
 
-        Raises InvalidFile with a sentence that says what is wrong and what is accepted.
+        Raises InvalidFile with a message that says what is wrong and what is accepted.
         """
         file = self._file(data)
         if file.startswith(_JPEG):  # before Pillow looks at its segments
@@ -136,18 +136,18 @@ class FileReader:
             return np.asarray(load_image(upright(image)), np.uint8)
 
     def _file(self, data: bytes) -> bytes:
-        # A file has bytes beyond ASCII from its first few on; base64 text has none.
+        # A file has non-ASCII bytes among its first few; base64 text has none.
         if not data.isascii():
             return self._within(data, self._limits.max_bytes)
-        # Four characters for three bytes, line breaks, and a data URL's start.
+        # Four characters per three bytes, line breaks, and the prefix of a data URL.
         self._within(data, self._limits.max_bytes * 7 // 5 + 100)
         return self._within(self._from_base64(data), self._limits.max_bytes)
 
-    def _within(self, data: bytes, most: int) -> bytes:
-        if len(data) > most:
+    def _within(self, data: bytes, max_bytes: int) -> bytes:
+        if len(data) > max_bytes:
             raise InvalidFile(
                 f"encoded_image is larger than the {self._limits.max_bytes} bytes that are "
-                "accepted: compress it more, or scale it down"
+                "accepted: compress it more, or downscale it"
             )
         return data
 
@@ -157,25 +157,27 @@ class FileReader:
         try:
             return base64.b64decode(payload, validate=True)
         except binascii.Error as error:
-            raise InvalidFile(f"encoded_image is neither a file nor base64: {self._ask}") from error
+            raise InvalidFile(
+                f"encoded_image is neither a file nor base64: {self._expected}"
+            ) from error
 
     def _check_header(self, image: Image.Image) -> None:
         if max(image.size) > self._limits.max_side:
             raise InvalidFile(
-                f"encoded_image is {image.width}×{image.height}, and a side may have at most "
-                f"{self._limits.max_side} pixels: cut it, or scale it down"
+                f"encoded_image is {image.width}×{image.height}, but a side may have at most "
+                f"{self._limits.max_side} pixels: crop or downscale it"
             )
-        # The pictures behind a phone's JPEG (MPO) are previews and depths, no frames.
+        # The images after a phone's JPEG (MPO) are previews and depth maps, not frames.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames > self._limits.max_frames:
             raise InvalidFile(
-                f"encoded_image has {frames} frames, and at most {self._limits.max_frames} are "
-                "accepted: send one frame as a picture of its own"
+                f"encoded_image has {frames} frames, but at most {self._limits.max_frames} are "
+                "accepted: send one frame as an image of its own"
             )
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Turn whatever Pillow's decoders raise, which is a wide variety, into InvalidFile."""
+        """Turn all that Pillow's decoders raise, which varies widely, into InvalidFile."""
         try:
             yield
         except InvalidFile:
@@ -183,17 +185,19 @@ class FileReader:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise InvalidFile(
                 f"encoded_image has more than the {self._limits.max_pixels} pixels that are "
-                "accepted: scale it down"
+                "accepted: downscale it"
             ) from error
         except UnidentifiedImageError as error:
             raise InvalidFile(
-                f"encoded_image is no image of an accepted format: {self._ask}"
+                f"encoded_image is not in an accepted format: {self._expected}"
             ) from error
         except Exception as error:
             cause = error.__cause__ if isinstance(error, ImageError) else error
-            raise InvalidFile(f"encoded_image cannot be decoded ({cause}): {self._ask}") from error
+            raise InvalidFile(
+                f"encoded_image cannot be decoded ({cause}): {self._expected}"
+            ) from error
 
     @property
-    def _ask(self) -> str:
+    def _expected(self) -> str:
         formats = ", ".join(self._limits.formats)
-        return f"send the bytes of a whole file ({formats}), or base64 of them"
+        return f"send the bytes of a whole file ({formats}), or their base64"

@@ -4,8 +4,8 @@
     points ───────────────────────────────────────────┐ ├───────────────► image_size
                                      pixels.to_coords ◄─┘ ──────────────► point_coords
 
-`sam3_shared` is written by the export: the client's own modules that load and resize, copied, so
-that a file gives the same pixels on either side.
+`sam3_shared` is written by the export: copies of the client's own modules that load and resize, so
+a file gives the same pixels on either side.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request by itself: a bad one gets an error, the others their images."""
+        """Answer every request separately: a bad one gets an error, the others get their images."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -55,10 +55,10 @@ class TritonPythonModel:
             )
             rows = [self._read(*row) for row in zip(files.ravel(), points, labels, strict=True)]
         except (InvalidFile, InvalidPoint) as error:
-            return _refuse(str(error), pb_utils.TritonError.INVALID_ARG)
+            return _error_response(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             pb_utils.Logger.log_error(traceback.format_exc())
-            return _refuse(FAILED, pb_utils.TritonError.INTERNAL)
+            return _error_response(FAILED, pb_utils.TritonError.INTERNAL)
         names = ("image", "point_coords", "image_size")
         columns = zip(names, zip(*rows, strict=True), strict=True)
         return pb_utils.InferenceResponse(
@@ -69,11 +69,11 @@ class TritonPythonModel:
         self, file: bytes, points: NDArray[np.float32], labels: NDArray[np.int32]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
         """One image of a request's batch."""
-        picture = self._reader.read(file)
-        height, width = picture.shape[:2]
+        pixels = self._reader.read(file)
+        height, width = pixels.shape[:2]
         coords = to_coords(points, labels, width, height)
-        return resize(picture, self._side), coords, np.array([width, height], np.int32)
+        return resize(pixels, self._side), coords, np.array([width, height], np.int32)
 
 
-def _refuse(sentence: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
+def _error_response(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

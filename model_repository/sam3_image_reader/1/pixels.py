@@ -1,4 +1,4 @@
-"""Prompts in pixels of one image, checked and turned into fractions of its sides."""
+"""Checks prompts in pixels of one image and turns them into fractions of its sides."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def to_coords(
     """Turn pixels [N, P, 2] with labels [N, P] into fractions [N, P, 2]; padding becomes zeros.
 
     As in the Python client, a box that overshoots the image is clipped to it, and a point outside
-    is an error. What else may be wrong with labels is the decoder's to say.
+    is an error. All other checks of labels are left to the decoder.
 
     Raises:
-        InvalidPoint: with a sentence that says what is wrong and what is accepted.
+        InvalidPoint: with a message that says what is wrong and what is accepted.
     """
     if 0 in points.shape:
         # Of no bytes, but of any length: only those who send what they say may keep this busy.
@@ -49,7 +49,7 @@ def _check_points(points: NDArray[np.float32], width: int, height: int) -> None:
         x, y = points[n, p]
         raise InvalidPoint(
             f"points[{n}, {p}] is ({x:g}, {y:g}); x must be within 0…{width} and y within "
-            f"0…{height}, in pixels of the image as people see it"
+            f"0…{height}, in pixels of the image as displayed"
         )
 
 

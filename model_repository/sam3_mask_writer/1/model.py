@@ -3,8 +3,8 @@
     low_res_masks, iou_predictions ─► best candidate ─► filled, upsampled, > 0 ─► RLE, box
     image_size ─────────────────────────────────────────────┘
 
-`sam3_shared` is written by the export: the client's own modules that finish and encode masks,
-copied, so that logits give the same mask on either side.
+`sam3_shared` is written by the export: copies of the client's own modules that finish and encode
+masks, so logits give the same mask on either side.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sam3_shared.masks import finish_masks, mask_boxes
 FAILED = "the mask writer failed on this request; the server's log says why"
 
 
-class InvalidSize(ValueError):
-    """Sizes that are not accepted; the message is the answer to the caller."""
+class InvalidRequest(ValueError):
+    """Sizes or candidates that are not accepted; the message is the answer to the caller."""
 
 
 class Finished(NamedTuple):
@@ -48,23 +48,23 @@ class TritonPythonModel:
         self._max_mask_pixels = parameters["max_mask_pixels"]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request by itself: a bad one gets an error, the others their masks."""
+        """Answer every request separately: a bad one gets an error, the others get their masks."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         try:
             columns = self._write(request)
-        except InvalidSize as error:
-            return _refuse(str(error), pb_utils.TritonError.INVALID_ARG)
+        except InvalidRequest as error:
+            return _error_response(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             pb_utils.Logger.log_error(traceback.format_exc())
-            return _refuse(FAILED, pb_utils.TritonError.INTERNAL)
+            return _error_response(FAILED, pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, np.stack(column)) for name, column in columns.items()]
         )
 
     def _write(self, request: Any) -> dict[str, tuple[NDArray[Any], ...]]:
-        """The outputs by name, of each image of the batch. Raises InvalidSize."""
+        """The outputs by name, one for each image of the batch. Raises InvalidRequest."""
         logits, ious, sizes = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy()
             for name in ("low_res_masks", "iou_predictions", "image_size")
@@ -77,28 +77,29 @@ class TritonPythonModel:
         return dict(zip(Finished._fields, zip(*images, strict=True), strict=True))
 
     def _check_size(self, width: int, height: int) -> None:
-        sides = 0 < width <= self._max_side and 0 < height <= self._max_side
-        if not (sides and width * height <= self._max_pixels):
-            raise InvalidSize(
+        sides_fit = 0 < width <= self._max_side and 0 < height <= self._max_side
+        if not (sides_fit and width * height <= self._max_pixels):
+            raise InvalidRequest(
                 f"image_size is {width}×{height}; expected width and height of the image in "
-                f"pixels, each of at most {self._max_side} and at most {self._max_pixels} together"
+                f"pixels, each at most {self._max_side} and their product at most "
+                f"{self._max_pixels}"
             )
 
     def _check_work(self, objects: int, sizes: NDArray[np.int32]) -> None:
         pixels = objects * sum(width * height for width, height in sizes.tolist())
         if pixels > self._max_mask_pixels:
-            raise InvalidSize(
-                f"{objects} masks of each image would have {pixels} pixels in all, and one request "
-                f"may ask for {self._max_mask_pixels}: ask for fewer objects at a time, or send a "
-                "smaller image"
+            raise InvalidRequest(
+                f"{objects} masks of each image would have {pixels} pixels in all, but one request "
+                f"may ask for at most {self._max_mask_pixels}: ask for fewer objects at a time, "
+                "or send a smaller image"
             )
 
 
 def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) -> None:
     if ious.shape != logits.shape[:3] or ious.shape[-1] == 0:
-        raise InvalidSize(
+        raise InvalidRequest(
             f"low_res_masks has shape {list(logits.shape)} and iou_predictions {list(ious.shape)}; "
-            "expected [B, N, K, M, M] and [B, N, K] with K of at least 1, as one answer has them"
+            "expected [B, N, K, M, M] and [B, N, K] with K of at least 1, both from one answer"
         )
 
 
@@ -111,12 +112,12 @@ def _finish(logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[i
         ious[rows, best],
         np.empty((len(best), 4), np.float32),
     )
-    for n, k in enumerate(best):  # one at a time: at full size, many masks are much memory
+    for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
         mask = finish_masks(logits[n, k][None], *size)
         finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
         finished.boxes[n] = mask_boxes(mask)[0]
     return finished
 
 
-def _refuse(sentence: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
+def _error_response(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

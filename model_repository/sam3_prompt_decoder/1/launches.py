@@ -1,4 +1,4 @@
-"""The inputs of one launch: objects of several jobs that the program decodes together."""
+"""The inputs of one launch: objects of one or more jobs that the program decodes together."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Of N objects with T tokens each, K of which refine an earlier mask."""
+class LaunchInputs:
+    """Inputs of N objects with T tokens each, K of which refine an earlier mask."""
 
     images: Sequence[Features]
-    """Each object's; one and the same where objects share it."""
+    """Each object's image; objects that share one have the same `Features` instance."""
     coords: NDArray[np.float32]
     """[N, T, 2]"""
     labels: NDArray[np.int32]
     """[N, T]"""
     masks: Sequence[Tensor]
-    """K of [M, M], on whatever device."""
+    """K masks [M, M], on any device."""
     mask_rows: Sequence[int]
-    """The objects that they belong to."""
+    """The object that each mask belongs to."""
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], launch: Launch) -> Inputs:
+    def from_jobs(cls, jobs: Sequence[Job], launch: Launch) -> LaunchInputs:
         prompts = [jobs[j].objects[n] for j, n in launch]
         masks = [(row, p.mask) for row, p in enumerate(prompts) if p.mask is not None]
         return cls(
@@ -49,12 +49,12 @@ class Inputs:
 
     @property
     def shared_image(self) -> Features | None:
-        """The image of all objects, if they have one."""
+        """The image that all objects share, if they do."""
         first = self.images[0]
         return first if all(image is first for image in self.images) else None
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """As the program takes them (export/decoder.py)."""
+        """The inputs as the program takes them (export/decoder.py)."""
         size = self.images[0].high_res_feats_0.shape[-1]
         return {
             **gather(self)._asdict(),
@@ -67,10 +67,11 @@ class Inputs:
         }
 
 
-def gather(inputs: Inputs) -> Features:
+def gather(inputs: LaunchInputs) -> Features:
     """One embedding per object, [N, C, H, W] each; objects of one image share it without a copy.
 
-    FP16 ones stay so: the program adds them to FP32, which gives the sums that FP32 ones would.
+    FP16 embeddings stay FP16: the program adds them to FP32 values, so the sums are the same as
+    with FP32 embeddings.
     """
     shared = inputs.shared_image
     if shared is not None:
@@ -79,19 +80,19 @@ def gather(inputs: Inputs) -> Features:
 
 
 def stack(images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """[C, H, W] each → [N, C, H, W], in memory with channels last, as kept images are."""
-    room = None if out is None else out.permute(0, 2, 3, 1)
-    return torch.stack([image.permute(1, 2, 0) for image in images], out=room).permute(0, 3, 1, 2)
+    """[C, H, W] each → [N, C, H, W], channels last in memory, like kept images."""
+    buffer = None if out is None else out.permute(0, 2, 3, 1)
+    return torch.stack([image.permute(1, 2, 0) for image in images], out=buffer).permute(0, 3, 1, 2)
 
 
 def stack_masks(masks: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[M, M] each, on whatever device → [K, M, M] on this one, which is not waited for."""
+    """[M, M] each, on any device → [K, M, M] on this device, without waiting for it."""
     if device.type == "cpu" or not all(mask.is_cpu for mask in masks):
         return torch.stack([_on(device, mask) for mask in masks])
-    # Of memory that is not page-locked, the driver waits for the stream before it copies so much.
+    # From memory that is not page-locked, the driver waits for the stream before copying this much.
     shape = (len(masks), *masks[0].shape)
-    room = torch.empty(shape, dtype=masks[0].dtype, pin_memory=True)
-    return _on(device, torch.stack(list(masks), out=room))
+    buffer = torch.empty(shape, dtype=masks[0].dtype, pin_memory=True)
+    return _on(device, torch.stack(list(masks), out=buffer))
 
 
 def _array_on(device: torch.device, array: NDArray[Any]) -> Tensor:
@@ -99,5 +100,5 @@ def _array_on(device: torch.device, array: NDArray[Any]) -> Tensor:
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """On the device, which is not waited for: what it still does is of earlier launches."""
+    """The tensor on the device, without waiting for it: it may be busy with earlier launches."""
     return tensor.to(device, non_blocking=True)

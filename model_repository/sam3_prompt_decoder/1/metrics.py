@@ -1,7 +1,8 @@
-"""The decoder's own numbers on Triton's metrics endpoint.
+"""The decoder's own metrics on Triton's metrics endpoint.
 
-Answering a request only counts here; a thread tells Triton once a second, since every update is a
-message to another process. The thread also forgets idle images when no request comes to do that.
+Answering a request only updates counters here; a thread reports them to Triton once a second, since
+every update is a message to another process. The thread also evicts idle images when no request
+comes to do that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OBJECTS_BUCKETS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
 
 
 class Metrics:
-    """Counts, and the thread that publishes them until `close`."""
+    """Counters, and the thread that publishes them until `close`."""
 
     def __init__(self, store: ImageStore, labels: Mapping[str, str]) -> None:
         self._store = store
@@ -29,54 +30,56 @@ class Metrics:
         self._failures = 0
         self._requests: deque[int] = deque()
         self._failed = False
-        self._numbers = self._declare(store)
-        for name, number in self._numbers.items():
-            number.open(name, labels)
+        self._metrics = self._declare(store)
+        for name, metric in self._metrics.items():
+            metric.open(name, labels)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
-    def _declare(self, store: ImageStore) -> dict[str, _Number]:
+    def _declare(self, store: ImageStore) -> dict[str, _Metric]:
         counts, kept = store.counts, "sam3_kept_images"
         return {
             kept: _Gauge("Images kept for later clicks", lambda: len(store)),
-            f"{kept}_bytes": _Gauge("Memory of the images kept", lambda: store.nbytes),
-            f"{kept}_hits_total": _Counter("Ids asked for and found", lambda: counts.hits),
-            f"{kept}_misses_total": _Counter("Ids asked for in vain", lambda: counts.misses),
+            f"{kept}_bytes": _Gauge("Memory used by kept images", lambda: store.nbytes),
+            f"{kept}_hits_total": _Counter("Image ids found in the store", lambda: counts.hits),
+            f"{kept}_misses_total": _Counter(
+                "Image ids not found in the store", lambda: counts.misses
+            ),
             f"{kept}_evictions_total": _Counter(
-                "Images forgotten, idle or for want of room", lambda: counts.evictions
+                "Images evicted, idle or to make room", lambda: counts.evictions
             ),
             "sam3_failures_total": _Counter(
-                "Requests that were right and failed in the decoder", lambda: self._failures
+                "Valid requests that failed in the decoder", lambda: self._failures
             ),
-            "sam3_objects_total": _Counter("Objects answered", lambda: self._objects),
-            "sam3_objects_per_request": _Histogram("Objects in one request", self._take_requests),
+            "sam3_objects_total": _Counter("Objects decoded and answered", lambda: self._objects),
+            "sam3_objects_per_request": _Histogram("Objects per request", self._take_requests),
             "sam3_decode_seconds_total": _Counter("Time spent decoding", lambda: self._seconds),
             "sam3_decode_launches_total": _Counter(
-                "Runs of the decoder, each of many objects", lambda: self._launches
+                "Runs of the decoder's program, each on many objects", lambda: self._launches
             ),
         }
 
     def count_request(self, objects: int) -> None:
-        """A request was answered with the masks of so many objects."""
+        """Count a request answered with the masks of this many objects."""
         self._objects += objects
         self._requests.append(objects)
 
     def count_decoding(self, seconds: float, launches: int) -> None:
-        """The decoder's program ran `launches` times in `seconds`."""
+        """Count `launches` runs of the decoder's program in `seconds`."""
         self._seconds += seconds
         self._launches += launches
 
     def count_failure(self) -> None:
-        """A request was refused that had nothing wrong: Triton counts it as answered."""
+        """Count a valid request that got an error: Triton counts it as answered."""
         self._failures += 1
 
     def close(self) -> None:
-        """End the thread and take the numbers off the endpoint."""
+        """Stop the thread and remove the metrics from the endpoint."""
         self._stopped.set()
         self._thread.join()
-        for number in self._numbers.values():
-            number.close()
+        for metric in self._metrics.values():
+            metric.close()
 
     def _take_requests(self) -> list[int]:
         return [self._requests.popleft() for _ in range(len(self._requests))]
@@ -87,23 +90,23 @@ class Metrics:
             self._publish()
 
     def _publish(self) -> None:
-        """What fails, as for want of shared memory, is tried again the next time."""
+        """Publish every metric; one that fails, as without shared memory, is retried next time."""
         failed = ""
-        for number in self._numbers.values():
+        for metric in self._metrics.values():
             try:
-                number.publish()
-            except Exception as error:  # of Triton's own kinds
+                metric.publish()
+            except Exception as error:  # Triton has exception types of its own
                 failed = str(error)
         if failed and not self._failed:  # once, not every second
             pb_utils.Logger.log_warn(f"metrics are not up to date: {failed}")
         self._failed = bool(failed)
 
 
-class _Number:
-    """One metric, and where its value comes from."""
+class _Metric:
+    """One metric and the source of its value."""
 
     kind: str
-    """By name: Triton adds the kinds to its module only after this one is imported."""
+    """A name: Triton adds the kinds to its module only after this one is imported."""
     options: Mapping[str, Any] = {}
 
     def __init__(self, description: str, value: Callable[[], Any]) -> None:
@@ -126,26 +129,26 @@ class _Number:
         raise NotImplementedError
 
     def close(self) -> None:
-        del self._metric  # Triton wants it gone before its family
+        del self._metric  # must be deleted before its family
         del self._family
 
 
-class _Gauge(_Number):
+class _Gauge(_Metric):
     kind = "GAUGE"
 
     def _send(self, value: float) -> None:
         self._metric.set(value)
 
 
-class _Counter(_Number):
+class _Counter(_Metric):
     kind = "COUNTER"
 
     def _send(self, value: float) -> None:
         self._metric.increment(value - self._published)
 
 
-class _Histogram(_Number):
-    """Its value is what was observed since the last time."""
+class _Histogram(_Metric):
+    """A histogram whose value is the list of observations since the last time."""
 
     kind = "HISTOGRAM"
     options: Mapping[str, Any] = {"buckets": OBJECTS_BUCKETS}

@@ -17,11 +17,11 @@ from torch.fx import GraphModule
 Program = Callable[..., tuple[Tensor, Tensor]]
 
 TORCH_VERSION = "torch_version"
-"""Extra file in which the exporter notes which torch wrote the program."""
+"""Extra file in which the exporter records the torch version that wrote the program."""
 
 NO_MEMORY = ("can't allocate", "out of memory", "ALLOC_FAILED")
-"""In messages of torch's allocator on a CPU, of CUDA for page-locked memory and for graphs, and of
-cuBLAS, none of which has an exception of its own."""
+"""Parts of the messages of torch's CPU allocator, of CUDA for page-locked memory and graphs, and of
+cuBLAS, none of which has an exception type of its own."""
 
 
 class ProgramError(Exception):
@@ -38,7 +38,7 @@ def load_program(path: Path, device: torch.device) -> ExportedProgram:
     _check_intact(path)
     program = _read(path)
     if device.type != "cpu":
-        # The device it was traced on is baked into weights, constants and nodes.
+        # The device that it was traced on is baked into weights, constants and nodes.
         try:
             program = move_to_device_pass(program, device)
         except RuntimeError as error:
@@ -47,10 +47,11 @@ def load_program(path: Path, device: torch.device) -> ExportedProgram:
 
 
 def bind(program: ExportedProgram) -> Program:
-    """The program as a function of its inputs by name, which compares no shapes.
+    """The program as a function of its named inputs that does not check shapes.
 
-    It takes the program over: its `module()`, where wanted, is made before. That one looks up each
-    weight at every call, and its `torch.cond` asks the dispatcher: a fifth of a small decode.
+    This modifies the program: call its `module()` first if you need it. A module looks up each
+    weight at every call, and its `torch.cond` goes through the dispatcher: a fifth of a small
+    decode.
     """
     module = program.graph_module
     for node in module.graph.nodes:
@@ -65,29 +66,29 @@ def bind(program: ExportedProgram) -> Program:
 
 
 def _branch(
-    condition: bool, whether: GraphModule, otherwise: GraphModule, given: tuple[Tensor, ...]
+    condition: bool, if_true: GraphModule, if_false: GraphModule, operands: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """What `torch.cond` comes to."""
-    answer: tuple[Tensor, ...] = (whether if condition else otherwise)(*given)
-    return answer
+    """What `torch.cond` amounts to."""
+    result: tuple[Tensor, ...] = (if_true if condition else if_false)(*operands)
+    return result
 
 
 def _check_intact(path: Path) -> None:
-    """Compare checksums, which torch does not: a damaged weight would only make masks wrong."""
+    """Verify checksums, which torch does not do: a damaged weight would merely give wrong masks."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()
-        damage = member and f"{member} in it is not what was written"
+        damage = member and f"the checksum of {member} in it does not match"
     except PermissionError as error:
         raise ProgramError(
-            f"the server's user may not read {path.name}; let it, as with chmod o+r"
+            f"the server's user may not read {path.name}; fix it with: chmod o+r"
         ) from error
     except (OSError, zipfile.BadZipFile, zlib.error):
-        return  # the reader says so, and better
+        return  # reading it gives a better message
     except Exception as error:  # a damaged table of contents can break zipfile anywhere
         damage = first_line(error)
     if damage:
-        raise ProgramError(f"{path.name} is damaged: {damage}; copy it again, or export it again")
+        raise ProgramError(f"{path.name} is damaged: {damage}; copy or export it again")
 
 
 def _read(path: Path) -> ExportedProgram:
@@ -96,7 +97,7 @@ def _read(path: Path) -> ExportedProgram:
     except Exception as error:  # a damaged or newer file can break the reader anywhere
         raise ProgramError(
             f"{path.name} cannot be read by torch {torch.__version__} ({first_line(error)}); it "
-            f"{_origin(path)}: export it again, with a torch that is not newer than this one"
+            f"{_origin(path)}; export it again with a torch that is not newer than this one"
         ) from error
 
 
@@ -106,23 +107,23 @@ def _origin(path: Path) -> str:
             name = next(n for n in archive.namelist() if n.endswith(f"/extra/{TORCH_VERSION}"))
             return f"was written by torch {archive.read(name).decode()}"
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError):
-        return "is damaged, or no program at all"
+        return "is damaged or not an exported program"
 
 
 def first_line(error: Exception) -> str:
-    """The part of an error that fits into a sentence."""
+    """The part of an error message that fits into a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def does_not_run(device: torch.device, error: Exception) -> ProgramError:
-    """For what the device itself refuses."""
+    """The error for what fails on the device itself."""
     return ProgramError(
-        f"the decoder does not run on {device} ({first_line(error)}); see what else uses it, and "
-        "whether it is of a kind that this torch is built for"
+        f"the decoder does not run on {device} ({first_line(error)}); check what else uses it, "
+        "and whether this build of torch supports it"
     )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of the device or the host."""
+    """Whether the device or the host ran out of memory."""
     typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return typed or any(words in str(error) for words in NO_MEMORY)

@@ -1,4 +1,4 @@
-"""Prompts of one image, checked: what a request may say, and what it is told when it may not."""
+"""Validation of one image's prompts: what a request may contain, and the errors if it does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class InvalidPrompt(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask of one image."""
+    """Limits of one request, per image."""
 
     max_objects: int
     max_tokens: int
@@ -28,7 +28,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ObjectPrompt:
-    """One object: T tokens, complete with the trailing not-a-point token if there are any."""
+    """One object: T tokens, including the trailing not-a-point token if there are any."""
 
     coords: NDArray[np.float32]
     """[T, 2], x and y as fractions of the image's width and height."""
@@ -49,13 +49,13 @@ def parse_prompts(
 
     Args:
         coords: FP32 [N, P, 2]; labels: INT32 [N, P]; masks: [N, M, M] logits, where a plane of
-            NaN stands for "no mask".
+            NaN means "no mask".
 
     Raises:
-        InvalidPrompt: with a sentence that says what is wrong and what is accepted.
+        InvalidPrompt: with a message that says what is wrong and what is accepted.
     """
     _check_shapes(coords, labels, masks, limits)
-    # A click that is right, by its extremes: in half the time that looking at each token takes.
+    # Extremes prove a click valid in half the time that checking each token takes.
     lowest, highest = (labels.min(), labels.max()) if labels.size else (PADDING, PADDING)
     if not (lowest >= NEGATIVE and highest <= POSITIVE and _inside(coords)):
         _check_tokens(coords, labels)
@@ -77,7 +77,7 @@ def parse_prompts(
 def _with_one_more(
     coords: NDArray[np.float32], labels: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """With the not-a-point token that SAM adds where there is a point or a box."""
+    """Append the not-a-point token that SAM adds to an object with a point or a box."""
     objects, tokens = labels.shape
     more_coords = np.zeros((objects, tokens + 1, 2), np.float32)
     more_labels = np.full((objects, tokens + 1), PADDING, np.int32)
@@ -87,7 +87,7 @@ def _with_one_more(
 
 
 def _counts(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which tokens count: all but the padding, and the last one where there is another."""
+    """Which tokens count: all but padding, and the last one if there is any other."""
     counts: NDArray[np.bool_] = labels != PADDING
     counts[:, -1] = counts.any(axis=1)
     return counts
@@ -99,7 +99,7 @@ def _check_shapes(
     if coords.ndim != 3 or coords.shape[-1] != 2:
         raise InvalidPrompt(
             f"point_coords has shape {list(coords.shape)}; expected [N, P, 2]: N objects of P "
-            "tokens, x and y each"
+            "tokens with x and y"
         )
     if labels.shape != coords.shape[:2]:
         raise InvalidPrompt(
@@ -110,11 +110,11 @@ def _check_shapes(
     if objects > limits.max_objects:
         raise InvalidPrompt(
             f"{objects} objects in one request; at most {limits.max_objects} are accepted: split "
-            "the request (keep_image saves encoding the image again)"
+            "the request (keep_image avoids encoding the image again)"
         )
     if tokens > limits.max_tokens:
         raise InvalidPrompt(
-            f"{tokens} tokens an object; at most {limits.max_tokens} are accepted (a point is one "
+            f"{tokens} tokens per object; at most {limits.max_tokens} are accepted (a point is one "
             "token, a box two)"
         )
     size = limits.mask_size
@@ -126,7 +126,7 @@ def _check_shapes(
 
 
 def _inside(coords: NDArray[np.float32]) -> bool:
-    return bool(coords.min() >= 0 and coords.max() <= 1)  # neither is true of NaN
+    return bool(coords.min() >= 0 and coords.max() <= 1)  # both are false for NaN
 
 
 def _check_tokens(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
@@ -157,7 +157,9 @@ def _check_tokens(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> Non
 def _check_objects(labels: NDArray[np.int32], has_mask: NDArray[np.bool_]) -> None:
     _refuse_first(
         (labels == PADDING).all(axis=1) & ~has_mask,
-        lambda n: f"object {n} has neither a point nor a box nor a mask; give it at least one",
+        lambda n: (
+            f"object {n} has neither a point nor a box nor a mask; give it at least one of them"
+        ),
     )
 
 
@@ -166,7 +168,8 @@ def _check_masks(masks: Tensor | None, objects: int) -> NDArray[np.bool_]:
     if masks is None:
         return np.zeros(objects, dtype=np.bool_)
     planes = masks.flatten(1)
-    # A tenth of the time that looking at each logit takes: FP16's largest sum finitely in FP32.
+    # In a tenth of the time that checking each logit takes. A sum in FP32 cannot overflow: FP16's
+    # largest values have a finite one.
     if planes.sum(dim=1, dtype=torch.float32).isfinite().all():
         return np.ones(objects, dtype=np.bool_)
     absent = planes.isnan().all(dim=1)
@@ -175,7 +178,7 @@ def _check_masks(masks: Tensor | None, objects: int) -> NDArray[np.bool_]:
     _refuse_first(
         ~absent_or_finite.any(axis=0),
         lambda n: (
-            f"mask_input[{n}] has NaN or infinite logits; all must be finite, or all NaN where "
+            f"mask_input[{n}] has NaN or infinite logits; all must be finite, or all NaN if "
             "the object has no mask"
         ),
     )

@@ -1,4 +1,4 @@
-"""What config.pbtxt says to the decoder, read once and checked before anything is loaded."""
+"""The decoder's settings from config.pbtxt, read and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prompts import Limits
 
 PROGRAM = "decoder.pt2"
 TYPES = {"TYPE_FP32": torch.float32, "TYPE_FP16": torch.float16}
-"""Of embeddings."""
+"""Accepted embedding types."""
 
 Number = TypeVar("Number", int, float)
 
@@ -36,7 +36,7 @@ class Settings:
     feature_dtype: torch.dtype
 
     @classmethod
-    def of(cls, args: Mapping[str, str], config: Mapping[str, Any]) -> Settings:
+    def from_config(cls, args: Mapping[str, str], config: Mapping[str, Any]) -> Settings:
         """Read Triton's arguments to `initialize` and the model's config. Raises `SettingError`."""
         parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         shapes = {t["name"]: tuple(int(size) for size in t["dims"]) for t in config["input"]}
@@ -73,7 +73,7 @@ def _number(
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Of embeddings, which all are of one type."""
+    """The type of the embeddings, which is the same for all of them."""
     kinds = {t["name"]: t["data_type"] for t in config["input"]}
     try:
         return TYPES[kinds["image_embed"]]
@@ -89,14 +89,14 @@ def _device(kind: str, number: str) -> torch.device:
         return torch.device("cpu")
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (AssertionError, RuntimeError) as error:  # a torch without CUDA; no GPU, an old driver
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA; no GPU or an old driver
         raise SettingError(
             f"config.pbtxt asks for a GPU (KIND_GPU), but torch {torch.__version__} has none: "
-            f"{first_line(error)}; mend that, or use KIND_CPU"
+            f"{first_line(error)}; fix that, or use KIND_CPU"
         ) from error
     if number != "0":
         raise SettingError(
-            f"an instance for GPU {number}: an image is kept by one instance, so that a server has "
+            f"GPU {number} is not supported: kept images live in one instance, so each server uses "
             "one GPU; start a server for each, with CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda:0")

@@ -1,4 +1,4 @@
-"""Kept images: embeddings that wait for the next click, least recently used forgotten first."""
+"""Kept images: embeddings that wait for the next click, evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from memory import FREE_BYTES, give_back_freed_memory
 from torch import Tensor
 
 ID_BYTES = 16
-"""Random bytes of an id: enough that nobody finds another's by trying."""
+"""Random bytes in an id: enough that nobody can find another caller's by trying."""
 
 
 class Features(NamedTuple):
-    """What the encoder makes of one image."""
+    """The encoder's embeddings of one image."""
 
     image_embed: Tensor
     """[256, E, E]"""
@@ -28,14 +28,14 @@ class Features(NamedTuple):
     high_res_feats_1: Tensor
     """[64, 2E, 2E]"""
 
-    def own(self) -> Features:
-        """A copy that outlives the request whose memory these tensors are.
+    def clone(self) -> Features:
+        """A copy that outlives the request that owns these tensors' memory.
 
-        A pixel's channels come to lie side by side, which is how the decoder reads them: a sixth of
-        a full-size click.
+        It is channels last in memory, which is how the decoder reads it: this saves a sixth of a
+        full-size click.
         """
         copied = Features(*(_channels_last(tensor) for tensor in self))
-        if copied.image_embed.is_cuda:  # which copies behind our back
+        if copied.image_embed.is_cuda:  # the copy is asynchronous
             torch.cuda.current_stream(copied.image_embed.device).synchronize()
         return copied
 
@@ -45,12 +45,12 @@ class Features(NamedTuple):
 
 
 def _channels_last(image: Tensor) -> Tensor:
-    """A copy of the same shape [C, H, W], in memory [H, W, C]."""
+    """A copy of the same shape [C, H, W], laid out in memory as [H, W, C]."""
     return image.unsqueeze(0).clone(memory_format=torch.channels_last).squeeze(0)
 
 
 class ImageNotKept(KeyError):
-    """No image is kept under this id (any more)."""
+    """No image is kept under this id, or not any more."""
 
 
 class StoreTooSmall(Exception):
@@ -59,7 +59,7 @@ class StoreTooSmall(Exception):
 
 @dataclass
 class Counts:
-    """What the store has seen since it was made."""
+    """The store's counters since it was created."""
 
     hits: int = 0
     misses: int = 0
@@ -69,22 +69,22 @@ class Counts:
 @dataclass
 class _Entry:
     features: Features
-    used: float
+    used_at: float
 
 
 @dataclass
 class ImageStore:
-    """An LRU of embeddings, bounded in bytes and in idle seconds; safe to share among threads."""
+    """An LRU of embeddings, bounded in bytes and idle seconds; thread-safe."""
 
     max_bytes: int
     max_idle_seconds: float
     clock: Callable[[], float] = time.monotonic
-    counts: Counts = field(default_factory=Counts)
-    nbytes: int = 0
-    _most_bytes: int = 0
-    """Since memory was given back, as sweeps saw it."""
-    _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    counts: Counts = field(default_factory=Counts, init=False, repr=False)
+    nbytes: int = field(default=0, init=False, repr=False)
+    _peak_bytes: int = field(default=0, init=False, repr=False)
+    """Most bytes that sweeps have seen since memory was last given back."""
+    _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -94,20 +94,20 @@ class ImageStore:
         if features.nbytes > self.max_bytes:
             raise StoreTooSmall(
                 f"keep_image is not possible: one image's embeddings take {features.nbytes} "
-                f"bytes, this server keeps {self.max_bytes} in all; ask without keep_image, or "
-                "raise kept_images_bytes in sam3_prompt_decoder's config"
+                f"bytes, but this server keeps at most {self.max_bytes} in all; ask without "
+                "keep_image, or raise kept_images_bytes in sam3_prompt_decoder's config"
             )
 
     def keep(self, features: Features) -> str:
-        """Keep a copy and return the id to ask for it; nobody can choose or guess an id.
+        """Keep a copy and return its id, which nobody can choose or guess.
 
         Raises `StoreTooSmall`.
         """
         self.check_size(features)
         image_id = secrets.token_urlsafe(ID_BYTES)
-        kept = features.own()
+        kept = features.clone()
         with self._lock:
-            self._forget_idle()
+            self._evict_idle()
             self._entries[image_id] = _Entry(kept, self.clock())
             self.nbytes += kept.nbytes
             while self.nbytes > self.max_bytes:
@@ -117,34 +117,34 @@ class ImageStore:
     def get(self, image_id: str) -> Features:
         """The embeddings kept under an id. Raises `ImageNotKept`."""
         with self._lock:
-            self._forget_idle()
+            self._evict_idle()
             entry = self._entries.get(image_id)
             if entry is None:
                 self.counts.misses += 1
                 raise ImageNotKept(image_id)
             self.counts.hits += 1
-            entry.used = self.clock()
+            entry.used_at = self.clock()
             self._entries.move_to_end(image_id)
             return entry.features
 
     def sweep(self) -> None:
-        """Forget idle images now rather than at the next request.
+        """Evict idle images now rather than at the next request.
 
-        Their memory is given back once it is much; until then it waits for images to come.
+        Their memory is given back once there is enough of it; until then it is kept for new images.
         """
         with self._lock:
-            self._most_bytes = max(self._most_bytes, self.nbytes)
-            self._forget_idle()
-            much = self._most_bytes - self.nbytes >= FREE_BYTES
-            if much:
-                self._most_bytes = self.nbytes
-        if much:
+            self._peak_bytes = max(self._peak_bytes, self.nbytes)
+            self._evict_idle()
+            enough = self._peak_bytes - self.nbytes >= FREE_BYTES
+            if enough:
+                self._peak_bytes = self.nbytes
+        if enough:
             give_back_freed_memory()
 
-    def _forget_idle(self) -> None:
-        """Entries stand in the order of their last use, so the idle ones come first."""
+    def _evict_idle(self) -> None:
+        """Evict idle entries, which come first: entries are in order of last use."""
         oldest_allowed = self.clock() - self.max_idle_seconds
-        while self._entries and next(iter(self._entries.values())).used < oldest_allowed:
+        while self._entries and next(iter(self._entries.values())).used_at < oldest_allowed:
             self._evict()
 
     def _evict(self) -> None:

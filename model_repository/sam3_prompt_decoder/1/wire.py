@@ -1,4 +1,4 @@
-"""Requests to jobs, masks to responses: the wire contract on Triton's tensors."""
+"""Turns requests into jobs and masks into responses: the wire contract on Triton's tensors."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from torch.utils.dlpack import from_dlpack
 
 
 class InvalidEmbeddings(ValueError):
-    """Embeddings of which no mask can be made; the message is the answer to the caller."""
+    """Embeddings that give no valid masks; the message is the answer to the caller."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """One request, understood: for each image of its batch a job, and whether to keep it."""
+class ParsedRequest:
+    """One valid request: a job for each image of its batch, and whether to keep that image."""
 
     jobs: list[Job]
     image_ids: list[str]
-    """The ids under which the images are kept already; empty for embeddings."""
+    """Ids of images that are already kept; empty strings for embeddings."""
     keep_image: list[bool]
     outputs: Collection[str]
-    """Names of what is to be answered."""
+    """Names of the requested outputs."""
 
     @property
     def objects(self) -> int:
         return sum(len(job.objects) for job in self.jobs)
 
 
-class Inputs:
+class RequestTensors:
     """The tensors of one request, by name."""
 
     def __init__(self, request: Any) -> None:
-        self._given = {tensor.name(): tensor for tensor in request.inputs()}
+        self._inputs = {tensor.name(): tensor for tensor in request.inputs()}
         self.outputs: Collection[str] = request.requested_output_names()
 
     def tensor(self, name: str) -> Tensor | None:
-        """An input where it is, without a copy."""
-        given = self._given.get(name)
-        return None if given is None else from_dlpack(given.to_dlpack())
+        """An input on its own device, without a copy."""
+        tensor = self._inputs.get(name)
+        return None if tensor is None else from_dlpack(tensor.to_dlpack())
 
     def array(self, name: str) -> NDArray[Any] | None:
         """A small input in host memory."""
-        given = self._given.get(name)
-        if given is None:
+        tensor = self._inputs.get(name)
+        if tensor is None:
             return None
-        on_host = given.is_cpu()
-        return np.asarray(given.as_numpy() if on_host else from_dlpack(given.to_dlpack()).cpu())
+        on_host = tensor.is_cpu()
+        return np.asarray(tensor.as_numpy() if on_host else from_dlpack(tensor.to_dlpack()).cpu())
 
     def flags(self, name: str, images: int, *, default: bool) -> list[bool]:
-        """A switch for each image of the batch."""
-        given = self.array(name)
-        return [default] * images if given is None else [bool(flag) for flag in given.ravel()]
+        """A boolean input for each image of the batch."""
+        values = self.array(name)
+        return [default] * images if values is None else [bool(value) for value in values.ravel()]
 
 
-def read_question(
-    inputs: Inputs, store: ImageStore, limits: Limits, device: torch.device
-) -> Question:
-    """Understand one request.
+def parse_request(
+    inputs: RequestTensors, store: ImageStore, limits: Limits, device: torch.device
+) -> ParsedRequest:
+    """Parse and check one request.
 
     Raises `InvalidPrompt`, `ImageNotKept` and `StoreTooSmall`, whose messages are the answer.
     """
@@ -76,18 +76,18 @@ def read_question(
         if keep and not image_id and store.max_bytes:
             store.check_size(features)
     jobs = _read_jobs(inputs, images, limits)
-    return Question(jobs, image_ids, keep_image, inputs.outputs)
+    return ParsedRequest(jobs, image_ids, keep_image, inputs.outputs)
 
 
 def _read_images(
-    inputs: Inputs, store: ImageStore, device: torch.device
+    inputs: RequestTensors, store: ImageStore, device: torch.device
 ) -> tuple[list[str], list[Features]]:
-    """The images of a request's batch, embedded by the encoder or kept from an earlier call."""
+    """Ids and embeddings of a request's images, from the encoder or kept from an earlier call."""
     tensors = [inputs.tensor(name) for name in Features._fields]
     present = [tensor.to(device) for tensor in tensors if tensor is not None]
     given_ids = inputs.array("image_id")
     if given_ids is not None and not present:
-        # Whatever is not an id's spelling is no id's spelling: it will not be found.
+        # No id has the replacement character, so bytes that are not UTF-8 are not found either.
         image_ids = [image_id.decode(errors="replace") for image_id in given_ids.ravel()]
         return image_ids, [store.get(image_id) for image_id in image_ids]
     if given_ids is None and len(present) == len(tensors):
@@ -98,13 +98,13 @@ def _read_images(
     )
 
 
-def _read_jobs(inputs: Inputs, images: Sequence[Features], limits: Limits) -> list[Job]:
+def _read_jobs(inputs: RequestTensors, images: Sequence[Features], limits: Limits) -> list[Job]:
     coords, labels = inputs.array("point_coords"), inputs.array("point_labels")
     if coords is None or labels is None:
         raise InvalidPrompt("point_coords and point_labels are required")
-    masks = inputs.tensor("mask_input")  # checked where it is; a launch takes it to the device
+    masks = inputs.tensor("mask_input")  # checked on its own device; a launch moves it
     if masks is not None and masks.shape[1] == 0:
-        masks = None  # masks of no object: what a caller sends whose requests all look alike
+        masks = None  # no planes: sent by callers whose requests all carry the same inputs
     multimask_output = inputs.flags("multimask_output", len(images), default=True)
     best_only = inputs.flags("best_only", len(images), default=False)
     jobs = [
@@ -118,30 +118,30 @@ def _read_jobs(inputs: Inputs, images: Sequence[Features], limits: Limits) -> li
     ]
     if len({job.candidates for job in jobs}) > 1:
         raise InvalidPrompt(
-            "multimask_output and best_only ask for one mask an object in some images of the "
+            "multimask_output and best_only ask for one mask per object in some images of the "
             "batch and for three in others; ask for the same in all, or send two requests"
         )
     return jobs
 
 
-def respond(question: Question, masks: Sequence[Masks], store: ImageStore) -> Any:
+def respond(request: ParsedRequest, masks: Sequence[Masks], store: ImageStore) -> Any:
     """Answer one request, keeping its images if it asks for that. Raises `InvalidEmbeddings`."""
     if not all(m.is_finite for m in masks):
         raise InvalidEmbeddings(
-            "the image's embeddings give masks that are not finite; send what sam3_image_encoder "
-            "answers, unchanged"
+            "the image's embeddings give masks that are not finite; send the outputs of "
+            "sam3_image_encoder unchanged"
         )
     ids = [
         (image_id or (store.keep(job.features) if store.max_bytes else "")) if keep else ""
         for job, image_id, keep in zip(
-            question.jobs, question.image_ids, question.keep_image, strict=True
+            request.jobs, request.image_ids, request.keep_image, strict=True
         )
     ]
-    return pb_utils.InferenceResponse(list(_outputs(question.outputs, masks, ids)))
+    return pb_utils.InferenceResponse(list(_outputs(request.outputs, masks, ids)))
 
 
 def _outputs(names: Collection[str], masks: Sequence[Masks], ids: list[str]) -> Iterator[Any]:
-    """Only those asked for: a click's id, which nobody asks for, costs more than its masks."""
+    """Yield requested outputs only: a click's unrequested id would cost more than its masks."""
     if "low_res_masks" in names:
         yield _output("low_res_masks", [m.low_res_masks for m in masks])
     if "iou_predictions" in names:
@@ -153,10 +153,10 @@ def _outputs(names: Collection[str], masks: Sequence[Masks], ids: list[str]) -> 
 def _output(name: str, images: Sequence[Tensor]) -> Any:
     # One image, the usual case, is not copied.
     batch = images[0].unsqueeze(0) if len(images) == 1 else torch.stack(list(images))
-    # By way of NumPy, which copies as little as DLPack and takes a third of its time.
+    # Through NumPy, which copies no more than DLPack and takes a third of the time.
     return pb_utils.Tensor(name, batch.numpy())
 
 
-def refuse(sentence: str, code: int) -> Any:
+def error_response(message: str, code: int) -> Any:
     """Answer one request with an error."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

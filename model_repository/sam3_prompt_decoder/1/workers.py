@@ -1,7 +1,7 @@
-"""Launches on the cores of a CPU: side by side where there are several, a small one on one core.
+"""Launches on the cores of a CPU: several run side by side, a small one runs on one core.
 
-Cores that work on launches of their own need not wait for each other at every step: measured on
-two, a third faster than both on one launch after the other.
+Cores that work on separate launches need not wait for each other at every step: measured on two
+cores, a third faster than both working on one launch after the other.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ from typing import TypeVar
 
 import torch
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-LEAST_OBJECTS = 2
-"""Fewer in a launch are done sooner by all cores together."""
+MIN_OBJECTS = 2
+"""A launch of fewer objects finishes sooner on all cores together."""
 
-
-LEAST_ROWS = 512
-"""Image tokens, of all its objects, in a launch that all cores work on. Other cores have to be
-woken at each of a decode's steps, and the cores of a person who thought before the click sleep:
-after 0.3 s, one click of the demo model (256 rows) took 19 ms on two cores and 6.7 ms on one,
-though without a pause 4.6 ms and 5.1 ms."""
+MIN_IMAGE_TOKENS = 512
+"""Image tokens, over all its objects, of a launch that all cores work on. The other cores have to
+be woken at each step of a decode, and they are asleep if the user paused before the click: after
+0.3 s, one click of the demo model (256 image tokens) took 19 ms on two cores and 6.7 ms on one;
+without a pause, 4.6 ms and 5.1 ms."""
 
 
 class Workers:
-    """As many threads as PyTorch uses cores."""
+    """One thread for each core that PyTorch uses."""
 
     def __init__(self) -> None:
         self.cores = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self.cores, thread_name_prefix="decoder")
 
     def share(self, objects: int) -> int:
-        """How many of so many objects make one launch, if launches are to run side by side."""
-        launches = max(1, min(self.cores, objects // LEAST_OBJECTS))
+        """How many of these objects go into one launch, for launches to run side by side."""
+        launches = max(1, min(self.cores, objects // MIN_OBJECTS))
         return -(-objects // launches)
 
     def map(
-        self, work: Callable[[Given], Made], items: Sequence[Given], rows: int
-    ) -> Iterator[Made]:
-        """Results in the order of the items, made at most `cores` at a time.
+        self, work: Callable[[Item], Result], items: Sequence[Item], image_tokens: int
+    ) -> Iterator[Result]:
+        """Results in the order of the items, at most `cores` of which run at a time.
 
-        rows: image tokens of the largest item.
+        image_tokens: of the largest item.
         """
         for start in range(0, len(items), self.cores):
             together = items[start : start + self.cores]
             if len(together) == 1:
-                yield _work(work, self.cores if rows >= LEAST_ROWS else 1, together[0])
+                threads = self.cores if image_tokens >= MIN_IMAGE_TOKENS else 1
+                yield _work(work, threads, together[0])
                 continue
             threads = max(1, self.cores // len(together))
             yield from self._threads.map(partial(_work, work, threads), together)
 
 
-def _work(work: Callable[[Given], Made], threads: int, item: Given) -> Made:
+def _work(work: Callable[[Item], Result], threads: int, item: Item) -> Result:
     if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)  # for this thread alone
-    with torch.inference_mode():  # which each thread enters for itself
+        torch.set_num_threads(threads)  # for this thread only
+    with torch.inference_mode():  # each thread has to enter it
         return work(item)

@@ -1,15 +1,16 @@
-"""Triton's `onnxruntime` backend for servers that carry only the Python backend.
+"""Triton's `onnxruntime` backend for servers that have only the Python backend.
 
-A Python-based backend: Triton finds this file where it would look for the C++ backend's library,
-so a model with `backend: "onnxruntime"` and `1/model.onnx` loads here as it does there.
+A Python-based backend: Triton finds this file where it looks for the C++ backend's library, so a
+model with `backend: "onnxruntime"` and `1/model.onnx` loads as it does with the C++ backend.
 
     requests of one batch ── concatenated ── one session run ── split ── responses
 
-It honours what the C++ backend reads from `config.pbtxt`: `default_model_filename`,
-`optimization { graph { level } }`, the GPU's execution accelerators `cuda` and `tensorrt` with the
-options that ONNX Runtime calls by the same names, and the parameters `intra_op_thread_count`,
-`inter_op_thread_count`, `execution_mode`, `enable_mem_arena` and `enable_mem_pattern`.
-Unlike there, a request that fails never fails the ones it was batched with.
+It supports the following settings of `config.pbtxt` that the C++ backend reads:
+`default_model_filename`, `optimization { graph { level } }`, the GPU execution accelerators `cuda`
+and `tensorrt` with the options that have the same names in ONNX Runtime, and the parameters
+`intra_op_thread_count`, `inter_op_thread_count`, `execution_mode`, `enable_mem_arena` and
+`enable_mem_pattern`. Unlike in the C++ backend, a request that fails never fails the requests it
+was batched with.
 """
 
 import json
@@ -52,7 +53,7 @@ EXECUTION_MODES = {
 SWITCH = {0: False, 1: True}
 GPU_ACCELERATOR = "gpu_execution_accelerator"
 GPU_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider"}
-"""In the order in which ONNX Runtime asks them for a node."""
+"""In the order in which ONNX Runtime tries them for a node."""
 
 
 class TritonPythonModel:
@@ -73,7 +74,7 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request, in order: with outputs, or with an error of its own."""
+        """Answer every request, in order, with outputs or with its own error."""
         feeds = [self._read(request) for request in requests]
         asked = [set(request.requested_output_names()) for request in requests]
         wanted = [name for name in self._outputs if any(name in names for names in asked)]
@@ -86,7 +87,7 @@ class TritonPythonModel:
         return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
     def _run_together(self, feeds: Sequence[Arrays], wanted: Sequence[str]) -> list[Result] | None:
-        """One run for all; None where that cannot be done, so that each shows its own fault."""
+        """One run for all; None if that fails, so that each request gets its own error."""
         alike = all(feed.keys() == feeds[0].keys() for feed in feeds)
         if len(feeds) == 1 or not (self._batches and alike):
             return None
@@ -114,9 +115,9 @@ def load_session(path: Path, config: Config, args: Mapping[str, str]) -> ort.Inf
     )
     options = session_options(config)
     if len(providers) > 1:
-        ort.preload_dlls()  # CUDA's libraries out of NVIDIA's packages, which it does not look into
+        ort.preload_dlls()  # CUDA's libraries in NVIDIA's packages, which it does not search
     try:
-        # Its own fall back would open the model on the CPU, with a word to nobody.
+        # Its own fallback would open the model on the CPU without any notice.
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ValueError(f"ONNX Runtime cannot load it: {error}") from error
@@ -125,7 +126,7 @@ def load_session(path: Path, config: Config, args: Mapping[str, str]) -> ort.Inf
 
 
 def check_providers(wanted: Sequence[Any], loaded: Sequence[str]) -> None:
-    """Raise ValueError where one that this ONNX Runtime was built with could not be loaded."""
+    """Raise ValueError if a wanted provider could not be loaded."""
     names = [one if isinstance(one, str) else one[0] for one in wanted]
     if missing := [name for name in names if name not in loaded]:
         raise ValueError(
@@ -136,7 +137,7 @@ def check_providers(wanted: Sequence[Any], loaded: Sequence[str]) -> None:
 
 
 def accelerators(config: Config) -> dict[str, dict[str, str]]:
-    """The GPU's execution accelerators by name, each with its options. Raises ValueError."""
+    """The GPU execution accelerators by name, each with its options. Raises ValueError."""
     chosen = config.get("optimization", {}).get("execution_accelerators", {})
     options = {one["name"]: one.get("parameters", {}) for one in chosen.get(GPU_ACCELERATOR, [])}
     if unknown := options.keys() - GPU_PROVIDERS.keys():
@@ -145,9 +146,9 @@ def accelerators(config: Config) -> dict[str, dict[str, str]]:
 
 
 def choose_providers(kind: str, device: str, options: Mapping[str, Any]) -> list[Any]:
-    """For a GPU instance TensorRT if the config asks for it, then CUDA, then the CPU.
+    """For a GPU instance, TensorRT if the config asks for it, then CUDA, then the CPU.
 
-    What this ONNX Runtime was built without is left out, with a word in the log.
+    Providers that this ONNX Runtime was built without are left out, with a warning in the log.
     """
     cpu = "CPUExecutionProvider"
     if kind != "GPU":
@@ -159,7 +160,7 @@ def choose_providers(kind: str, device: str, options: Mapping[str, Any]) -> list
         pb_utils.Logger.log_warn(f"this onnxruntime was built without {' and '.join(missing)}")
     return [
         *(
-            (GPU_PROVIDERS[name], {"device_id": device, **spelled(options.get(name, {}))})
+            (GPU_PROVIDERS[name], {"device_id": device, **with_booleans(options.get(name, {}))})
             for name in wanted
             if name not in missing
         ),
@@ -167,8 +168,8 @@ def choose_providers(kind: str, device: str, options: Mapping[str, Any]) -> list
     ]
 
 
-def spelled(options: Mapping[str, str]) -> dict[str, str]:
-    """Switches as Python's ONNX Runtime reads them, which takes no numbers for them."""
+def with_booleans(options: Mapping[str, str]) -> dict[str, str]:
+    """The options with switches as True or False: ONNX Runtime's Python API takes no numbers."""
     words = {"0": "False", "1": "True"}
     return {k: words.get(v, v) if k.endswith("_enable") else v for k, v in options.items()}
 
@@ -184,8 +185,8 @@ def session_options(config: Config) -> ort.SessionOptions:
     options.execution_mode = lookup(EXECUTION_MODES, mode, "execution_mode")
     arena = parameter(config, "enable_mem_arena", 1)
     options.enable_cpu_mem_arena = lookup(SWITCH, arena, "enable_mem_arena")
-    # Its threads would go on spinning for a while after a run, on the cores that the next model of
-    # an ensemble needs: a one-shot request took twice as long.
+    # Otherwise its threads keep spinning for a while after a run, on the cores that the next model
+    # of an ensemble needs: a one-shot request took twice as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     pattern = parameter(config, "enable_mem_pattern", 1)
     options.enable_mem_pattern = lookup(SWITCH, pattern, "enable_mem_pattern")
@@ -193,7 +194,7 @@ def session_options(config: Config) -> ort.SessionOptions:
 
 
 def parameter(config: Config, key: str, default: int) -> int:
-    """An integer out of the config's `parameters`."""
+    """An integer from the config's `parameters`."""
     text = config.get("parameters", {}).get(key, {}).get("string_value", str(default))
     try:
         return int(text)
@@ -219,14 +220,14 @@ def check_signature(session: ort.InferenceSession, config: Config) -> None:
             problem = compare(entry, node, batched) if node else "not in the graph"
             if problem:
                 problems.append(f"{kind} {entry['name']}: {problem}")
-        if kind == "input":  # an output may be left out, an input without a value may not
+        if kind == "input":  # outputs may be left out, but every input needs a value
             problems += [f"input {name}: not in config.pbtxt" for name in graph]
     if problems:
         raise ValueError("config.pbtxt and the ONNX graph differ: " + "; ".join(problems))
 
 
 def compare(entry: Config, node: Any, batched: bool) -> str:
-    """Both sides of a difference between a config's tensor and the graph's, or ''."""
+    """Describe how a config's tensor and the graph's differ, or return ''."""
     dims = [int(dim) for dim in entry.get("reshape", {}).get("shape", entry["dims"])]
     expected = [-1, *dims] if batched else dims
     shape = [dim if isinstance(dim, int) else -1 for dim in node.shape]
@@ -244,7 +245,7 @@ def compare(entry: Config, node: Any, batched: bool) -> str:
 def split(outputs: Arrays, counts: Sequence[int]) -> list[Result]:
     """Views of each request's share of the batch. Raises ValueError."""
     if any(len(array) != sum(counts) for array in outputs.values()):
-        raise ValueError("the graph's outputs have another batch size than its inputs")
+        raise ValueError("the graph's outputs and inputs differ in batch size")
     edges = np.cumsum([0, *counts])
     return [
         {name: array[start:end] for name, array in outputs.items()}
@@ -253,7 +254,7 @@ def split(outputs: Arrays, counts: Sequence[int]) -> list[Result]:
 
 
 def respond(result: Result, asked: set[str]) -> Any:
-    """An answer with the outputs that were asked for, or one with the error."""
+    """A response with the requested outputs, or with the error."""
     if isinstance(result, Exception):
         invalid = isinstance(result, InvalidArgument)
         code = pb_utils.TritonError.INVALID_ARG if invalid else pb_utils.TritonError.INTERNAL

@@ -1,4 +1,4 @@
-"""`triton_python_backend_utils` as far as the decoder uses it: Triton has it in its stubs alone."""
+"""The parts of `triton_python_backend_utils` that the decoder uses; only Triton's stubs have it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USERS = ("model", "wire", "metrics")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Of a request or of a response."""
+    """A tensor of a request or a response."""
 
     called: str
     array: Array
@@ -35,7 +35,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Request:
-    """As Triton hands it to `execute`."""
+    """A request as Triton passes it to `execute`."""
 
     arrays: Arrays
 
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TritonError:
-    """A sentence and a code."""
+    """A message and a code."""
 
     sentence: str
     code: str
@@ -71,7 +71,7 @@ class InferenceResponse:
 
 
 class Metric:
-    """Nobody reads it."""
+    """A metric that nobody reads."""
 
     def increment(self, by: float) -> None: ...
 
@@ -79,11 +79,11 @@ class Metric:
 
 
 class TritonModelException(Exception):
-    """What a model raises that cannot be loaded."""
+    """Raised by a model that cannot be loaded."""
 
 
 def make_backend() -> Any:
-    """The module; what it is told to log stands in `warnings` and `errors`."""
+    """The module; what is logged to it is in `warnings` and `errors`."""
     module: Any = ModuleType("triton_python_backend_utils")
     module.warnings, module.errors = [], []
     module.Logger = SimpleNamespace(log_warn=module.warnings.append, log_error=module.errors.append)

@@ -1,4 +1,4 @@
-"""The tiny model as the decoder's program, and as Meta's predictor; Triton's module, made here."""
+"""The tiny model as the decoder's program and as Meta's predictor, and a fake Triton module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.model_repository.sam3_prompt_decoder.backend import USERS, make_backe
 
 @pytest.fixture(autouse=True)
 def denormals() -> Iterator[None]:
-    """As they were: a decoder on a CPU makes them zeros for its process."""
+    """Restore denormals: a decoder on a CPU flushes them to zero for its whole process."""
     yield
     torch.set_flush_denormal(False)
 
@@ -39,7 +39,7 @@ def decoder(program: Path) -> Decoder:
 
 @pytest.fixture(scope="session")
 def picture() -> NDArray[np.uint8]:
-    """RGB [S, S, 3] at the tiny model's size, so that nobody resizes it."""
+    """RGB [S, S, 3] at the tiny model's size, so that it is not resized."""
     side = tiny.ARCHITECTURE.image_size
     return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
@@ -54,11 +54,11 @@ def meta(exported: tiny.Export, picture: NDArray[np.uint8]) -> Any:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Any]:
-    """Triton's module; what needs it is imported anew, and forgotten in the end."""
+    """Triton's module; modules that need it are imported anew, and removed at the end."""
     module = make_backend()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        # It sets variables for its process, which here starts servers as well.
+        # It sets variables for its process, which also starts servers here.
         patch.setitem(sys.modules, "environment", ModuleType("environment"))
         for name in USERS:
             patch.delitem(sys.modules, name, raising=False)

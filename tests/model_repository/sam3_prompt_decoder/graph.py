@@ -1,8 +1,8 @@
 """A CUDA graph's rules on a CPU: operators are replayed on the memory they were recorded with.
 
-As there, memory made while recording belongs to the graph, and memory made before does not: a
-replay finds it by its address, and it is for others to keep it. What nobody kept is an error here;
-on a GPU it would be whatever lies there by then.
+As on a GPU, memory allocated while recording belongs to the graph, and earlier memory does not: a
+replay finds it by its address, and others must keep it alive. If nobody did, that is an error here;
+on a GPU the replay would use whatever is there by then.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 
 class Graph(TorchDispatchMode):
-    """Records what runs in its context."""
+    """Records the operators that run in its context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[tuple[Callable[..., Any], Any, Any, Any]] = []
         self._own: set[int] = set()
-        """Storages made while recording, which `_steps` keeps."""
+        """Storages allocated while recording, kept alive by `_steps`."""
 
     def __torch_dispatch__(
         self,
@@ -43,7 +43,7 @@ class Graph(TorchDispatchMode):
         return made
 
     def replay(self) -> None:
-        """Raises RuntimeError where memory is gone that the graph does not own."""
+        """Raises RuntimeError if memory that the graph does not own has been freed."""
         with torch.inference_mode():
             for func, args, kwargs, kept in self._steps:
                 given = tree_map_only(_Borrowed, _Borrowed.tensor, (args, kwargs))
@@ -59,7 +59,7 @@ class Graph(TorchDispatchMode):
 
 
 class _Borrowed:
-    """A tensor whose memory is somebody else's to keep."""
+    """A tensor whose memory somebody else must keep alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Questions to the served models over both protocols, one by one or many at once."""
+"""Requests to the served models over both protocols, one by one or many at once."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Served:
         return self._read(self.client.infer(model, self._inputs(arrays)))
 
     def refused(self, model: str, code: str = INVALID, /, **arrays: Array) -> str:
-        """The sentence of a request that must be refused with this code."""
+        """The message for a request that must be rejected with this code."""
         with pytest.raises(InferenceServerException) as caught:
             self.ask(model, **arrays)
         assert caught.value.status() == CODES[code][self.protocol == "http"]
         return str(caught.value.message())
 
     def send(self, model: str, requests: Sequence[Arrays]) -> list[Future[Any]]:
-        """Answers to come, or exceptions, of requests that do not wait for each other (gRPC)."""
+        """Futures of answers or exceptions, for requests that do not wait for each other (gRPC)."""
         futures: list[Future[Any]] = [Future() for _ in requests]
 
         def receive(future: Future[Any], result: Any, error: Any) -> None:
@@ -69,7 +69,7 @@ class Served:
         return futures
 
     def wait_for_queue(self, requests: int, seconds: float = 0.7) -> None:
-        """Until so many wait for the decoder to be done with those before, but not for long."""
+        """Wait until this many requests are queued for the decoder, but not for long."""
         until = time.monotonic() + seconds
         while self.metric("nv_inference_pending_request_count") < requests:
             if time.monotonic() > until:
@@ -90,7 +90,7 @@ class Served:
         return {t["name"]: [int(d) for d in t["dims"]] for t in self.config(model)["input"]}
 
     def metric(self, name: str, labels: str = f'{{model="{DECODER}",version="1"}}') -> float:
-        """One number of the metrics endpoint; NaN if it is not there."""
+        """One value from the metrics endpoint; NaN if it is missing."""
         with urllib.request.urlopen(self.server.metrics_url) as answer:
             lines = answer.read().decode().splitlines()
         values = [line.split()[-1] for line in lines if line.startswith(name + labels + " ")]
@@ -120,7 +120,7 @@ class Served:
 
 
 def clicks(objects: int, tokens: int = 1, images: int = 1, seed: int = 0) -> dict[str, Array]:
-    """Positive points, a fresh place for each."""
+    """Positive points, each at a different place."""
     rng = np.random.default_rng(seed)
     return {
         "point_coords": rng.random((images, objects, tokens, 2), dtype=np.float32),
@@ -142,7 +142,7 @@ def id_of(answer: Arrays, image: int = 0) -> str:
 
 
 def alike(ours: Array, theirs: Array) -> None:
-    """Equal but for the order of sums and FP16's last bits."""
+    """Equal except for the order of sums and FP16's last bits."""
     np.testing.assert_allclose(
         ours.astype(np.float32), theirs.astype(np.float32), rtol=5e-3, atol=5e-3
     )

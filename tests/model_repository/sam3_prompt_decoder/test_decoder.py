@@ -1,4 +1,4 @@
-"""Objects decoded together are what each of them is alone, and what Meta's predictor says."""
+"""Objects decoded together get the same masks as alone, and as Meta's predictor gives."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def alone(decoder: Decoder, job: Job, n: int) -> Masks:
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    """Equal but for the order of sums, which the size of a launch changes, and FP16's last bit."""
+    """Equal except for FP16's last bit and the order of sums, which depends on a launch's size."""
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.semantic("masks", "an object's mask does not depend on what else is asked", "equality")
 @pytest.mark.parametrize("order", ["as they are", "reversed", "shuffled"])
 def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order: str) -> None:
-    """Neither on other objects, nor on their tokens, masks and images, nor on the order."""
+    """Not on other objects, on their tokens, masks and images, or on the order."""
     indices = list(range(len(OBJECTS)))
     if order == "reversed":
         indices.reverse()
@@ -84,7 +84,7 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
         np.random.default_rng(0).shuffle(indices)
     jobs = [
         Job(features(1), [OBJECTS[i] for i in indices]),
-        Job(features(2).own(), [OBJECTS[i] for i in indices[:3]]),
+        Job(features(2).clone(), [OBJECTS[i] for i in indices[:3]]),
         Job(features(1), []),
         Job(features(3), [OBJECTS[i] for i in indices[4:]]),
     ]
@@ -99,14 +99,14 @@ def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order:
 def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
     sent, kept = (
         decoder.decode([Job(features(1), OBJECTS)]),
-        decoder.decode([Job(features(1).own(), OBJECTS)]),
+        decoder.decode([Job(features(1).clone(), OBJECTS)]),
     )
     assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
 
 
 def test_objects_do_differ(decoder: Decoder) -> None:
-    """Or the test above would say nothing."""
+    """Otherwise the test above would prove nothing."""
     (answer,) = decoder.decode([Job(features(1), OBJECTS)])
     (other,) = decoder.decode([Job(features(2), OBJECTS)])
     flat = answer.low_res_masks.float().flatten(1)
@@ -165,13 +165,13 @@ def test_large_requests_are_split_into_launches(decoder: Decoder) -> None:
 
 
 def test_launches_side_by_side_give_the_same_masks(decoder: Decoder, program: Path) -> None:
-    torch.set_num_threads(2)  # until this module's fixture takes it back
+    torch.set_num_threads(2)  # until this module's fixture resets it
     try:
         two = Decoder(program, torch.device("cpu"))
         many = [prompt([1, 0][: 1 + i % 2], seed=i) for i in range(24)]
         jobs = [Job(features(i), many[i:]) for i in range(3)]
         answers = two.decode(jobs)
-        assert two.launches == 2 * 2  # a half of each token count
+        assert two.launches == 2 * 2  # one half of each token count
     finally:
         torch.set_num_threads(1)
     for ours, theirs in zip(answers, decoder.decode(jobs), strict=True):
@@ -216,9 +216,9 @@ def test_best_only_is_the_candidate_of_the_highest_score(decoder: Decoder) -> No
 
 
 def test_a_program_of_other_sizes_is_refused(decoder: Decoder) -> None:
-    decoder.check(SHAPES)
+    decoder.prepare(SHAPES)
     with pytest.raises(ProgramError, match=r"does not fit the shapes in config.pbtxt .*; export"):
-        decoder.check({**SHAPES, "image_embed": (64, 9, 9)})
+        decoder.prepare({**SHAPES, "image_embed": (64, 9, 9)})
 
 
 NO_ROOM = [
@@ -239,14 +239,14 @@ def test_a_device_without_room_is_not_called_a_wrong_export(
 
     monkeypatch.setattr(decoder, "decode", decode)
     with pytest.raises(ProgramError) as refused:
-        decoder.check(SHAPES)
-    assert str(refused.value).startswith(f"the decoder does not run on cpu ({error}); see what")
+        decoder.prepare(SHAPES)
+    assert str(refused.value).startswith(f"the decoder does not run on cpu ({error}); check what")
 
 
 def test_a_device_that_a_recording_broke_is_not_called_ready(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a CUDA context has once met, it answers to everything after."""
+    """A CUDA context repeats an error once met for every later call."""
     broken: list[Features] = []
 
     def decode(_: Sequence[Job]) -> list[Masks]:
@@ -256,10 +256,10 @@ def test_a_device_that_a_recording_broke_is_not_called_ready(
 
     monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
     monkeypatch.setattr(decoder, "_random_image", lambda *_: features(1))
-    monkeypatch.setattr(decoder, "_replay_clicks", lambda *images: broken.extend(images))
+    monkeypatch.setattr(decoder, "_record_replays", lambda *images: broken.extend(images))
     monkeypatch.setattr(decoder, "decode", decode)
     with pytest.raises(ProgramError, match=r"does not run on cuda:0 .CUDA error: an illegal"):
-        decoder.check(SHAPES)
+        decoder.prepare(SHAPES)
 
 
 def _features_of(meta: Any) -> Features:
@@ -350,12 +350,12 @@ torch.set_num_threads(2)
 decoder = Decoder(Path(sys.argv[1]), torch.device("cpu"))
 small = torch.full((2**20,), 1e-39)
 survive = lambda _: bool((small * 1).any())
-print(survive(None), *decoder._workers.map(survive, range(2), rows=1))
+print(survive(None), *decoder._workers.map(survive, range(2), image_tokens=1))
 """
 
 
 def test_no_thread_multiplies_denormals(program: Path) -> None:
-    """In a process of its own, whose threads are all started after the decoder."""
+    """In a separate process, whose threads are all started after the decoder."""
     folder = Path(reader.__file__).parent
     command = [sys.executable, "-c", DENORMALS, str(program)]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
@@ -363,7 +363,7 @@ def test_no_thread_multiplies_denormals(program: Path) -> None:
 
 
 def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it neither `set_device` nor a moved program's own checks take it."""
+    """Without it, neither `set_device` nor a moved program's own checks accept the device."""
     asked: list[torch.device] = []
 
     def load(path: Path, device: torch.device) -> ExportedProgram:

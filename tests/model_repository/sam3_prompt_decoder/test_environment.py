@@ -1,4 +1,4 @@
-"""What the decoder sets before torch reads it."""
+"""The environment that the decoder sets before torch reads it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_what_a_caller_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_knows_the_allocators_setting() -> None:
-    """Which it reads on a GPU alone, and there refuses what it does not know."""
+    """torch reads it only on a GPU, and rejects what it does not know there."""
     set_allocator = torch._C._accelerator_setAllocatorSettings
     set_allocator(os.environ["PYTORCH_ALLOC_CONF"])
     with pytest.raises(ValueError, match="Unrecognized key"):

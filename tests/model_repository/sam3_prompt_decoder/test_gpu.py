@@ -1,4 +1,4 @@
-"""The decoder on a GPU: the CPU's masks, and clicks that are replayed are the program's own."""
+"""The decoder on a GPU: it gives the CPU's masks, and replayed clicks give the program's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GPU = torch.device("cuda:0")
 @pytest.fixture(scope="module")
 def on_gpu(program: Path) -> Decoder:
     decoder = Decoder(program, GPU)
-    decoder.check(SHAPES)
+    decoder.prepare(SHAPES)
     return decoder
 
 
@@ -53,7 +53,7 @@ def test_the_gpus_masks_are_the_cpus(on_gpu: Decoder, decoder: Decoder) -> None:
 def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
     on_gpu: Decoder, program: Path
 ) -> None:
-    assert not on_gpu.remark
+    assert not on_gpu.warning
     assert len(on_gpu._replays) == 2
     plain = Decoder(program, GPU)
     clicks = [(1, prompt([1])), (2, prompt([1], seed=1)), (1, prompt([1], mask=1))]
@@ -82,12 +82,12 @@ def test_merged_clicks_are_replayed_for_each_its_own(on_gpu: Decoder, program: P
 def test_best_masks_of_parts_on_their_way_are_each_their_own(
     program: Path, dtype: torch.dtype
 ) -> None:
-    """As the model asks: the next part is started before the one before has been read."""
+    """As the model does it: the next batch is started before the previous one has been read."""
     replaying, plain = Decoder(program, GPU), Decoder(program, GPU)
-    replaying.check(SHAPES, dtype)
-    assert not replaying.remark
+    replaying.prepare(SHAPES, dtype)
+    assert not replaying.warning
     images = [
-        Features(*(t.to(GPU, dtype) for t in features(seed))).own()
+        Features(*(t.to(GPU, dtype) for t in features(seed))).clone()
         for seed in range(2 * REPLAYED_OBJECTS)
     ]
     parts = [
@@ -103,7 +103,7 @@ def test_best_masks_of_parts_on_their_way_are_each_their_own(
 
 
 def test_the_host_does_not_wait_for_masks_that_are_refined(on_gpu: Decoder) -> None:
-    """Else the next part would be read only after this one is decoded."""
+    """Otherwise the next batch would be parsed only after this one is decoded."""
     jobs = [_job(0, [prompt([1], mask=n, seed=n)], GPU) for n in range(REPLAYED_OBJECTS)]
     on_gpu.decode(jobs)
     torch.cuda._sleep(10**9)  # type: ignore[no-untyped-call]  # cycles, half a second

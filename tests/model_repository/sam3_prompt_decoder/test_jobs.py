@@ -1,4 +1,4 @@
-"""Each job reads what it asked for, whatever shares its launches and however they are cut."""
+"""Each job reads what it asked for, whatever shares its launches and however they are split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OBJECTS = [(j, n) for j, one in enumerate(JOBS) for n in range(len(one.objects))
 
 
 def program(launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Masks and scores of four candidates that tell the job, the object and the candidate."""
+    """Masks and scores of four candidates that identify the job, the object and the candidate."""
     numbers = torch.tensor([[10.0 * j + n + c / 4 for c in range(4)] for j, n in launch])
     scores = torch.tensor([[(j + n + c) % 4 for c in range(4)] for j, n in launch]).float()
     return numbers[:, :, None, None].expand(-1, -1, M, M).clone() / 4, scores
@@ -48,7 +48,7 @@ def test_a_job_reads_its_own(size: int, order: str) -> None:
         group = [member for member, own in zip(OBJECTS, kinds, strict=True) if own == kind]
         for launch in (group[at : at + size] for at in range(0, len(group), size)):
             answers.put(launch, *program(launch))
-    answers.leave()
+    answers.copy_to_host()
     for j, (one, masks) in enumerate(zip(JOBS, answers.by_job(), strict=True)):
         assert masks.is_finite
         assert masks.low_res_masks.shape == (len(one.objects), one.candidates, M, M)
@@ -66,7 +66,7 @@ def test_logits_are_clamped() -> None:
     values = torch.tensor([-1e9, torch.inf, -torch.inf, 1.0])
     answers = Answers([job(1)], CPU)
     answers.put([(0, 0)], values.view(1, 4, 1, 1).repeat(1, 1, M, M), torch.zeros(1, 4))
-    answers.leave()
+    answers.copy_to_host()
     (masks,) = answers.by_job()
     assert masks.is_finite
     assert masks.low_res_masks[0, :, 0, 0].tolist() == [LOGIT_LIMIT, -LOGIT_LIMIT, 1]
@@ -83,7 +83,7 @@ def test_one_job_that_is_not_finite_does_not_make_its_neighbours_so(what: str) -
     answers = Answers([job(1), job(2), job(1)], CPU)
     answers.put(launch, logits, scores)
     answers.put([(2, 0)], *program([(2, 0)]))
-    answers.leave()
+    answers.copy_to_host()
     assert [masks.is_finite for masks in answers.by_job()] == [True, False, True]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import Job
-from launches import Inputs, gather, stack_masks
+from launches import LaunchInputs, gather, stack_masks
 
 from tests.model_repository.sam3_prompt_decoder.test_decoder import CPU, OBJECTS, features, prompt
 
@@ -16,10 +16,10 @@ GPU = torch.device("cuda:0")
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
-    """With channels last: else each decode of several would put every pixel in its place anew."""
+    """Channels last: otherwise each decode of several images would rearrange every pixel."""
     images = [features(seed) for seed in (1, 2)]
-    jobs = [Job(image.own() if keep else image, OBJECTS[:1]) for image in images]
-    together = gather(Inputs.of(jobs, [(0, 0), (1, 0)]))
+    jobs = [Job(image.clone() if keep else image, OBJECTS[:1]) for image in images]
+    together = gather(LaunchInputs.from_jobs(jobs, [(0, 0), (1, 0)]))
     for stacked, *singles in zip(together, *images, strict=True):
         assert stacked.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(stacked, torch.stack(singles))
@@ -27,7 +27,7 @@ def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
 
 def test_objects_of_one_image_share_it_without_a_copy() -> None:
     job = Job(features(1), [prompt([1], seed=n) for n in range(3)])
-    together = gather(Inputs.of([job], [(0, 0), (0, 2)]))
+    together = gather(LaunchInputs.from_jobs([job], [(0, 0), (0, 2)]))
     for expanded, own in zip(together, job.features, strict=True):
         assert expanded.data_ptr() == own.data_ptr()
         assert expanded.shape == (2, *own.shape)
@@ -35,7 +35,7 @@ def test_objects_of_one_image_share_it_without_a_copy() -> None:
 
 def test_masks_go_with_the_objects_that_have_them() -> None:
     jobs = [Job(features(n), [prompt([1], mask=n or None, seed=n)]) for n in range(3)]
-    inputs = Inputs.of(jobs, [(2, 0), (0, 0), (1, 0)])
+    inputs = LaunchInputs.from_jobs(jobs, [(2, 0), (0, 0), (1, 0)])
     assert inputs.shape == (3, 2, 2)
     given = inputs.tensors(CPU)
     assert given["mask_index"].tolist() == [0, 2]
@@ -51,7 +51,7 @@ def test_masks_go_with_the_objects_that_have_them() -> None:
 def test_masks_of_the_host_go_to_a_gpu_in_one_page_locked_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But not if one lies on the GPU already."""
+    """But not if one of them is on the GPU already."""
     pieces: list[torch.Tensor] = []
     locked: list[bool] = []
     empty = torch.empty

@@ -1,4 +1,4 @@
-"""Freed memory is used again rather than made anew, but not kept for good: processes apart."""
+"""Freed memory is reused rather than allocated anew, but not kept for good: in processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_it_would_not_otherwise() -> None:
 
 
 def test_forgotten_images_are_given_back_when_they_are_much() -> None:
-    """But for the place of the one image kept meanwhile."""
+    """Except the space of the one image kept meanwhile."""
     assert told(FORGET, "64") > FORGOTTEN - 32
 
 

@@ -1,4 +1,4 @@
-"""What becomes of metrics when Triton fails, which the real one does only for want of memory."""
+"""Metrics when Triton fails, which the real one does only when it runs out of memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_failed_update_is_told_once_and_made_up_for(backend: Any) -> None:
         assert backend.warnings == ["metrics are not up to date: no room in shared memory"]
         Broken.fails = False
         metrics._publish()
-        assert metrics._numbers["sam3_objects_total"]._metric.value == 3
+        assert metrics._metrics["sam3_objects_total"]._metric.value == 3
     finally:
         Broken.fails = True
         metrics.close()

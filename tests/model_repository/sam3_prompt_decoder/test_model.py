@@ -1,4 +1,4 @@
-"""A request that the decoder fails on is refused by itself; those decoded with it are answered."""
+"""A request that the decoder fails on is rejected alone; those decoded with it are answered."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from tests.model_repository.sam3_prompt_decoder.test_decoder import features
 
 FAILED = "the decoder failed on this request; the server's log says why"
 OUT_OF_MEMORY = (
-    "the decoder ran out of memory on this request; ask for fewer objects at a time, or again later"
+    "the decoder ran out of memory on this request; ask for fewer objects at a time, or try again "
+    "later"
 )
 PLACE = 0.125
-"""A click here is what the decoder fails on."""
+"""The decoder fails on a click here."""
 
 Start = Callable[[Sequence[Job]], Answers]
 
@@ -53,7 +54,7 @@ def loaded(backend: Any, exported: tiny.Export) -> Iterator[Any]:
 
 @pytest.fixture
 def model(loaded: Any, backend: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """With a decoder that a test may harm, and nothing in the log."""
+    """With a decoder that a test may modify, and an empty log."""
     backend.errors.clear()
     monkeypatch.setattr(loaded, "_decoder", copy.copy(loaded._decoder))
     return loaded
@@ -74,7 +75,7 @@ def is_guilty(jobs: Sequence[Job]) -> bool:
 
 
 def change_start(model: Any, change: Callable[[Start, Sequence[Job]], Answers]) -> None:
-    """Have `change` called with the decoder's own `start` in place of that."""
+    """Replace the decoder's `start` by `change`, which gets the original."""
     decoder: Decoder = model._decoder
     start = decoder.start
     model._decoder.start = lambda jobs: change(start, jobs)
@@ -94,7 +95,7 @@ def broken() -> NoReturn:
 
 
 def answer_alone(model: Any, asked: Sequence[Request]) -> list[Arrays]:
-    """What each is answered by itself."""
+    """The answer to each request sent alone."""
     return [model.execute([one])[0].arrays for one in asked]
 
 
@@ -126,7 +127,7 @@ def test_only_the_request_that_the_decoder_fails_on_is_refused(
         assert_answered(response, own)
     assert [response.arrays["image_id"].item() != "" for response in responses] == [0, 0, 1]
     (told,) = backend.errors
-    assert "in broken" in told  # the traceback, for the operator alone
+    assert "in broken" in told  # the traceback, for the operator only
     assert told.endswith("RuntimeError: an operator that is broken\n")
 
 
@@ -138,13 +139,13 @@ def test_by_itself_it_is_refused_and_the_next_is_answered(model: Any) -> None:
 
 
 def test_each_failure_is_answered_in_its_own_place(model: Any) -> None:
-    """A prompt that is wrong never reaches the decoder."""
+    """An invalid prompt never reaches the decoder."""
     (expected,) = answer_alone(model, [request(1)])
     fail_on_the_guilty(model, broken)
     wrong = request(2, point_labels=np.full((1, 1, 1), 9, np.int32))
     counted = model._metrics._failures
     first, second, third, fourth = model.execute([guilty(), wrong, request(1), guilty(8)])
-    assert model._metrics._failures == counted + 2  # what was wrong is the caller's failure
+    assert model._metrics._failures == counted + 2  # an invalid request is the caller's failure
     assert_refused(first, FAILED)
     assert second.error.code == "INVALID_ARG"
     assert second.error.sentence.startswith("point_labels[0, 0] is 9; accepted are")
@@ -184,7 +185,7 @@ def test_out_of_memory_has_a_sentence_of_its_own(
 
 
 def test_what_is_too_much_together_is_decoded_one_by_one(model: Any, backend: Any) -> None:
-    """And by then what was held for all of them together is free."""
+    """And by then, memory held for all of them together has been freed."""
     asked = [request(seed) for seed in range(3)]
     expected = answer_alone(model, asked)
     held: list[weakref.ref[Any]] = []
@@ -204,7 +205,7 @@ def test_what_is_too_much_together_is_decoded_one_by_one(model: Any, backend: An
 
 
 def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) -> None:
-    """A GPU's failure shows when its answers are read, and says nothing of whose it is."""
+    """A GPU's failure shows when its answers are read, and does not tell whose it is."""
     asked = [request(1), guilty(), request(2), request(3)]
     expected = answer_alone(model, asked)
 
@@ -215,7 +216,7 @@ def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) 
         return answers
 
     change_start(model, change)
-    model._decoder._part = 2
+    model._decoder._batch_size = 2
     responses = model.execute(asked)
     for response in responses[:2]:
         assert_refused(response, FAILED)
@@ -237,7 +238,7 @@ def test_an_image_that_there_is_no_memory_to_keep(
 def test_an_image_that_there_is_no_room_to_keep(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks to keep one is told so; who does not is answered."""
+    """A request to keep one is told so; one without it is answered."""
     (expected,) = answer_alone(model, [request(1)])
     monkeypatch.setattr(model._store, "max_bytes", 1)
     refused, answered = model.execute([request(1, keep_image=flag(True)), request(1)])

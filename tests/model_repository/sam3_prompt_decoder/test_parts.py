@@ -1,5 +1,5 @@
-"""Requests that Triton merges are decoded in parts on a GPU; here by a CPU's decoder, in the same
-order: the next part is started before the one before is answered."""
+"""Requests that Triton merges are decoded in batches on a GPU; here by a CPU's decoder in the same
+order: the next batch is started before the previous one is answered."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def kept(in_parts: Served) -> list[dict[str, Array]]:
 def test_each_request_of_each_part_gets_its_own(
     in_parts: Served, kept: list[dict[str, Array]]
 ) -> None:
-    """Those that are wrong in between are refused, by themselves."""
+    """Invalid ones in between are rejected on their own."""
     wrong = {4, 7}
     requests = [{**kept[n % 2], **clicks(1 + n % 2, seed=n)} for n in range(REQUESTS)]
     expected = [in_parts.ask(DECODER, **request) for request in requests]

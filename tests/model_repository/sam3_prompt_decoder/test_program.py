@@ -1,4 +1,4 @@
-"""A program that cannot be used is refused with what is wrong and what to do."""
+"""A program that cannot be used is rejected with what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def test_garbage(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     sentence = refused(path)
     assert sentence.startswith(f"decoder.pt2 cannot be read by torch {torch.__version__} (")
-    assert "it is damaged, or no program at all: export it again" in sentence
+    assert "it is damaged or not an exported program; export it again" in sentence
 
 
 def test_a_truncated_program(program: Path, tmp_path: Path) -> None:
     path = tmp_path / "decoder.pt2"
     path.write_bytes(program.read_bytes()[:100_000])
-    assert "it is damaged, or no program at all" in refused(path)
+    assert "it is damaged or not an exported program" in refused(path)
 
 
 def test_a_damaged_weight(program: Path, tmp_path: Path) -> None:
-    """One that torch would load without a word, and that would only make masks wrong."""
+    """One that torch would load silently, and that would merely give wrong masks."""
     path = tmp_path / "decoder.pt2"
     whole = bytearray(program.read_bytes())
     with zipfile.ZipFile(program) as archive:
@@ -64,7 +64,7 @@ def test_a_damaged_weight(program: Path, tmp_path: Path) -> None:
     whole[weights.header_offset + weights.compress_size // 2] ^= 0x40
     path.write_bytes(whole)
     sentence = refused(path)
-    assert f"decoder.pt2 is damaged: {weights.filename} in it" in sentence
+    assert f"decoder.pt2 is damaged: the checksum of {weights.filename} in it" in sentence
 
 
 @pytest.mark.parametrize(("byte", "bits"), [(6, 0x40), (8, 0x01), (10, 0x40), (50, 0xFF)], ids=str)
@@ -79,8 +79,8 @@ def test_a_damaged_table_of_contents(program: Path, tmp_path: Path, byte: int, b
 
 
 def test_a_program_that_may_not_be_read(program: Path) -> None:
-    """As in a container, whose user is not who exported it: it is not called damaged."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders let no other user through
+    """As in a container whose user did not export it: it is not called damaged."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         path = Path(name, "decoder.pt2")
         path.write_bytes(program.read_bytes())
         path.chmod(0)
@@ -89,14 +89,14 @@ def test_a_program_that_may_not_be_read(program: Path) -> None:
             os.seteuid(65534)
         try:
             assert refused(path) == (
-                "the server's user may not read decoder.pt2; let it, as with chmod o+r"
+                "the server's user may not read decoder.pt2; fix it with: chmod o+r"
             )
         finally:
             os.seteuid(os.getuid())
 
 
 def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> None:
-    """As torch itself would see it: a graph in a spelling that it does not know."""
+    """As torch itself would see it: a graph in a format that it does not know."""
     path = tmp_path / "decoder.pt2"
     with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
         for item in old.infolist():
@@ -108,11 +108,11 @@ def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> N
                 content = b"99.1.0"
             new.writestr(item, content)
     sentence = refused(path)
-    assert "it was written by torch 99.1.0: export it again, with a torch that is not" in sentence
+    assert "it was written by torch 99.1.0; export it again with a torch that is not" in sentence
 
 
 def test_a_program_is_moved_whole(program: Path) -> None:
-    """To `meta`, the one other device every machine has: it refuses what was left behind."""
+    """To `meta`, the one other device on every machine: it rejects tensors left behind."""
     inputs = {
         "image_embed": torch.zeros(1, 64, 8, 8),
         "high_res_feats_0": torch.zeros(1, 8, 32, 32),
@@ -134,7 +134,7 @@ def test_a_program_is_moved_whole(program: Path) -> None:
 def test_a_program_moves_to_a_gpu(
     program: Path, masks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To a GPU that need not be there, its tensors being of no memory."""
+    """To a GPU that need not exist, because its tensors have no memory."""
     exported = torch.export.load(program)
     values = [node.meta.get("val") for node in exported.graph.nodes]
     memoryless = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
@@ -171,7 +171,7 @@ def test_a_bound_program_takes_the_branch_that_its_module_takes(rows: int) -> No
     shapes = ({0: torch.export.Dim("rows", max=8)},)
     either = torch.export.export(Either(), (torch.ones(5),), dynamic_shapes=shapes)
     given = torch.arange(rows, dtype=torch.float32)
-    expected = either.module()(given)  # before binding, which takes the program over
+    expected = either.module()(given)  # before binding, which modifies the program
     for ours, theirs in zip(bind(either)(given=given), expected, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -1,4 +1,4 @@
-"""What a request may say about its objects, and the sentence it gets when it may not."""
+"""What a request may say about its objects, and the error message if it may not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_object_is_no_prompt() -> None:
     garbage=st.sampled_from([0.0, -7.0, 2.0, math.nan, math.inf]),
 )
 def test_padding_changes_nothing(labels: list[int], gaps: list[int], garbage: float) -> None:
-    """Wherever it stands, and whatever its coordinates are."""
+    """Wherever it is, and whatever its coordinates are."""
     (plain,) = parse([labels])
     padded, coords = list(labels), plain.coords[:-1].tolist()
     for gap in gaps:
@@ -96,12 +96,12 @@ def _array(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
 
 
 SHAPES = {
-    "point_coords has shape [1, 2]; expected [N, P, 2]: N objects of P tokens, x and y each": (
+    "point_coords has shape [1, 2]; expected [N, P, 2]: N objects of P tokens with x and y": (
         _array(1, 2),
         _array(1, dtype=np.int32),
         None,
     ),
-    "point_coords has shape [1, 1, 3]; expected [N, P, 2]: N objects of P tokens, x and y each": (
+    "point_coords has shape [1, 1, 3]; expected [N, P, 2]: N objects of P tokens with x and y": (
         _array(1, 1, 3),
         _array(1, 1, dtype=np.int32),
         None,
@@ -111,9 +111,9 @@ SHAPES = {
         _array(2, 1, dtype=np.int32),
         None,
     ),
-    "4 objects in one request; at most 3 are accepted: split the request (keep_image saves "
+    "4 objects in one request; at most 3 are accepted: split the request (keep_image avoids "
     "encoding the image again)": (_array(4, 1, 2), _array(4, 1, dtype=np.int32), None),
-    "6 tokens an object; at most 5 are accepted (a point is one token, a box two)": (
+    "6 tokens per object; at most 5 are accepted (a point is one token, a box two)": (
         _array(1, 6, 2),
         _array(1, 6, dtype=np.int32),
         None,
@@ -179,7 +179,7 @@ def test_half_a_box_is_refused(labels: list[int], first: int, second: int) -> No
 
 
 def test_an_object_of_nothing_is_refused() -> None:
-    sentence = "object 1 has neither a point nor a box nor a mask; give it at least one"
+    sentence = "object 1 has neither a point nor a box nor a mask; give it at least one of them"
     assert refused([[POINT], [PADDING]]) == sentence
     no_mask = torch.full((2, M, M), math.nan)
     assert refused([[POINT], [PADDING]], no_mask) == sentence
@@ -190,6 +190,6 @@ def test_a_mask_with_holes_is_refused(bad: float) -> None:
     masks = torch.zeros(2, M, M)
     masks[1, 2, 3] = bad
     assert refused([[POINT], [POINT]], masks) == (
-        "mask_input[1] has NaN or infinite logits; all must be finite, or all NaN where the object "
+        "mask_input[1] has NaN or infinite logits; all must be finite, or all NaN if the object "
         "has no mask"
     )

@@ -1,4 +1,4 @@
-"""What is replayed and what is not, with a recording that a CPU can make; CUDA's: test_gpu.py."""
+"""What is replayed and what is not, with recordings on a CPU; for CUDA see test_gpu.py."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Outputs = tuple[Tensor, Tensor]
 Record = Callable[[Callable[[], Outputs], Any, Any], tuple[Outputs, Callable[[], None]]]
 
 REPLAYED: Counter[int] = Counter()
-"""How often, by the number of objects."""
+"""Number of replays, by the number of objects."""
 
 
 def record(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
-    """As a CUDA graph: kernels on addresses, whoever may have the memory by then."""
+    """Like a CUDA graph: kernels on addresses, whoever owns the memory by then."""
     with Graph() as graph:
         outputs = run()
 
@@ -47,13 +47,13 @@ def refuse(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], N
 
 
 def forget(run: Callable[[], Outputs], *_: Any) -> tuple[Outputs, Callable[[], None]]:
-    """Several always get the answers that they were recorded with."""
+    """Several objects always get the answers that were recorded."""
     outputs, replay = record(run)
     return outputs, (lambda: None) if len(outputs[0]) > 1 else replay
 
 
 def _decoder(program: Path) -> Decoder:
-    """One whose launches are as on a GPU: one after the other, and not cut to the cores."""
+    """A decoder with launches as on a GPU: one after the other, and not split among the cores."""
     decoder = Decoder(program, CPU)
     decoder._workers = None
     decoder._program = decoder._unchecked
@@ -63,7 +63,7 @@ def _decoder(program: Path) -> Decoder:
 def _replay(decoder: Decoder, by: Record) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("replay._record", by)
-        decoder._replay_clicks(features(8).own(), features(9).own())
+        decoder._record_replays(features(8).clone(), features(9).clone())
     REPLAYED.clear()
 
 
@@ -87,7 +87,7 @@ def replaying(recorded: Decoder) -> Decoder:
 
 def _jobs(objects: int, points: int, *, masks: bool = False) -> list[Job]:
     return [
-        Job(features(n).own(), [prompt([1] * points, mask=n if masks else None, seed=n)])
+        Job(features(n).clone(), [prompt([1] * points, mask=n if masks else None, seed=n)])
         for n in range(objects)
     ]
 
@@ -102,7 +102,7 @@ SHAPES = [
 def test_clicks_are_replayed_and_each_gets_its_own(
     replaying: Decoder, plain: Decoder, masks: bool
 ) -> None:
-    assert not replaying.remark
+    assert not replaying.warning
     for objects, points in [*SHAPES, *SHAPES[::-1]]:
         jobs = _jobs(objects, points, masks=masks)
         for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
@@ -118,7 +118,9 @@ def test_best_masks_are_replayed_as_they_are_answered(
 ) -> None:
     """Nothing is chosen after the replay, for jobs of one object or of several."""
     jobs = [replace(job, best_only=True) for job in _jobs(3, 1, masks=masks)]
-    pair = Job(features(5).own(), [prompt([1], mask=n if masks else None, seed=n) for n in (6, 7)])
+    pair = Job(
+        features(5).clone(), [prompt([1], mask=n if masks else None, seed=n) for n in (6, 7)]
+    )
     jobs = [*jobs[:2], replace(pair, best_only=True), jobs[2]]
     expected = plain.decode(jobs)
     with monkeypatch.context() as patch:
@@ -136,7 +138,7 @@ def test_a_job_of_two_kinds_of_objects_gets_its_best_masks_too(
     replaying: Decoder, plain: Decoder
 ) -> None:
     both = [prompt([1]), prompt([2, 3]), prompt([1], seed=1)]
-    jobs = [Job(features(1).own(), both, best_only=True), *_jobs(1, 1)]
+    jobs = [Job(features(1).clone(), both, best_only=True), *_jobs(1, 1)]
     for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
         close(ours.low_res_masks, theirs.low_res_masks)
         close(ours.iou_predictions, theirs.iou_predictions)
@@ -149,9 +151,9 @@ def test_half_precision_embeddings_are_replayed_as_they_are(
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
     monkeypatch.setattr("replay._record", record)
     decoder = _decoder(program)
-    halved = [Features(*(t.half() for t in features(n))).own() for n in range(4)]
-    decoder._replay_clicks(*halved[2:])
-    assert not decoder.remark
+    halved = [Features(*(t.half() for t in features(n))).clone() for n in range(4)]
+    decoder._record_replays(*halved[2:])
+    assert not decoder.warning
     REPLAYED.clear()
     jobs = [Job(image, [prompt([1], seed=n)]) for n, image in enumerate(halved)]
     for together in (jobs[:2], jobs[:1]):
@@ -169,12 +171,12 @@ def test_embeddings_of_another_type_run_as_they_are(replaying: Decoder, plain: D
 
 
 def test_triton_merges_twice_as_many_as_are_replayed() -> None:
-    """So that one half is read while the other is decoded."""
+    """So that one half is parsed while the other is decoded."""
     assert read_config(TEMPLATES, DECODER).max_batch_size == 2 * REPLAYED_OBJECTS
 
 
 def test_boxes_of_one_image_are_replayed_too(replaying: Decoder, plain: Decoder) -> None:
-    job = Job(features(1).own(), [prompt([2, 3], seed=n) for n in range(4)])
+    job = Job(features(1).clone(), [prompt([2, 3], seed=n) for n in range(4)])
     (ours,), (theirs,) = replaying.decode([job]), plain.decode([job])
     close(ours.low_res_masks, theirs.low_res_masks)
     assert REPLAYED == {4: 1}
@@ -214,7 +216,7 @@ def test_what_refuses_merged_clicks_leaves_the_others(
     decoder = _decoder(program)
     _replay(decoder, by)
     sentence = f"merged clicks are not replayed, which makes them slower: {why}"
-    assert decoder.remark.startswith(sentence)
+    assert decoder.warning.startswith(sentence)
     decoder.decode(_jobs(2, 1))
     decoder.decode(_jobs(1, 1))
     assert REPLAYED == {1: 1}
@@ -223,7 +225,7 @@ def test_what_refuses_merged_clicks_leaves_the_others(
 def test_no_memory_for_merged_clicks_leaves_the_others(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The decoder is loaded all the same."""
+    """The decoder still loads."""
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
     decoder = _decoder(program)
     decode = decoder.decode
@@ -235,7 +237,7 @@ def test_no_memory_for_merged_clicks_leaves_the_others(
 
     monkeypatch.setattr(decoder, "decode", only_one)
     _replay(decoder, record)
-    assert decoder.remark.startswith(
+    assert decoder.warning.startswith(
         "merged clicks are not replayed, which makes them slower: CUDA"
     )
     decoder.decode(_jobs(1, 1))

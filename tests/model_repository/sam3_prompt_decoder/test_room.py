@@ -1,4 +1,4 @@
-"""Served with little room for kept images, or none: what an id is worth, and what clients do."""
+"""Served with little space for kept images, or none: which ids are valid, and what clients do."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def keep(served: Served, picture: Array) -> Arrays:
     "session", "a server with room for two images forgets the third", "the contract"
 )
 def test_room_for_two_images(repository: Path, tmp_path: Path, pictures: Array) -> None:
-    """The one clicked least recently is forgotten, and a view of it sends it again by itself."""
+    """The one clicked least recently is evicted, and a view of it sends it again automatically."""
     with serving(repository, tmp_path, 2 * bytes_of_one_image(repository)) as served:
         first, second = (keep(served, picture) for picture in pictures[:2])
         served.ask(DECODER, **by_id(id_of(first)), **clicks(1))

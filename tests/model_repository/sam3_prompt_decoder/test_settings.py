@@ -1,4 +1,4 @@
-"""The decoder's settings, from the config as it is written to every way to get one wrong."""
+"""The decoder's settings: the config as written, and every way to get one wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARGS = {
 
 
 def config(**parameters: str | None) -> dict[str, Any]:
-    """The written config as Triton hands it over, with some parameters changed or left out."""
+    """The written config as Triton passes it, with some parameters changed or removed."""
     message = read_config(TEMPLATES, DECODER)
     written: dict[str, Any] = json.loads(
         json.dumps(MessageToDict(message, preserving_proto_field_name=True))
@@ -36,7 +36,7 @@ def config(**parameters: str | None) -> dict[str, Any]:
 
 
 def test_the_config_as_it_is_written() -> None:
-    settings = Settings.of(ARGS, config())
+    settings = Settings.from_config(ARGS, config())
     assert settings.limits.max_objects == 256
     assert settings.limits.max_tokens == 128
     assert settings.limits.mask_size == settings.feature_shapes["high_res_feats_0"][-1]
@@ -52,18 +52,20 @@ def test_the_config_as_it_is_written() -> None:
 def test_the_embeddings_type_is_read(kind: str, dtype: torch.dtype) -> None:
     written = config()
     written["input"][0]["data_type"] = kind
-    assert Settings.of(ARGS, written).feature_dtype == dtype
+    assert Settings.from_config(ARGS, written).feature_dtype == dtype
 
 
 def test_a_type_that_no_encoder_writes_is_refused() -> None:
     written = config()
     written["input"][0]["data_type"] = "TYPE_BF16"
     with pytest.raises(SettingError, match=r"TYPE_BF16 in config\.pbtxt; accepted are TYPE_FP32"):
-        Settings.of(ARGS, written)
+        Settings.from_config(ARGS, written)
 
 
 def test_numbers_are_read() -> None:
-    settings = Settings.of(ARGS, config(kept_images_bytes="0", kept_images_idle_seconds="1.5"))
+    settings = Settings.from_config(
+        ARGS, config(kept_images_bytes="0", kept_images_idle_seconds="1.5")
+    )
     assert (settings.kept_images_bytes, settings.kept_images_idle_seconds) == (0, 1.5)
 
 
@@ -80,14 +82,14 @@ def test_a_wrong_parameter_is_named(name: str) -> None:
     value, accepted = WRONG[name]
     for bad in (value, "", "-1"):
         with pytest.raises(SettingError) as caught:
-            Settings.of(ARGS, config(**{name: bad}))
+            Settings.from_config(ARGS, config(**{name: bad}))
         assert str(caught.value) == f"parameter {name} is {bad!r}; it must be {accepted}"
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_missing_parameter_is_named(name: str) -> None:
     with pytest.raises(SettingError) as caught:
-        Settings.of(ARGS, config(**{name: None}))
+        Settings.from_config(ARGS, config(**{name: None}))
     assert str(caught.value) == f"config.pbtxt has no parameter {name}; give {WRONG[name][1]}"
 
 
@@ -95,16 +97,18 @@ def test_no_parameters_at_all() -> None:
     written = config()
     del written["parameters"]
     with pytest.raises(SettingError, match="has no parameter max_objects"):
-        Settings.of(ARGS, written)
+        Settings.from_config(ARGS, written)
 
 
 def test_a_second_gpus_instance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton makes one for each GPU, and each would know its own images only."""
+    """Triton starts one for each GPU, and each would know only its own images."""
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     gpu = {**ARGS, "model_instance_kind": "GPU"}
-    assert Settings.of({**gpu, "model_instance_device_id": "0"}, config()).device.index == 0
+    assert (
+        Settings.from_config({**gpu, "model_instance_device_id": "0"}, config()).device.index == 0
+    )
     with pytest.raises(SettingError, match="a server for each, with CUDA_VISIBLE_DEVICES"):
-        Settings.of({**gpu, "model_instance_device_id": "1"}, config())
+        Settings.from_config({**gpu, "model_instance_device_id": "1"}, config())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -112,4 +116,4 @@ def test_a_gpu_that_is_not_there_is_said_so() -> None:
     with pytest.raises(
         SettingError, match=r"asks for a GPU \(KIND_GPU\), but torch .* has none: .+"
     ):
-        Settings.of({**ARGS, "model_instance_kind": "GPU"}, config())
+        Settings.from_config({**ARGS, "model_instance_kind": "GPU"}, config())

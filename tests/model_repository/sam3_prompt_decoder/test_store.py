@@ -1,4 +1,4 @@
-"""Kept images: who is forgotten, when, and that nobody else's memory is kept."""
+"""Kept images: which are evicted and when, and that no other memory is kept."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_copy_is_kept() -> None:
 
 def test_features_are_kept_channels_last() -> None:
     sent = Features(*(torch.randn(3, 4, 5) for _ in range(3)))
-    for tensor, given in zip(sent.own(), sent, strict=True):
+    for tensor, given in zip(sent.clone(), sent, strict=True):
         assert torch.equal(tensor, given)
         assert tensor.permute(1, 2, 0).is_contiguous()
 
@@ -149,8 +149,8 @@ def test_one_image_larger_than_the_store_is_refused_and_forgets_nobody() -> None
         with pytest.raises(StoreTooSmall) as caught:
             attempt(large)
         assert str(caught.value) == (
-            "keep_image is not possible: one image's embeddings take 60 bytes, this server keeps "
-            "48 in all; ask without keep_image, or raise kept_images_bytes in "
+            "keep_image is not possible: one image's embeddings take 60 bytes, but this server "
+            "keeps at most 48 in all; ask without keep_image, or raise kept_images_bytes in "
             "sam3_prompt_decoder's config"
         )
     shelf.check_size(image())
@@ -173,13 +173,13 @@ def test_ids_are_unique_and_long_enough_not_to_be_guessed() -> None:
     assert len(set(ids)) == 500
     assert ID_BYTES >= 16
     assert all(re.fullmatch(r"[\w-]{22}", image_id) for image_id in ids)
-    # The same image twice is two ids: an id says nothing about what it stands for.
+    # The same image twice gives two ids: an id says nothing about its image.
     bits = [sum(a != b for a, b in zip(x, y, strict=True)) for x, y in pairwise(ids)]
     assert min(bits) > 8
 
 
 def test_threads_share_a_store() -> None:
-    """Every id answers with its own image or not at all, and no byte is lost count of."""
+    """Every id gives its own image or none, and every byte is counted."""
     shelf, wrong = store(images=8, idle=1e9), []
 
     def work(number: int) -> None:

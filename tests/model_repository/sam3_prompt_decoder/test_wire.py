@@ -1,4 +1,4 @@
-"""The wire contract of the served models: what goes in, what comes out, what is refused."""
+"""The wire contract of the served models: inputs, outputs, and what is rejected."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def pictures(count: int, side: int, seed: int = 0) -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def image_id(server: TritonServer, side: int) -> str:
-    """Under which `pictures(1, side)` is kept."""
+    """The id under which `pictures(1, side)` is kept."""
     answer = Served(server).ask(ENSEMBLE, **pictures(1, side), **clicks(1), keep_image=flag(True))
     return id_of(answer)
 
@@ -170,7 +170,7 @@ def test_a_mask_is_refined_with_points_or_alone(
 
 
 def test_some_objects_of_a_request_have_masks(served: Served, image_id: str) -> None:
-    """A plane of NaN, and a `mask_input` of no plane, are no masks."""
+    """A plane of NaN, and a `mask_input` without planes, mean no mask."""
     image, click = by_id(image_id), clicks(2)
     plain = served.ask(DECODER, **image, **click)
     mask = plain["low_res_masks"][:, :, 0].copy()
@@ -196,7 +196,7 @@ def test_only_what_is_asked_for_is_answered(server: TritonServer, image_id: str)
     assert [output.name for output in result.get_response().outputs] == ["iou_predictions"]
 
 
-# What is refused. (Array, sentence), for one object of one token unless it says otherwise.
+# What is rejected: (arrays, message), for one object of one token unless stated otherwise.
 
 BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"point_coords": np.zeros((1, 2), np.float32)}, "unexpected shape for input"),
@@ -238,10 +238,10 @@ BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing": (
         {"point_labels": np.full((1, 1, 1), -1, np.int32)},
-        "object 0 has neither a point nor a box nor a mask; give it at least one",
+        "object 0 has neither a point nor a box nor a mask; give it at least one of them",
     ),
     "too many objects": (clicks(257), "257 objects in one request; at most 256 are accepted"),
-    "too many tokens": (clicks(1, 129), "129 tokens an object; at most 128 are accepted"),
+    "too many tokens": (clicks(1, 129), "129 tokens per object; at most 128 are accepted"),
     "type": (
         {"point_coords": np.zeros((1, 1, 1, 2), np.float64)},
         "data-type is 'FP64', but model .* expects 'FP32'",
@@ -282,7 +282,7 @@ def test_images_of_a_batch_must_agree_in_the_number_of_masks(served: Served, sid
     question = {**pictures(2, side), **clicks(1, images=2)}
     mixed = np.array([[True], [False]])
     said = served.refused(ENSEMBLE, **question, multimask_output=mixed)
-    assert "one mask an object in some images of the batch and for three in others" in said
+    assert "one mask per object in some images of the batch and for three in others" in said
     single = {"multimask_output": mixed, "best_only": flag(True, 2)}
     assert served.ask(ENSEMBLE, **question, **single)["low_res_masks"].shape[2] == 1
 
@@ -319,8 +319,8 @@ def test_embeddings_without_finite_masks_are_refused(
 @pytest.mark.parametrize("unknown", ["", "unknown", b"\xff\xfe\x00", "é" * 50, "../../etc/passwd"])
 def test_an_id_that_was_never_issued_is_not_found(served: Served, unknown: str | bytes) -> None:
     assert served.refused(DECODER, NOT_FOUND, **by_id(unknown), **clicks(1)) == (
-        "image_id not found: it was never issued by this server, or was forgotten; send the image "
-        "again with keep_image"
+        "image_id not found: it was never issued by this server or has been evicted; send the "
+        "image again with keep_image"
     )
 
 
@@ -351,7 +351,7 @@ def test_the_same_image_has_a_new_id_each_time(served: Served, side: int) -> Non
 
 
 def test_an_id_outlives_the_memory_its_image_came_in(served: Served, side: int) -> None:
-    """Triton reuses the shared memory of answered requests for the ones that follow."""
+    """Triton reuses the shared memory of answered requests for later ones."""
     question = clicks(2)
     first = served.ask(ENSEMBLE, **pictures(1, side, 99), **question, keep_image=flag(True))
     for seed in range(12):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from workers import LEAST_ROWS, Workers
+from workers import MIN_IMAGE_TOKENS, Workers
 
 
 @pytest.fixture
@@ -28,19 +28,19 @@ def test_objects_are_shared_out_to_the_cores_but_two_to_each(
 
 
 @pytest.mark.parametrize(
-    ("items", "rows", "threads"),
+    ("items", "image_tokens", "threads"),
     [
-        (1, LEAST_ROWS, [4]),
-        (1, LEAST_ROWS - 1, [1]),
-        (2, LEAST_ROWS, [2, 2]),
-        (3, LEAST_ROWS, [1] * 3),
+        (1, MIN_IMAGE_TOKENS, [4]),
+        (1, MIN_IMAGE_TOKENS - 1, [1]),
+        (2, MIN_IMAGE_TOKENS, [2, 2]),
+        (3, MIN_IMAGE_TOKENS, [1] * 3),
     ],
 )
 def test_each_works_on_its_share_of_the_cores_and_a_small_one_alone_on_one(
-    four_cores: Workers, items: int, rows: int, threads: list[int]
+    four_cores: Workers, items: int, image_tokens: int, threads: list[int]
 ) -> None:
     for _ in range(2):  # whatever the launch before was given
-        found = four_cores.map(lambda _: torch.get_num_threads(), range(items), rows)
+        found = four_cores.map(lambda _: torch.get_num_threads(), range(items), image_tokens)
         assert list(found) == threads
 
 
@@ -60,16 +60,16 @@ def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
             at_work -= 1
         return item
 
-    assert list(four_cores.map(work, range(12), LEAST_ROWS)) == list(range(12))
+    assert list(four_cores.map(work, range(12), MIN_IMAGE_TOKENS)) == list(range(12))
     assert most == 4
 
 
 def test_gradients_are_off_and_an_error_comes_out(four_cores: Workers) -> None:
-    modes = four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2), LEAST_ROWS)
+    modes = four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2), MIN_IMAGE_TOKENS)
     assert list(modes) == [True] * 2
 
     def fails(item: int) -> int:
         raise MemoryError(item)
 
     with pytest.raises(MemoryError):
-        list(four_cores.map(fails, range(3), LEAST_ROWS))
+        list(four_cores.map(fails, range(3), MIN_IMAGE_TOKENS))
