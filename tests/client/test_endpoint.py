@@ -8,7 +8,7 @@ import pytest
 import trustme
 
 from triton_sam3 import AsyncClient, Client, endpoint
-from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
+from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, validate_headers
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_authorities_in_a_folder_are_taken_from_the_file_beside_it(
 
 def test_headers_that_both_protocols_carry() -> None:
     headers = {"Authorization": "Bearer a b~", "x-sam3.tenant_1": ""}
-    assert checked_headers(headers) == headers
-    assert checked_headers(None) == {}
+    assert validate_headers(headers) == headers
+    assert validate_headers(None) == {}
 
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
@@ -148,5 +148,5 @@ def test_a_value_that_no_header_can_have_is_named_and_not_quoted(make: Any, valu
 @pytest.mark.parametrize("name", ["", "x y", "x:y", "grpc-timeout", "x-Bin", "ü", "x\n", 5])
 def test_a_name_that_no_header_can_have_is_quoted(name: Any) -> None:
     with pytest.raises(ValueError, match="is no header's name") as caught:
-        checked_headers({name: "value"})
+        validate_headers({name: "value"})
     assert repr(name) in str(caught.value)

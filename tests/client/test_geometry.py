@@ -19,7 +19,7 @@ from sam3.model.sam3_image_processor import Sam3Processor
 from torchvision.transforms import Resize, ToTensor
 
 from triton_sam3.errors import ImageError
-from triton_sam3.geometry import SMALL_PIXELS, load_image, resize, to_fractions
+from triton_sam3.geometry import MIN_STRIPED_PIXELS, load_image, resize, to_fractions
 
 ORIENTATION = 0x0112
 """EXIF tag; 1 upright … 8."""
@@ -324,7 +324,7 @@ def test_resize_in_strips_comes_to_the_same_as_in_one(
     height: int, width: int, side: int, off: int
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert height * width >= SMALL_PIXELS
+    assert height * width >= MIN_STRIPED_PIXELS
     whole = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
     ours = resize(image, side)
     assert ours.shape == (side, side, 3)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from triton_sam3 import masks as masks_module
-from triton_sam3.masks import finish_masks, hole_area, mask_areas, mask_boxes
+from triton_sam3.masks import finish_masks, max_hole_area, mask_areas, mask_boxes
 
 SIDE = 288
 """SAM 3's mask grid, where the reference's figure of 256 px holds."""
@@ -73,8 +73,8 @@ def test_holes_are_filled_as_the_reference_does(reference: Any) -> None:
 
 
 def test_hole_area_is_the_references_figure_on_its_grid() -> None:
-    assert hole_area(SIDE) == 256
-    assert hole_area(SIDE // 4) == 16
+    assert max_hole_area(SIDE) == 256
+    assert max_hole_area(SIDE // 4) == 16
 
 
 def test_input_is_left_alone() -> None:
@@ -188,7 +188,7 @@ def plainly_filled(plane: NDArray[Any], limit: float) -> NDArray[np.float32]:
     count, labels = cv2.connectedComponents((wide <= 0).astype(np.uint8), connectivity=8)
     for label in range(1, count):
         if (labels == label).sum() <= limit:
-            wide[labels == label] = masks_module.FILLED
+            wide[labels == label] = masks_module.FILL_LOGIT
     return wide
 
 
@@ -239,7 +239,7 @@ def test_finished_as_filled_one_by_one_and_upsampled_whole(
     logits: NDArray[Any] = (clouds(seed, 3, side, grain) + level).astype(dtype)
     before = logits.copy()
     ours = finish_masks(logits, width, height, max_hole_area=limit)
-    area = hole_area(side) if limit is None else limit
+    area = max_hole_area(side) if limit is None else limit
     filled = [plainly_filled(plane, area) for plane in logits]
     expected = np.stack([two_passes(plane, width, height) > 0 for plane in filled])
     np.testing.assert_array_equal(ours, expected)
