@@ -57,7 +57,9 @@ def check_output(folder: Path, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(output)!r} is a file, but the results need a folder")
     if output.resolve() == folder.resolve():
-        raise ValueError(f"results cannot be written to the folder of the images, {str(folder)!r}")
+        raise ValueError(
+            f"results cannot go into the folder of the images, {str(folder)!r}: choose another"
+        )
 
 
 def write(outcome: Outcome, folder: Path, output: Path, suffix: str) -> dict[str, Any]:

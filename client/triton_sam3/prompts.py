@@ -31,9 +31,9 @@ from .parsing import (
     Box,
     Point,
     convert_each,
-    parse_list,
     parse_box,
     parse_class_id,
+    parse_list,
     parse_mask,
     parse_points,
 )

@@ -26,8 +26,8 @@ from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
 from .regions import (
     Kind,
     Region,
-    check_available,
     abandon,
+    check_available,
     is_abandoned,
     make_region,
     sweep_files,
