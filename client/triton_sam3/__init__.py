@@ -1,4 +1,4 @@
-"""SAM 3's interactive segmentation on a Triton server: points, boxes and masks in, masks out.
+"""Interactive segmentation with SAM 3 on a Triton server: points, boxes and masks in, masks out.
 
 from triton_sam3 import Client
 

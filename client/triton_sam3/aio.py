@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
+from .endpoint import DEFAULT_URL, TLS, Endpoint, validate_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
-from .lifetime import closed, elsewhere, forked
+from .lifetime import closed_error, forked_error, wrong_loop_error
 from .many import Outcome, attempt_async, jobs, run_async
 from .prompts import BoxesLike, PointsLike, Prompt
 from .regions import Kind
@@ -35,12 +35,12 @@ Run = Callable[[Flow[Any]], Coroutine[Any, Any, Any]]
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same arguments, the same methods, to be awaited.
+    """An asyncio `Client`, with the same arguments and the same methods, which are awaited.
 
-    Only `segment_many` is not awaited: it is iterated over with ``async for``.
+    The exception is `segment_many`, which is iterated over with ``async for``.
 
-    Belongs to one event loop. Decoding, resizing and mask finishing run in threads, so that the
-    loop stays free.
+    An instance belongs to one event loop. Decoding, resizing and mask post-processing run in
+    threads, so they do not block the loop.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AsyncClient:
         tls = TLS(root_certificates, private_key, certificate_chain)
         self._endpoint = Endpoint.parse(url, tls)
         self.url = self._endpoint.url
-        self._headers = checked_headers(headers)
+        self._headers = validate_headers(headers)
         self._engine = Engine(
             Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
         )
@@ -93,7 +93,7 @@ class AsyncClient:
         concurrency: int = 8,
         in_order: bool = True,
     ) -> AsyncIterator[Outcome]:
-        """See `Client.segment_many`; ``async for outcome in client.segment_many(…)``."""
+        """See `Client.segment_many`; use ``async for outcome in client.segment_many(…)``."""
         options = Options(threshold, multimask_output)
 
         def segment(image: ImageLike, chosen: Prompts) -> Awaitable[Segmentation]:
@@ -107,7 +107,7 @@ class AsyncClient:
         return await self._run(status(self._engine, self.url))
 
     def open(self, image: ImageLike) -> "Opening":
-        """See `Client.open`; ``async with client.open(image) as view`` or ``await`` it."""
+        """See `Client.open`; use ``async with client.open(image) as view``, or ``await`` it."""
         return Opening(self._open(image))
 
     async def _open(self, image: ImageLike) -> "AsyncView":
@@ -116,8 +116,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """See `Client.close`."""
-        already, self._closed = self._closed, True
-        if self._transport is None or already or os.getpid() != self._process:
+        was_closed, self._closed = self._closed, True
+        if self._transport is None or was_closed or os.getpid() != self._process:
             return
         try:
             await perform_async(self._engine.close(), self._transport)
@@ -132,20 +132,20 @@ class AsyncClient:
 
     async def _run(self, flow: Flow[T]) -> T:
         if self._closed:
-            raise closed(self.url)
+            raise closed_error(self.url)
         if os.getpid() != self._process:
-            raise forked(self.url)
+            raise forked_error(self.url)
         loop = asyncio.get_running_loop()
-        if self._transport is None:  # made here, inside the event loop it belongs to
+        if self._transport is None:  # created here, in the event loop it belongs to
             self._transport = open_async_transport(self._endpoint, self._headers)
             self._loop = loop
         if loop is not self._loop:
-            raise elsewhere(self.url)
+            raise wrong_loop_error(self.url)
         return await perform_async(flow, self._transport)
 
 
 class Opening:
-    """An image being opened: await it, or enter it with ``async with``."""
+    """An image being opened: await it, or use it with ``async with``."""
 
     def __init__(self, work: Coroutine[Any, Any, "AsyncView"]) -> None:
         self._work = work
@@ -164,7 +164,7 @@ class Opening:
 
 
 class AsyncView:
-    """`View` for asyncio. Clicks made at the same time are answered in the order they were made."""
+    """An asyncio `View`. Concurrent clicks are answered in the order they were made."""
 
     def __init__(self, session: Session, run: Run) -> None:
         self._session = session

@@ -6,7 +6,7 @@
      "boxes": "$steps.detector.predictions",        │
      "threshold": 0.0, "multimask_output": true}    ┘
 
-Only the step is read: the values its selectors stand for are given by the caller.
+Only the step is read: the caller supplies the values its selectors stand for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import PromptError
 from .geometry import ImageLike, load_image
-from .parsing import parse_switch, parse_threshold
+from .parsing import parse_bool, parse_threshold
 from .prompts import Prompt, overlaps, to_prompts
 from .results import Segmentation, import_supervision
 
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Segmenter(Protocol):
-    """Whatever segments one image: a client, or an object that stands in for one."""
+    """Anything that segments one image: a client, or an object that stands in for one."""
 
     def segment(
         self,
@@ -50,7 +50,7 @@ class Segmenter(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockCall:
-    """One image's arguments for `segment`, and the name its masks give as their parent."""
+    """The arguments of `segment` for one image, and its name, its masks' parent id."""
 
     image: ImageLike
     prompts: tuple[Prompt, ...]
@@ -70,26 +70,26 @@ def run_block(
     """Run one `sam3_interactive@v1` step and return what the block returns.
 
     definition: the step's JSON. A string such as "$inputs.points" or "$steps.detector.predictions"
-        stands for a value of `inputs`.
-    images: one image, or a list of them; without, the step's own "images" is looked up. Arrays are
-        RGB, as everywhere here; a workflow's own are BGR.
+        stands for a value in `inputs`.
+    images: one image or a list of images; if omitted, the step's own "images" is looked up. Arrays
+        are RGB, as everywhere in this package; those in a workflow are BGR.
     inputs: values by selector ("$steps.detector.predictions"), those of the workflow's inputs also
         by name alone ("points"). Boxes are a batch, a list with one value per image (anything
-        `parse_boxes` takes, or None); a single value goes with every image, as points do.
-    serialize_results: false gives `supervision.Detections`, true the JSON-ready dict.
+        `parse_boxes` accepts, or None); a single value applies to every image, as points do.
+    serialize_results: false returns `supervision.Detections`, true the JSON-ready dict.
 
-    Returns a list of {"predictions": …}, one per image. As in the block, masks without a pixel are
-    left out, and boxes outside the image have none. Unlike the block, which turns masks into
-    polygons, each prompt has one row with its mask as it is, holes and separate regions included,
-    under the detection id of its prompt; boxes of masks end a pixel later; boxes given are clipped
-    to the image, and a point outside it is an error. Raises PromptError for a
-    step that is not this block's, a selector without a value, and all that `segment` raises;
-    TypeError for an `AsyncClient`; ImportError where Detections are wanted without supervision.
+    Returns a list of {"predictions": …}, one per image. As in the block, empty masks are left out,
+    and boxes outside the image have no mask. Unlike the block, which turns masks into polygons,
+    this returns one row per prompt with its mask unchanged, including holes and separate regions,
+    under the detection id of its prompt; the boxes of masks end one pixel later; input boxes are
+    clipped to the image, and a point outside it is an error. Raises PromptError for a step of
+    another block and for a selector without a value, and everything that `segment` raises;
+    TypeError for an `AsyncClient`; ImportError if Detections need supervision, which is missing.
     """
     if inspect.iscoroutinefunction(segmenter.segment):
-        raise TypeError("run_block waits for its answers: give a Client, not an AsyncClient")
+        raise TypeError("run_block is synchronous: pass a Client, not an AsyncClient")
     if not serialize_results:
-        import_supervision()  # before the server has worked for nothing
+        import_supervision()  # fails before the server does any work
     results = []
     for call in block_calls(definition, images, inputs):
         pixels = load_image(call.image)
@@ -127,19 +127,19 @@ def block_calls(
     parents = _parent_ids(definition.get("images"), len(batch), is_list)
     return [
         BlockCall(
-            image, to_prompts(fields["points"], its_boxes), threshold, multimask_output, parent
+            image, to_prompts(fields["points"], image_boxes), threshold, multimask_output, parent
         )
-        for image, its_boxes, parent in zip(batch, boxes, parents, strict=True)
+        for image, image_boxes, parent in zip(batch, boxes, parents, strict=True)
     ]
 
 
 def block_output(
     answer: Segmentation, call: BlockCall, *, serialize_results: bool = False
 ) -> dict[str, Any]:
-    """Return one image's answer as the block does: {"predictions": …}."""
+    """Return one image's answer in the block's form: {"predictions": …}."""
     visible = dataclasses.replace(answer[answer.boxes.any(axis=1)], parent_id=call.parent_id)
     if serialize_results:
-        return {"predictions": visible.to_roboflow(rle=True)}  # the polygon has room for one region
+        return {"predictions": visible.to_roboflow(rle=True)}  # a polygon holds only one region
     detections = visible.to_supervision()
     # The image is its own parent and root: it was not cropped from another.
     size = detections.data["image_dimensions"]
@@ -152,19 +152,17 @@ def block_output(
 
 def _check_type(definition: Mapping[str, Any]) -> None:
     if "steps" in definition:
-        raise PromptError(
-            f"this is a whole workflow: pass its one step of type {BLOCK_TYPE!r} instead"
-        )
+        raise PromptError(f"this is a whole workflow: pass only its step of type {BLOCK_TYPE!r}")
     if definition.get("type") != BLOCK_TYPE:
         raise PromptError(
-            f"the step's type is {definition.get('type')!r}, and only {BLOCK_TYPE!r} runs here"
+            f"the step's type is {definition.get('type')!r}, but only {BLOCK_TYPE!r} is supported"
         )
 
 
 def _resolve(value: Any, name: str, inputs: Mapping[str, Any]) -> Any:
     """Return the value a selector stands for; anything that is not a selector is the value."""
     if value is None and name == "images":
-        raise PromptError("the step has no 'images', and none were given")
+        raise PromptError("the step has no 'images', and none were passed: pass images=…")
     if not isinstance(value, str):
         return value
     if not value.startswith("$"):
@@ -174,31 +172,31 @@ def _resolve(value: Any, name: str, inputs: Mapping[str, Any]) -> Any:
     for key in (value, value.removeprefix("$inputs.")):
         if key in inputs:
             return inputs[key]
-    raise PromptError(f"{name} is {value!r}, which has no value: give inputs={{{value!r}: …}}")
+    raise PromptError(f"{name} is {value!r}, which has no value: pass inputs={{{value!r}: …}}")
 
 
 def _boxes_per_image(boxes: Any, count: int, is_list: bool) -> list[Any]:
-    """Share boxes out: a list of detections is a batch even when a lone image is not in a list."""
+    """Assign boxes to images: a list of detections is a batch even if a single image is not."""
     batched = isinstance(boxes, (list, tuple)) and (is_list or all(map(_is_detections, boxes)))
     if not batched or not boxes:
         return [boxes] * count
     if len(boxes) != count:
         raise PromptError(
-            f"there are boxes for {len(boxes)} images, and {count} images: give one value per "
-            "image, or a single value that is not a list for all of them"
+            f"got boxes for {len(boxes)} images, but {count} images: pass one value per image, or "
+            "a single value that is not a list for all of them"
         )
     return list(boxes)
 
 
 def _is_detections(boxes: Any) -> bool:
-    """Whether this is all the boxes of one image rather than one of them."""
+    """Whether this is all the boxes of an image rather than one box."""
     whole_response = isinstance(boxes, Mapping) and "predictions" in boxes
     return boxes is None or hasattr(boxes, "xyxy") or whole_response
 
 
 def _multimask_output(value: Any) -> bool:
     chosen = DEFAULTS["multimask_output"] if value is None else value
-    return parse_switch(chosen, "multimask_output")
+    return parse_bool(chosen, "multimask_output")
 
 
 def _parent_ids(selector: Any, count: int, is_list: bool) -> list[str]:

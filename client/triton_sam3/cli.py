@@ -30,13 +30,13 @@ HELP = """Segment images with a SAM 3 server.
 
 Exit codes:
 
-0  done
+0  success
 
-1  the server failed, could not be reached, or is not ready
+1  the server failed, is unreachable, or is not ready
 
-2  the input is wrong
+2  invalid input
 
-3  some images of a folder could not be segmented; the others were
+3  some images in a folder could not be segmented; the others were
 """
 
 app = typer.Typer(
@@ -55,22 +55,22 @@ class Format(str, Enum):
 SharedMemoryKind = Enum("SharedMemoryKind", {kind: kind for kind in get_args(Kind)}, type=str)  # type: ignore[misc]
 
 
-URLS = "grpc://, http://, or with TLS grpcs://, https://"
+URLS = "grpc:// or http://; with TLS, grpcs:// or https://"
 
 # Optional[…] rather than … | None: typer evaluates these at run time, and Python 3.10 is supported.
 Url = Annotated[str, typer.Option(envvar="TRITON_SAM3_URL", help=URLS)]
 Token = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(envvar="TRITON_SAM3_TOKEN", help="Bearer token that a proxy asks for."),
+    typer.Option(envvar="TRITON_SAM3_TOKEN", help="Bearer token for a proxy that requires one."),
 ]
 Headers = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--header", metavar="NAME:VALUE", help="Sent with every request; repeatable."),
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds a request may take, retries included.")]
+Timeout = Annotated[float, typer.Option(help="Seconds a request may take, including retries.")]
 Certificates = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="PEM file of the authorities to trust, for TLS.", exists=True),
+    typer.Option(help="PEM file of the certificate authorities to trust, for TLS.", exists=True),
 ]
 Shared = Annotated[
     Optional[SharedMemoryKind],  # noqa: UP045
@@ -112,7 +112,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Global options."""
 
 
 @app.command()
@@ -127,7 +127,8 @@ def segment(
         typer.Option("--output", "-o", help=".png or .jpg overlay, .json, or .npz", dir_okay=False),
     ] = None,
     index_mask: Annotated[
-        bool, typer.Option("--index-mask", help="Write a .png of mask numbers, not an overlay.")
+        bool,
+        typer.Option("--index-mask", help="Write a .png of mask indices instead of an overlay."),
     ] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
@@ -137,9 +138,9 @@ def segment(
     root_certificates: Certificates = None,
     shared_memory: Shared = None,
 ) -> None:
-    """Segment one image: all points are one object, every box is another."""
-    with _reported():
-        asked = _asked(point, box)
+    """Segment one image: all points mark one object, each box another."""
+    with _report_errors():
+        asked = _points_and_boxes(point, box)
         if output is not None:
             _check_file(output, with_image=not index_mask)
         with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
@@ -180,8 +181,8 @@ def segment_dir(
     root_certificates: Certificates = None,
     shared_memory: Shared = None,
 ) -> None:
-    """Segment every image of a folder; one that fails does not stop the others."""
-    with _reported():
+    """Segment every image in a folder; one that fails does not stop the others."""
+    with _report_errors():
         images, asked = _folder_work(folder, prompts, point, box)
         folders.check_output(folder, output)
         with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
@@ -213,7 +214,7 @@ def segment_dir(
 def status(
     metrics_url: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Also show the store of kept images: http://host:8002/metrics"),
+        typer.Option(help="Also show metrics of the kept images, from http://host:8002/metrics"),
     ] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
@@ -222,8 +223,8 @@ def status(
     timeout: Timeout = 10.0,
     root_certificates: Certificates = None,
 ) -> None:
-    """Show the server, its models and, given the metrics' URL, the images it keeps."""
-    with _reported():
+    """Show the server, its models and, with --metrics-url, metrics of the images it keeps."""
+    with _report_errors():
         with _connect(url, token, header, timeout, root_certificates, None) as client:
             found = client.status()
         metrics = store_metrics(metrics_url, timeout) if metrics_url else {}
@@ -241,7 +242,7 @@ def main() -> None:
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """Turn errors into one sentence on stderr and an exit code."""
     try:
         yield
@@ -281,8 +282,8 @@ def _connect(
     )
 
 
-def _asked(point: list[str] | None, box: list[str] | None) -> dict[str, Any]:
-    """The points and boxes of the command line, as `Client.segment` takes them."""
+def _points_and_boxes(point: list[str] | None, box: list[str] | None) -> dict[str, Any]:
+    """Parse --point and --box into keyword arguments of `Client.segment`."""
     points = [_numbers(text, (2, 3), "--point", "X,Y or X,Y,0") for text in point or ()]
     boxes = [_numbers(text, (4,), "--box", "X0,Y0,X1,Y1") for text in box or ()]
     return {"points": points or None, "boxes": boxes or None}
@@ -299,7 +300,7 @@ def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tupl
 
 
 def _check_file(output: Path, *, with_image: bool) -> None:
-    """What can be known of the file before the server has worked for it."""
+    """Catch an output file that cannot be written before the server does any work."""
     file_kind(output, with_image=with_image)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")
@@ -308,10 +309,10 @@ def _check_file(output: Path, *, with_image: bool) -> None:
 def _folder_work(
     folder: Path, prompts: Path | None, point: list[str] | None, box: list[str] | None
 ) -> tuple[list[Path], Any]:
-    """The images of a folder and what is asked about them, as `Client.segment_many` takes it."""
+    """The images of a folder and their prompts, as `Client.segment_many` takes them."""
     if prompts is None:
-        images, asked = folders.images_in(folder), _asked(point, box)
-        to_prompts(**asked)  # wrong for every image: better said once
+        images, asked = folders.images_in(folder), _points_and_boxes(point, box)
+        to_prompts(**asked)  # an error applies to every image: report it once
         return images, asked
     if point or box:
         raise PromptError("give either --prompts, or --point and --box")
@@ -320,10 +321,12 @@ def _folder_work(
 
 
 def _check_ready(found: ServerStatus) -> None:
-    """One sentence before the first image, instead of one about each."""
+    """Fail once, before the first image, rather than for each image."""
     missing = [model.name for model in found.models if not model.ready]
     if missing:
-        raise ModelUnavailable(f"{found.url} does not serve {', '.join(missing)}, or not yet")
+        raise ModelUnavailable(
+            f"{found.url} does not serve {', '.join(missing)}, or is still loading"
+        )
 
 
 def _mask_table(result: Segmentation) -> Table:

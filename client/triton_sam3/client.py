@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
+from .endpoint import DEFAULT_URL, TLS, Endpoint, validate_headers
 from .engine import Engine, Options, Prompts, gather_prompts
 from .flow import Flow
 from .geometry import ImageLike
-from .lifetime import closed, forked
+from .lifetime import closed_error, forked_error
 from .many import Outcome, attempt, jobs, run
 from .prompts import BoxesLike, PointsLike, Prompt
 from .regions import Kind
@@ -27,27 +27,28 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to a Triton server that serves `sam3_interactive`. Safe to use from threads.
+    """A client of a Triton server that serves `sam3_interactive`. Thread-safe.
 
-    Belongs to the process that made it: after a fork, make one in the child.
+    An instance belongs to the process that created it: after a fork, create one in the child.
 
     url: ``grpc://host:8001``, ``http://host:8000[/path]``, or ``grpcs://`` and ``https://`` for
-        TLS. Nothing is sent before the first call. Proxies named in the environment, such as
-        http_proxy, are not used.
+        TLS. Nothing is sent before the first call. Proxy environment variables, such as
+        http_proxy, are ignored.
     headers: sent with every request, for example ``{"authorization": "Bearer …"}``.
-    timeout: seconds a request may take, its retries included.
-    retries: how often a request is sent again when the server cannot be reached or is busy. What a
-        proxy refuses (status 429) is sent again until `timeout`, unless this is 0.
-    shared_memory: "system" passes images to a server of the same host through shared memory
+    timeout: seconds a request may take, including retries.
+    retries: how often a request is retried when the server is unreachable or busy. A request that
+        a proxy rejects (status 429) is retried until `timeout`, unless this is 0.
+    shared_memory: "system" passes images to a server on the same host through shared memory
         instead of the connection, "cuda" through memory of the GPU they share.
-    remember_images: how many images the client knows by content, so that asking about one again
-        sends no pixels; 0 turns it off.
-    root_certificates, private_key, certificate_chain: PEM files for TLS, the last two together.
-        Without the first the system's authorities are trusted, or those of SSL_CERT_FILE.
+    remember_images: how many images the client remembers by content, so that segmenting one again
+        sends no pixels; 0 turns this off.
+    root_certificates, private_key, certificate_chain: PEM files for TLS; the last two go together.
+        Without root_certificates, the system's certificate authorities are trusted, or those in
+        SSL_CERT_FILE.
 
-    Raises ValueError for a URL, header, number or PEM file it cannot use, and TransportError where
-    this machine has no such shared memory. Methods raise `SAM3Error`s only, but for `segment_many`
-    a ValueError for a `concurrency` below 1.
+    Raises ValueError for an invalid URL, header, number or PEM file, and TransportError if this
+    machine does not support the shared memory. Methods raise only `SAM3Error`s, except that
+    `segment_many` raises ValueError for a `concurrency` below 1.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class Client:
         self._engine = Engine(
             Retries(retries, timeout), remember_images, shared_memory, threading.Lock
         )
-        self._transport = open_transport(endpoint, checked_headers(headers))
+        self._transport = open_transport(endpoint, validate_headers(headers))
         self._process = os.getpid()
-        # Also when a client is dropped unclosed, and at the latest when the interpreter exits.
+        # Also runs when an unclosed client is garbage-collected, or at interpreter exit.
         self._finalizer = weakref.finalize(
             self, _close, self._engine, self._transport, self._process
         )
@@ -86,22 +87,24 @@ class Client:
         threshold: float = 0.0,
         multimask_output: bool = True,
     ) -> Segmentation:
-        """Segment objects in an image; boxes come first, then the object the points mark.
+        """Segment objects in an image: one per box, then the one that the points mark.
 
-        image: a path, a PIL image, or RGB uint8 [H, W, 3]. A file's EXIF orientation is applied; a
-            PIL image and an array are taken as they stand.
+        image: a path, a PIL image, or an RGB uint8 array [H, W, 3]. A file's EXIF orientation is
+            applied; PIL images and arrays are used as they are.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``.
         boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, Roboflow
             predictions or `supervision.Detections`. A box is clipped to the image, which Meta's
-            predictor does not do. Empty boxes alone give an empty result without a call.
-        prompts: instead of both, any mix of points, box and mask, one `Prompt` an object.
-        threshold: masks whose predicted IoU is lower are dropped.
-        multimask_output: let the model propose three masks an object and take the best by
-            predicted IoU; better for a single click, which may mean several things.
+            predictor does not do. Empty boxes without points give an empty result without a
+            request.
+        prompts: instead of points and boxes: any mix of points, box and mask, one `Prompt` per
+            object.
+        threshold: masks with a lower predicted IoU are dropped.
+        multimask_output: let the model propose three masks per object and keep the one with the
+            highest predicted IoU; better for a single click, which may be ambiguous.
 
-        Raises, before anything is sent, ImageError, and PromptError (also for a point or a whole
-        box outside the image); then ServerError and TransportError.
+        Raises ImageError or PromptError before the image is sent, the latter also for a point, or
+        a whole box, outside the image; then ServerError or TransportError.
         """
         chosen = gather_prompts(points, boxes, prompts)
         options = Options(threshold, multimask_output)
@@ -117,18 +120,19 @@ class Client:
         concurrency: int = 8,
         in_order: bool = True,
     ) -> Iterator[Outcome]:
-        """Segment many images at once, and yield one `Outcome` for each.
+        """Segment many images concurrently, yielding one `Outcome` per image.
 
-        images: taken one by one, as many as are at work.
-        prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one per image:
-            such a mapping, a list of `Prompt`, or a `supervision.Detections`.
-        concurrency: images at work at the same time. A proxy lets in two new images for each
-            server; further ones wait their turn, within `timeout`.
-        in_order: as the images come; false yields each as soon as it is done.
+        images: consumed one by one, only as many as are in flight.
+        prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one entry per
+            image: such a mapping, a list of `Prompt`, or a `supervision.Detections`.
+        concurrency: images in flight at the same time. A proxy admits two new images per server;
+            further ones wait their turn, within `timeout`.
+        in_order: yield in the order of the images; false yields each as soon as it is done.
 
-        An image that cannot be segmented is an outcome with its error and stops nothing. What
-        `images` or `prompts` themselves raise comes after the outcomes of all images before. The
-        images are not kept on the server.
+        An image that cannot be segmented gives an outcome with its error and does not stop the
+        others. An error raised by `images` or `prompts` themselves follows the outcomes of all
+        earlier images. Images are not kept on the server, except one with more prompts than fit
+        in a request.
         """
         options = Options(threshold, multimask_output)
 
@@ -139,16 +143,16 @@ class Client:
         return run(work, partial(attempt, segment=segment), concurrency, in_order)
 
     def status(self) -> ServerStatus:
-        """Ask the server for its version, its models and their sizes."""
+        """Return the server's version, its models and their sizes."""
         return self._run(status(self._engine, self.url))
 
     def open(self, image: ImageLike) -> View:
-        """Have the server encode and keep an image, to click on it without sending it again."""
+        """Encode an image and keep it on the server, so that clicks on it send no pixels."""
         picture, slot = self._run(self._engine.open(image))
         return View(Session(self._engine, picture, slot), self._run)
 
     def close(self) -> None:
-        """Close the connections. Images the server keeps grow old and leave by themselves."""
+        """Close the connections. Images kept on the server expire by themselves."""
         self._finalizer()
 
     def __enter__(self) -> "Client":
@@ -159,17 +163,17 @@ class Client:
 
     def _run(self, flow: Flow[T]) -> T:
         if not self._finalizer.alive:
-            raise closed(self.url)
+            raise closed_error(self.url)
         if os.getpid() != self._process:
-            raise forked(self.url)
+            raise forked_error(self.url)
         return perform(flow, self._transport)
 
 
 def _close(engine: Engine, transport: Transport, process: int) -> None:
-    """Knows nothing of the client, so that it may be gone already."""
-    if os.getpid() != process:  # in a forked child all of it is the parent's
+    """Holds no reference to the client, which may be gone already."""
+    if os.getpid() != process:  # in a forked child, all of it belongs to the parent
         return
-    if isinstance(threading.current_thread(), LoopThread):  # by a garbage collection there
+    if isinstance(threading.current_thread(), LoopThread):  # called by a garbage collection there
         threading.Thread(target=_close, args=(engine, transport, process)).start()
         return
     try:

@@ -1,10 +1,10 @@
-"""The served models as a client sees them: every name, type and shape on the wire, once.
+"""The served models as a client sees them: every name, type and shape on the wire, defined once.
 
     sam3_interactive      image + prompts            -> low_res_masks, iou_predictions, image_id
     sam3_prompt_decoder   image_id + prompts         -> the same (the clicks after the first)
 
 Axes are letters: B images (always 1 here), S the encoder's input side, N objects, P tokens of the
-object with most of them, M the side of the mask logits, K candidate masks per object. S and M are
+object with the most, M the side of the mask logits, K candidate masks per object. S and M are
 read from the server's model configuration, see `ServedModel.from_configs`.
 """
 
@@ -19,16 +19,16 @@ IMAGE_HEADER = "x-sam3-image"
 several servers hashes it, so that clicks reach the server that keeps the image."""
 
 WORK_HEADER = "x-sam3-work"
-"""Header that says what a request costs, `encode` or `click`, in front of a gRPC body as well: a
-proxy bounds each by itself."""
+"""Header that says what a request costs, `encode` or `click`, readable without parsing a gRPC body:
+a proxy limits each separately."""
 ENCODE, CLICK = "encode", "click"
 
 LABEL_NEGATIVE, LABEL_POSITIVE, LABEL_BOX_TOP_LEFT, LABEL_BOX_BOTTOM_RIGHT = 0, 1, 2, 3
 LABEL_PADDING = -1
-"""What `point_labels` says of a token; a box is two tokens, its corners."""
+"""Values of `point_labels`, one per token; a box is two tokens, its corners."""
 
 NOT_KEPT = "image_id not found"
-"""How the decoder's error starts when it does not (or no longer) keep an image."""
+"""How the decoder's error starts if it does not keep an image (any more)."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,12 @@ IOU_PREDICTIONS = Tensor("iou_predictions", "FP32", ("B", "N", "K"))
 PROMPTS = (POINT_COORDS, POINT_LABELS, MASK_INPUT, MULTIMASK_OUTPUT, BEST_ONLY)
 OUTPUTS = (LOW_RES_MASKS, IOU_PREDICTIONS, IMAGE_ID)
 INTERACTIVE_INPUTS = (IMAGE, *PROMPTS, KEEP_IMAGE)
-DECODER_INPUTS = (IMAGE_ID, *PROMPTS)
-"""What a click sends. The encoder's outputs, in place of the id, come only from the ensemble."""
 
 TENSORS = {tensor.name: tensor for tensor in (*INTERACTIVE_INPUTS, *OUTPUTS)}
 
 MULTIMASK_DEFAULT = True
-"""What the server assumes when `multimask_output` is left out; the other flags default to false."""
+"""The server's default for `multimask_output`; the other flags default to false."""
 
 MAX_OBJECTS = "max_objects"
 MAX_TOKENS = "max_tokens"
-"""Parameters in the decoder's configuration: most objects a request, most tokens an object."""
+"""Parameters in the decoder's configuration: most objects per request, most tokens per object."""

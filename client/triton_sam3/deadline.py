@@ -1,7 +1,7 @@
-"""`timeout`, a block of awaits with a deadline.
+"""`timeout`: a block of awaits with a deadline.
 
-Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that arrives together with the
-answer, and the cancelled task would go on.
+`asyncio.wait_for` would not do: before Python 3.12 it swallows a cancellation that arrives together
+with the answer, and the cancelled task would go on.
 """
 
 import sys

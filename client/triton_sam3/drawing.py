@@ -1,4 +1,4 @@
-"""Pictures for people: masks laid over the image, outlines, and the prompts they came from."""
+"""Visualisation: masks overlaid on the image, with outlines and the prompts they came from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOX_COLOUR = (255, 220, 0)
 RIM_COLOUR = (255, 255, 255)
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-"""Steps of this much round the colour wheel keep any number of neighbours apart."""
+"""Steps of this size around the colour wheel keep any number of neighbouring colours apart."""
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -40,7 +40,7 @@ def overlay(
     canvas = image.copy()
     thickness = max(1, round(max(image.shape[:2]) / 500))
     outlines = [_tint(canvas, mask, colour(index), opacity) for index, mask in enumerate(masks)]
-    for index, rings in enumerate(outlines):  # above every tint, so that none is lost
+    for index, rings in enumerate(outlines):  # over all tints, so that none is hidden
         cv2.drawContours(canvas, rings, -1, colour(index), thickness, cv2.LINE_AA)
     for prompt in prompts:
         _draw_prompt(canvas, prompt, thickness)

@@ -1,7 +1,7 @@
-"""Where the server is, and what goes with every request there.
+"""Where the server is, and the TLS files and headers for requests to it.
 
-The URL's scheme picks the protocol and TLS; PEM files and headers are checked before anything is
-sent, because the protocol libraries abort the process over some of them.
+The URL's scheme selects the protocol and TLS; PEM files and headers are validated before anything
+is sent, because the protocol libraries abort the process on some of them.
 """
 
 import os
@@ -14,22 +14,22 @@ from urllib.parse import urlsplit
 
 DEFAULT_URL = "grpc://127.0.0.1:8001"
 _DEFAULT_PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
-"""Triton's own ports, and the usual one where a proxy ends TLS."""
+"""Triton's own ports, and the usual one of a proxy that terminates TLS."""
 _PLAIN = ("grpc", "http")
 
 _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
-"""Where Debian's kin and Fedora's keep the system's authorities."""
+"""Where Debian and Fedora, and systems based on them, keep the certificate authorities."""
 
 _HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", re.IGNORECASE)
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
-"""What both protocols carry: gRPC keeps names that begin with grpc- or end in -bin for itself."""
+"""What both protocols accept: gRPC reserves names that begin with grpc- or end in -bin."""
 
 
 @dataclass(frozen=True)
 class TLS:
     """PEM files: the authorities to trust (default: the system's), and this client's identity.
 
-    ValueError names a file that is not there, and says what is wrong with one that is.
+    Raises ValueError for a file that is missing or cannot be used.
     """
 
     root_certificates: str | Path | None = None
@@ -44,8 +44,8 @@ class TLS:
                 raise ValueError(f"there is no PEM file {str(path)!r}")
         if (self.private_key is None) is not (self.certificate_chain is None):
             raise ValueError(
-                "private_key and certificate_chain are this client's identity together: give "
-                "both or neither"
+                "private_key and certificate_chain together identify this client: pass both or "
+                "neither"
             )
         if given:
             self._check(", ".join(repr(str(path)) for path in given))
@@ -56,27 +56,27 @@ class TLS:
         except OSError as error:  # an SSLError is one
             raise ValueError(
                 f"these PEM files cannot be used ({names}): {error}; a private key must be "
-                "unencrypted and of its certificate"
+                "unencrypted and match its certificate"
             ) from error
 
     @property
     def authorities(self) -> str | Path | None:
-        """The file of the authorities to trust; None where the system has none in one file."""
+        """The file of the authorities to trust; None if the system has no single file of them."""
         return self.root_certificates or _system_authorities()
 
     def context(self) -> ssl.SSLContext:
         """The same as an SSL context, for HTTP."""
         context = ssl.create_default_context(cafile=self.root_certificates)
         if self.certificate_chain is not None:
-            # A password would be asked for on the terminal.
+            # Without a password, OpenSSL would prompt for one on the terminal.
             context.load_cert_chain(self.certificate_chain, self.private_key, password="")
         return context
 
 
 def _system_authorities() -> str | None:
-    """Those that HTTPS trusts, in the one file that gRPC wants.
+    """The authorities that HTTPS trusts, as the single file that gRPC needs.
 
-    OpenSSL may know them by a folder alone, as Ubuntu's does; a file beside it has the same ones.
+    OpenSSL may know only a folder of them, as on Ubuntu; a file beside it has the same ones.
     """
     paths = ssl.get_default_verify_paths()
     if paths.cafile or {"SSL_CERT_FILE", "SSL_CERT_DIR"} & os.environ.keys():
@@ -86,7 +86,7 @@ def _system_authorities() -> str | None:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A parsed URL. `address` is what tritonclient wants: host:port, for HTTP with the path."""
+    """A parsed URL. `address` has tritonclient's form: host:port, for HTTP with the path."""
 
     scheme: str
     address: str
@@ -102,10 +102,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, url: str, tls: TLS | None = None) -> "Endpoint":
-        """Read a URL; ValueError says what is accepted."""
+        """Parse a URL; ValueError says what is accepted."""
         if "@" in url:
             raise ValueError(
-                "a server's URL takes no user name and no password (it has an '@'): pass "
+                "a server URL must not contain a user name or a password (it has an '@'): pass "
                 "headers={'authorization': …}"
             )
         try:
@@ -122,32 +122,32 @@ class Endpoint:
         tls = tls or TLS()
         if parts.scheme in _PLAIN and tls != TLS():
             raise ValueError(
-                f"{url!r} has no TLS, and PEM files are given: write {parts.scheme}s://"
+                f"{url!r} does not use TLS, but PEM files were passed: use {parts.scheme}s://"
             )
         return cls(parts.scheme, f"{host}:{port}{path}", None if parts.scheme in _PLAIN else tls)
 
 
 def _not_a_url(url: str) -> ValueError:
     return ValueError(
-        f"{url!r} is not a server's URL; give grpc://host:8001, http://host:8000[/path], or "
+        f"{url!r} is not a server URL; use grpc://host:8001, http://host:8000[/path], or "
         "grpcs:// and https:// for TLS"
     )
 
 
-def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers, if both protocols can carry them; ValueError names the first that they cannot.
+def validate_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the headers; raise ValueError for the first that the protocols do not both accept.
 
-    It never quotes a value, which is likely a secret.
+    The message never quotes a value, which is likely a secret.
     """
     for name, value in (headers or {}).items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} is no header's name: letters, digits, '-', '_' and '.' are, unless it "
-                "begins with grpc- or ends in -bin"
+                f"{name!r} is not a valid header name: use letters, digits, '-', '_', '.', and "
+                "neither begin with grpc- nor end in -bin"
             )
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError(
-                f"the value of header {name!r} must be a str of printable ASCII in one line; "
-                "strip() what was read from a file"
+                f"the value of header {name!r} must be a single-line str of printable ASCII; "
+                "strip() a value read from a file"
             )
     return dict(headers or {})

@@ -16,7 +16,7 @@ from .errors import ImageNotKept, InvalidRequest, PromptError
 from .flow import Acquire, Compute, Flow, Infer, Lock, Query
 from .geometry import ImageLike, load_image, resize
 from .kept import ImageMemory, ImageSlot
-from .parsing import parse_switch, parse_threshold
+from .parsing import parse_bool, parse_threshold
 from .prompts import PackedPrompts, Prompt, pack, to_prompts
 from .protocol import (
     Answer,
@@ -37,14 +37,14 @@ from .shared_memory import SharedMemory
 Prompts = Sequence[Prompt]
 
 _TRIES_BY_ID = 2
-"""A lost id may already have been replaced by another caller; after that the image is sent."""
+"""Another caller may already have replaced a lost id; after that, the image is sent."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose about an answer, see `Client.segment`.
+    """The options of a request; see `Client.segment`.
 
-    Raises PromptError for a threshold that is no number, and a switch that is neither on nor off.
+    Raises PromptError for a threshold that is not a number and a flag that is not a boolean.
     """
 
     threshold: float = 0.0
@@ -52,12 +52,12 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", parse_threshold(self.threshold))
-        multimask_output = parse_switch(self.multimask_output, "multimask_output")
+        multimask_output = parse_bool(self.multimask_output, "multimask_output")
         object.__setattr__(self, "multimask_output", multimask_output)
 
 
 def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] | None) -> Prompts:
-    """One list of prompts from the two ways to give them."""
+    """One sequence of prompts from the two ways to pass them."""
     if prompts is None:
         return to_prompts(points, boxes)
     if points is not None or boxes is not None:
@@ -74,7 +74,7 @@ def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] |
 def finish(
     answers: Sequence[Answer], prompts: Prompts, picture: "Picture", threshold: float
 ) -> Segmentation:
-    """The masks of a picture from its answers, in the order of the prompts."""
+    """Build the masks of a picture from its answers, in the order of the prompts."""
     if answers:
         logits = np.concatenate([answer.logits for answer in answers])
         scores = np.concatenate([answer.scores for answer in answers])
@@ -85,7 +85,7 @@ def finish(
 
 
 class Picture:
-    """An image on its way to the server: size, content digest, and the pixels the server takes."""
+    """An image to be sent: its size, content digest, and the pixels that the server accepts."""
 
     def __init__(self, image: ImageLike) -> None:
         self._source: npt.NDArray[np.uint8] | None = load_image(image)
@@ -94,22 +94,28 @@ class Picture:
         self._pixels: npt.NDArray[np.uint8] | None = None
 
     def pixels(self, side: int) -> npt.NDArray[np.uint8]:
-        """RGB [side, side, 3]. Made once; the original is let go, so later edits do no harm."""
+        """RGB [side, side, 3]. Made once; the original is released, so later edits do no harm."""
         if self._pixels is None:
             assert self._source is not None
             resized = resize(self._source, side)
-            # Of that very size already, it is still the caller's own array.
+            # An image that already has this size is still the caller's own array.
             self._pixels = resized.copy() if resized is self._source else resized
             self._source = None
         return self._pixels
 
     def pack(self, prompts: Prompts, served: ServedModel, first: int = 0) -> PackedPrompts:
-        """The prompts as they travel; PromptError for what does not fit picture or server.
+        """Pack prompts for the wire; PromptError for one that does not fit picture or server.
 
-        first: the place of the first of them among all that are asked about.
+        first: the index of the first of them among all prompts of the call.
         """
-        side, most = served.mask_side, served.max_tokens
-        return pack(prompts, self.width, self.height, side, max_tokens=most, first=first)
+        return pack(
+            prompts,
+            self.width,
+            self.height,
+            served.mask_side,
+            max_tokens=served.max_tokens,
+            first=first,
+        )
 
 
 class Engine:
@@ -131,7 +137,7 @@ class Engine:
         self._served: ServedModel | None = None
 
     def served(self) -> Flow[ServedModel]:
-        """What the server's configuration says; asked once, and again once it refused a request."""
+        """The server's configuration, queried once, and again after it has rejected a request."""
         if self._served is None:
             interactive = yield from self._config(contract.INTERACTIVE)
             decoder = yield from self._config(contract.DECODER)
@@ -143,7 +149,7 @@ class Engine:
         return dict(config.get("config", config))  # gRPC wraps what HTTP returns bare
 
     def open(self, image: ImageLike) -> Flow[tuple[Picture, ImageSlot]]:
-        """Have the server keep the image, unless it is known to."""
+        """Have the server keep the image, unless it is known to keep it already."""
         picture = yield Compute(lambda: Picture(image))
         slot = self._memory.slot(picture.digest)
         yield from self._keep(picture, slot)
@@ -152,7 +158,10 @@ class Engine:
     def segment(
         self, image: ImageLike, prompts: Prompts, options: Options, *, keep: bool = True
     ) -> Flow[Segmentation]:
-        """Masks for any number of prompts; `keep` false leaves no image behind on the server."""
+        """Masks for any number of prompts.
+
+        keep: false leaves the image on the server only if the prompts need several requests.
+        """
         picture = yield Compute(lambda: Picture(image))
         remembered = keep and self._remembers and prompts
         slot = self._memory.slot(picture.digest) if remembered else None
@@ -161,7 +170,7 @@ class Engine:
     def segment_picture(
         self, picture: Picture, slot: ImageSlot | None, prompts: Prompts, options: Options
     ) -> Flow[Segmentation]:
-        """As many requests as the server's limit asks for, all about one encoding."""
+        """Send as many requests as the server's limit requires, all on one encoding."""
         if not prompts:
             return finish([], prompts, picture, options.threshold)
         served = yield from self.served()
@@ -169,12 +178,12 @@ class Engine:
         if slot is None and len(prompts) > limit:
             slot = ImageSlot(self.make_lock())
         flags = Flags(multimask_output=options.multimask_output)
-        # All packed before any is sent: a bad prompt at the end costs no request at the start.
+        # All are packed before any is sent, so that an invalid prompt costs no request.
         starts = range(0, len(prompts), limit)
         packed = [picture.pack(prompts[start : start + limit], served, start) for start in starts]
         answers: list[Answer] = []
-        for each in packed:
-            answers.append((yield from self.ask(picture, slot, each, flags)))
+        for batch in packed:
+            answers.append((yield from self.ask(picture, slot, batch, flags)))
         result: Segmentation = yield Compute(
             lambda: finish(answers, prompts, picture, options.threshold)
         )
@@ -183,7 +192,7 @@ class Engine:
     def ask(
         self, picture: Picture, slot: ImageSlot | None, packed: PackedPrompts, flags: Flags
     ) -> Flow[Answer]:
-        """One request, by id where the slot has one; without a slot nothing is kept."""
+        """Send one request, by id if the slot has one; without a slot the image is not kept."""
         served = yield from self.served()
 
         def by_pixels() -> Flow[Any]:
@@ -202,10 +211,10 @@ class Engine:
         return read_answer(outputs, len(packed.point_labels))
 
     def _keep(self, picture: Picture, slot: ImageSlot) -> Flow[None]:
-        """Fill an empty slot. A request needs a prompt, and so this one has one in the middle."""
+        """Fill an empty slot. A request needs a prompt, so this one has a point in the centre."""
         served = yield from self.served()
-        middle = Prompt(points=[(picture.width / 2, picture.height / 2)])
-        packed = picture.pack([middle], served)
+        centre = Prompt(points=[(picture.width / 2, picture.height / 2)])
+        packed = picture.pack([centre], served)
         pixels = yield Compute(lambda: picture.pixels(served.image_side))
         yield Acquire(slot.lock, self.retries.timeout)
         try:
@@ -220,12 +229,12 @@ class Engine:
         try:
             outputs: dict[str, npt.NDArray[Any]] = yield from send(request, self.retries)
         except InvalidRequest:
-            self._served = None  # another export may be served by now: its sizes are asked for anew
+            self._served = None  # another export may be served by now: query its sizes again
             raise
         return outputs
 
     def close(self) -> Flow[None]:
-        """Take back what the server holds of this client's memory."""
+        """Have the server release this client's shared memory."""
         if self._shared_memory is not None:
             yield from self._shared_memory.close(self.retries)
 
@@ -240,9 +249,9 @@ def _by_id_or_pixels(
     by_pixels: Callable[[], Flow[Any]],
     timeout: float,
 ) -> Flow[Any]:
-    """Ask by id where there is one; otherwise one caller sends the pixels and the rest wait.
+    """Ask by id if there is one; otherwise one caller sends the pixels and the others wait.
 
-    On a server that keeps nothing there is nothing to wait for: each sends the pixels.
+    If the server keeps no images there is nothing to wait for: each caller sends the pixels.
     """
 
     def fill_slot() -> Flow[Any]:
@@ -252,11 +261,11 @@ def _by_id_or_pixels(
 
     for _ in range(_TRIES_BY_ID):
         image_id = slot.image_id
-        if image_id is None and not slot.unkept:
+        if image_id is None and not slot.declined:
             yield Acquire(slot.lock, timeout)
             try:
                 image_id = slot.image_id
-                if image_id is None and not slot.unkept:
+                if image_id is None and not slot.declined:
                     return (yield from fill_slot())
             finally:
                 slot.lock.release()

@@ -1,38 +1,41 @@
 """Everything this package raises.
 
 SAM3Error
-├── PromptError (ValueError)                  a prompt is wrong; nothing was sent
-├── ImageError (ValueError)                   an image cannot be read, or is of a kind not accepted
+├── PromptError (ValueError)                  a prompt is invalid; the request was not sent
+├── ImageError (ValueError)                   an image cannot be read, or is not supported
 ├── ClientUnusable (RuntimeError)             closed, or used in another process or event loop
 ├── ServerError                               the server answered with an error
-│   ├── InvalidRequest                        it refused the request: correct it, do not retry
+│   ├── InvalidRequest                        it rejected the request: correct it, do not retry
 │   ├── ImageNotKept                          the image id is unknown or evicted: send the image
-│   ├── Overloaded                            it takes no more work for now: retry later
+│   ├── Overloaded                            it accepts no more work for now: retry later
 │   └── ModelUnavailable                      the model is not loaded, or not ready
 └── TransportError                            no answer came back
     ├── ServerUnreachable (ConnectionError)   nothing answers at the URL
     └── DeadlineExceeded (TimeoutError)       the answer took longer than the caller allowed
 
-Catch ``SAM3Error`` for all of them, or the built-in named in brackets where code already does.
+Catch ``SAM3Error`` for all of them, or the built-in exception given in brackets.
 """
 
 from __future__ import annotations
 
 
 class SAM3Error(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of every error that this package raises deliberately."""
 
 
 class PromptError(SAM3Error, ValueError):
-    """A prompt is wrong; nothing was sent. The message quotes the value and says what is taken."""
+    """A prompt is invalid; the request was not sent.
+
+    The message quotes the value and says what is accepted.
+    """
 
 
 class ImageError(SAM3Error, ValueError):
-    """An image cannot be read, or is of a kind that is not accepted; nothing was sent."""
+    """An image cannot be read, or is of a kind that is not supported; nothing was sent."""
 
 
 class ClientUnusable(SAM3Error, RuntimeError):
-    """The client or view is closed, or belongs to another process or event loop; make a new one."""
+    """The client or view is closed, or of another process or event loop; create a new one."""
 
 
 class ServerError(SAM3Error):
@@ -40,15 +43,15 @@ class ServerError(SAM3Error):
 
 
 class InvalidRequest(ServerError):
-    """The server refused the request as wrong (INVALID_ARG); the same request fails again."""
+    """The server rejected the request as invalid (INVALID_ARG); the same request fails again."""
 
 
 class ImageNotKept(ServerError):
-    """The server knows no such image id, or has evicted it; send the image again."""
+    """The server does not know the image id, or has evicted it; send the image again."""
 
 
 class Overloaded(ServerError):
-    """The server refuses work for now; the same request may succeed later."""
+    """The server rejects work for now; the same request may succeed later."""
 
 
 class ModelUnavailable(ServerError):

@@ -1,8 +1,8 @@
-"""What a client does, written once: a flow yields the steps, a client performs them.
+"""The client logic, written once: a flow yields steps, a client performs them.
 
 A flow is a generator. It yields the values below, receives each one's result (or has its error
-thrown in), and returns the answer. `Client` performs the steps blocking, `AsyncClient` awaits
-them; the order of requests, retries and healing is pure code that neither of them repeats.
+thrown in), and returns the answer. `Client` blocks on each step, `AsyncClient` awaits it; the order
+of requests, retries and recovery is pure code that neither of them duplicates.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ Flow = Generator["Step", Any, T]
 
 @dataclass(frozen=True)
 class InSharedMemory:
-    """An input that lies in a registered shared memory region instead of in the request."""
+    """An input stored in a registered shared memory region instead of in the request."""
 
     region: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class InSharedMemory:
 
 @dataclass(frozen=True)
 class Infer:
-    """One inference: arrays by tensor name, batch dimension in front. Returns arrays by name."""
+    """One inference: arrays by tensor name, batch dimension first. Returns arrays by name."""
 
     model: str
     inputs: Mapping[str, Array | InSharedMemory]
@@ -41,7 +41,7 @@ class Infer:
 
 @dataclass(frozen=True)
 class Query:
-    """Any other call: a method of tritonclient's clients, which all four share by name."""
+    """Any other call: a method that all four of tritonclient's clients have under this name."""
 
     method: str
     args: tuple[str | int | bytes, ...] = ()
@@ -49,7 +49,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Call:
-    """Send `request`, giving up `timeout` seconds later; earlier tries took `spent` seconds."""
+    """Send `request`, giving up after `timeout` seconds; earlier attempts took `spent` seconds."""
 
     request: Infer | Query
     timeout: float
@@ -63,7 +63,7 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Compute:
-    """Work that keeps a processor busy: an event loop hands it to a thread."""
+    """CPU-bound work: an event loop hands it to a thread."""
 
     function: Callable[[], Any]
 

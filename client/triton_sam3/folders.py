@@ -1,7 +1,7 @@
 """A folder of images in, a folder of results out: what `triton-sam3 segment-dir` reads and writes.
 
 folder/x.jpg    ─► output/x.jpg.json
-folder/a/x.jpg  ─► output/a/x.jpg.json      (only prompts name images in folders of the folder)
+folder/a/x.jpg  ─► output/a/x.jpg.json      (images in subfolders: only if named by prompts)
 """
 
 import json
@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 from .errors import ImageError, PromptError
-from .geometry import PROGRAM
+from .geometry import POSTSCRIPT
 from .many import Outcome
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder by their suffixes, without hidden files; ImageError for none."""
+    """The images in a folder, by suffix and without hidden files; ImageError if there are none."""
     if not folder.is_dir():
         raise ImageError(f"there is no folder {str(folder)!r}")
     readable = _suffixes()
@@ -29,13 +29,13 @@ def images_in(folder: Path) -> list[Path]:
 
 def _suffixes() -> set[str]:
     Image.init()
-    readable = Image.OPEN.keys() - {PROGRAM}
+    readable = Image.OPEN.keys() - {POSTSCRIPT}
     return {suffix for suffix, name in Image.EXTENSION.items() if name in readable}
 
 
 def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
-    """The images that a JSON file names, and what it asks about each; PromptError says what is
-    wrong with the file."""
+    """Read the images that a JSON file names, with their prompts; PromptError says what is wrong
+    with the file."""
     if not folder.is_dir():
         raise ImageError(f"there is no folder {str(folder)!r}")
     try:
@@ -53,15 +53,17 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
 
 
 def check_output(folder: Path, output: Path) -> None:
-    """Refuse a file, and where the next run would take the results for images."""
+    """Reject a file, and a folder where the next run would read the results as images."""
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{str(output)!r} is a file, and the results need a folder")
+        raise ValueError(f"{str(output)!r} is a file, but the results need a folder")
     if output.resolve() == folder.resolve():
-        raise ValueError(f"the results cannot go among the images in {str(folder)!r}")
+        raise ValueError(
+            f"results cannot go into the folder of the images, {str(folder)!r}: choose another"
+        )
 
 
 def write(outcome: Outcome, folder: Path, output: Path, suffix: str) -> dict[str, Any]:
-    """Write one outcome where its image is in `folder`, under `output`; a line about it."""
+    """Write one outcome under `output`, at its image's path in `folder`; return a summary."""
     image = Path(str(outcome.image))
     try:
         result = outcome.unwrap()

@@ -1,9 +1,9 @@
 """Boolean masks in the formats other programs read.
 
 bool [H, W] ─► polygons      rings through the centres of the outermost pixels, with holes
-            ─► COCO RLE      {"size": [H, W], "counts": str}, loses nothing
+            ─► COCO RLE      {"size": [H, W], "counts": str}, lossless
             ─► Roboflow      one prediction of its instance-segmentation JSON
-            ─► index mask    one image, each pixel the number of its object
+            ─► index mask    one image, each pixel the index of its object
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-MIN_RING = 3
-"""Vertices Roboflow's readers ask of a polygon; shorter rings repeat their last vertex."""
+MIN_VERTICES = 3
+"""Vertices that Roboflow's readers require of a polygon; shorter rings repeat their last vertex."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +50,10 @@ def mask_to_polygons(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
 
 
 def mask_to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Encode a mask [H, W] as COCO's compressed RLE, with counts as str so that it is JSON."""
+    """Encode a mask [H, W] as COCO's compressed RLE, with counts as str for JSON."""
     x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
-    # COCO counts down columns. Transposing only where there is something, and by OpenCV, is many
-    # times faster than numpy.asfortranarray of the whole.
+    # COCO counts down columns. Transposing only the bounding box, with OpenCV, is many times faster
+    # than numpy.asfortranarray on the whole mask.
     columns = np.zeros(mask.shape[::-1], np.uint8)
     if width:
         window = mask[y : y + height, x : x + width].view(np.uint8)
@@ -63,15 +63,15 @@ def mask_to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def to_roboflow_ring(polygons: Sequence[Polygon]) -> list[dict[str, float]]:
-    """Outline of the largest region, the one ring Roboflow's `points` has room for."""
+    """Outline the largest region, as Roboflow's `points` holds only one ring."""
     ring = [{"x": float(x), "y": float(y)} for x, y in polygons[0].outer]
-    return ring + ring[-1:] * (MIN_RING - len(ring))
+    return ring + ring[-1:] * (MIN_VERTICES - len(ring))
 
 
 def index_mask(
     masks: NDArray[np.bool_], scores: NDArray[np.floating[Any]]
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """One image [H, W]: 0 for background, i + 1 for mask i; where masks overlap, the best score.
+    """One image [H, W]: 0 for background, i + 1 for mask i; in overlaps, the best score wins.
 
     uint8 for up to 255 masks, uint16 beyond.
     """

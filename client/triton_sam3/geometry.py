@@ -34,21 +34,21 @@ ACCEPTED = (
 
 FROM_BYTES = "open encoded bytes with PIL.Image.open(io.BytesIO(data))"
 
-PROGRAM = "EPS"
-"""The format for which Pillow starts another program, Ghostscript, on what the file says."""
+POSTSCRIPT = "EPS"
+"""The format that Pillow decodes by running another program, Ghostscript, on the file."""
 
-LONGEST_QUOTED = 255
-"""Characters of a path that a message quotes in full; image data given as text is a longer one."""
+MAX_QUOTED_LENGTH = 255
+"""Longest path that a message quotes in full; image data passed as text is longer."""
 
 STRIPS = 16
-"""Parts of a large image that is shrunk, for the cores to share: what one is made of stays in a
-core's caches, where a whole photo passes through memory three times. A power of two: Pillow takes
-their borders in single precision, and with most photos comes to the same as in one."""
+"""Strips in which a large image is shrunk, in parallel: the pixels of one stay in a core's caches,
+whereas a whole photo passes through memory three times. A power of two: Pillow takes their borders
+in single precision, and for most photos the result is the same as in one piece."""
 
-SMALL_PIXELS = 1 << 20
-"""An image with fewer is shrunk in one, sooner than threads have started."""
+MIN_STRIPED_PIXELS = 1 << 20
+"""A smaller image is shrunk in one piece, in less time than threads take to start."""
 
-TURNS: dict[Any, Image.Transpose] = {
+EXIF_TRANSPOSES: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,25 +57,25 @@ TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation (tag 0x0112) but 1, upright."""
+"""The operation that undoes each EXIF orientation (tag 0x0112) except 1, upright."""
 
 
 def load_image(image: ImageLike) -> NDArray[np.uint8]:
     """Return `image` as RGB uint8 [H, W, 3], C-contiguous, values 0 to 255.
 
-    A file's EXIF orientation is applied; a PIL image and an array are taken as they stand, because
-    the caller's coordinates are in their frame. Grey becomes three equal channels, alpha is
-    dropped, a 16-bit file keeps its upper 8 bits, and of several frames the first counts. A PIL
-    image of 32-bit integers is read as 16-bit, and refused if it may as well be 8-bit.
-    An array that already fits is returned itself, not a copy.
+    A file's EXIF orientation is applied; PIL images and arrays are used as they are, because the
+    caller's coordinates are in their frame. Grey becomes three equal channels, alpha is dropped, a
+    16-bit file keeps its upper 8 bits, and only the first of several frames is used. A PIL image of
+    32-bit integers is read as 16-bit, and rejected if it may be 8-bit. An array that already fits
+    is returned as it is, not copied.
 
-    Raises ImageError for anything else, naming what is accepted.
+    Raises ImageError for anything else, saying what is accepted.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
         with _decoding("the PIL image"):  # it may not have been decoded yet
-            _refuse_programs(image, "the PIL image")
+            _reject_postscript(image, "the PIL image")
             return _from_pil(image, "the PIL image")
     if isinstance(image, (str, os.PathLike)):
         return _from_file(os.fsdecode(image))
@@ -83,21 +83,23 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
     raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{hint}")
 
 
-def _refuse_programs(image: Image.Image, name: str) -> None:
-    """Before it is decoded. Whatever a file is called, its first bytes say what it is."""
-    if image.format == PROGRAM:
-        raise ImageError(f"{name} is PostScript, a program, which is not run: convert it first")
+def _reject_postscript(image: Image.Image, name: str) -> None:
+    """To be called before decoding. The first bytes of a file, not its name, say what it is."""
+    if image.format == POSTSCRIPT:
+        raise ImageError(
+            f"{name} is PostScript, a program that would have to be run: convert it first"
+        )
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn an opened file as its EXIF orientation says; one that cannot be read says nothing.
+    """Rotate or flip an opened file by its EXIF orientation; one that cannot be read is ignored.
 
-    Not by `ImageOps.exif_transpose`: it writes the EXIF anew, and refuses a good picture over
-    whatever else in it is damaged.
+    `ImageOps.exif_transpose` would not do: it rewrites the EXIF data, and rejects a good picture
+    when anything else in that data is damaged.
     """
     image.load()  # Pillow turns a TIFF as it decodes it, and drops the orientation only then
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Pillow's EXIF reader raises a wide variety
         turn = None
     return image if turn is None else image.transpose(turn)
@@ -112,9 +114,9 @@ def resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     if (height, width) == (side, side):
         return image
     if max(height, width) <= side:
-        # Antialiasing changes nothing when no side shrinks, and OpenCV is the faster of the two.
+        # Antialiasing changes nothing when no side shrinks, and OpenCV is faster.
         return np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR), np.uint8)
-    if height * width < SMALL_PIXELS:
+    if height * width < MIN_STRIPED_PIXELS:
         return _rows(image, side, 0, side)
     strips = min(STRIPS, side)
     borders = [side * strip // strips for strip in range(strips + 1)]
@@ -124,10 +126,10 @@ def resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _rows(image: NDArray[np.uint8], side: int, top: int, bottom: int) -> NDArray[np.uint8]:
-    """Rows from top to bottom of the image at [side, side, 3], out of what goes into them."""
+    """Rows top to bottom of the image at [side, side, 3], from the source rows they depend on."""
     height, width = image.shape[:2]
     scale = height / side
-    reach = max(1.0, scale)  # of the filter, to either side of a row
+    reach = max(1.0, scale)  # of the filter, above and below a row
     first = max(0, math.floor(top * scale - reach))
     last = min(height, math.ceil(bottom * scale + reach))
     box = (0, top * scale - first, width, min(bottom * scale, height) - first)
@@ -138,7 +140,7 @@ def _rows(image: NDArray[np.uint8], side: int, top: int, bottom: int) -> NDArray
 
 def to_fractions(xy: NDArray[np.floating[Any]], width: int, height: int) -> NDArray[np.float32]:
     """Turn pixels [..., 2] (x, y) into float32 fractions of the image's width and height."""
-    # Divided in float32, as the reference does, so the model sees the very same numbers.
+    # Divided in float32, as the reference does, so that the model sees exactly the same numbers.
     return xy.astype(np.float32) / np.array([width, height], np.float32)
 
 
@@ -166,16 +168,16 @@ def _from_file(path: str) -> NDArray[np.uint8]:
     name = _quoted(path)
     if "://" in path:
         raise ImageError(f"{name} is a URL: download it first; {ACCEPTED}")
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises over a name that is too long
-        hint = f"; if it is an image's data, decode it and {FROM_BYTES}"
-        raise ImageError(f"there is no file {name}{hint if len(path) > LONGEST_QUOTED else ''}")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        hint = f"; if this is image data, decode it and {FROM_BYTES}"
+        raise ImageError(f"there is no file {name}{hint if len(path) > MAX_QUOTED_LENGTH else ''}")
     with _decoding(name), Image.open(path) as image:
-        _refuse_programs(image, name)
+        _reject_postscript(image, name)
         return _from_pil(upright(image), name)
 
 
 def _quoted(path: str) -> str:
-    return repr(path if len(path) <= LONGEST_QUOTED else f"{path[:40]}…{path[-40:]}")
+    return repr(path if len(path) <= MAX_QUOTED_LENGTH else f"{path[:40]}…{path[-40:]}")
 
 
 def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -194,7 +196,7 @@ def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
 
 
 def _check_depth(largest: int, name: str) -> None:
-    """Refuse 32-bit integers that may be 8-bit grey: their upper byte would be black."""
+    """Reject 32-bit integers that may be 8-bit grey: their upper byte would be black."""
     if 0 < largest <= np.iinfo(np.uint8).max:
         raise ImageError(
             f"{name} holds 32-bit integers of at most {largest}, which may be 8-bit grey or dark "

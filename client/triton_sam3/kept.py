@@ -1,4 +1,4 @@
-"""Which image the server keeps under which id."""
+"""Which images the server keeps, and under which ids."""
 
 import threading
 from collections import OrderedDict
@@ -8,22 +8,22 @@ from .flow import Lock
 
 
 class ImageSlot:
-    """One image's id on the server; everything that asks about the image shares the slot.
+    """The id of one image on the server; all requests about the image share the slot.
 
-    Whoever fills the slot holds `lock`, so that callers who ask about a new image at the same
-    moment wait for one encoding instead of starting several.
+    The caller that fills the slot holds `lock`, so that concurrent requests about a new image wait
+    for one encoding instead of starting several.
     """
 
     def __init__(self, lock: Lock) -> None:
         self.image_id: bytes | None = None
-        self.unkept = False
-        """Whether the server, asked to keep the image, last said that it keeps none."""
+        self.declined = False
+        """Whether the server, last asked to keep the image, did not."""
         self.lock = lock
 
     def fill(self, image_id: bytes) -> None:
-        """Note what the server answered: an id, or an empty one."""
+        """Store the server's answer: an id, or an empty one if the image is not kept."""
         self.image_id = image_id or None
-        self.unkept = not image_id
+        self.declined = not image_id
 
     def forget(self, image_id: bytes) -> None:
         """Drop a lost id, unless another caller has already put a new one in its place."""
@@ -32,17 +32,17 @@ class ImageSlot:
 
 
 class ImageMemory:
-    """The slots of the `limit` images asked about last, by content digest. Thread-safe."""
+    """The slots of the `limit` most recently used images, by content digest. Thread-safe."""
 
     def __init__(self, limit: int, make_lock: Callable[[], Lock]) -> None:
         self._limit = limit
         self._make_lock = make_lock
         self._slots: OrderedDict[str, ImageSlot] = OrderedDict()
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
 
     def slot(self, digest: str) -> ImageSlot:
-        """The image's slot; a fresh one of its own where nothing is to be remembered."""
-        with self._guard:
+        """The image's slot; with a limit of 0, a new one every time."""
+        with self._lock:
             slot = self._slots.pop(digest, None) or ImageSlot(self._make_lock())
             self._slots[digest] = slot
             while len(self._slots) > self._limit:

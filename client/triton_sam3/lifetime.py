@@ -1,134 +1,68 @@
-"""How a transport ends: closed while calls are under way, or inherited by a forked child.
+"""When a client cannot be used: it is closed, or belongs to another process or event loop.
 
-close ─► calls under way in other threads and tasks ─► each raises `closed`
-fork  ─► the child's copy ─► never used (`forked`), never destroyed
-      └► OpenCV without its threads, which stayed behind
+In a forked child, inherited transports are never used (`forked_error`) and never destroyed, and
+OpenCV runs without its threads, which stayed behind in the parent.
 """
 
-import asyncio
 import ctypes
 import functools
 import os
-import time
 import weakref
-from collections.abc import Coroutine
 from typing import Any
 
 import cv2
 
-from .endpoint import Endpoint
-from .errors import ClientUnusable, SAM3Error
-from .flow import Call
-from .translation import translate
+from .errors import ClientUnusable
 
 
-def closed(url: str) -> ClientUnusable:
-    """What a closed client says."""
-    return ClientUnusable(f"this client of {url} is closed; make a new one")
+def closed_error(url: str) -> ClientUnusable:
+    """The error of a closed client."""
+    return ClientUnusable(f"this client of {url} is closed; create a new one")
 
 
-def forked(url: str) -> ClientUnusable:
-    """What a client says in a process that inherited it."""
-    return ClientUnusable(f"this client of {url} was made before a fork; make one in each process")
-
-
-def elsewhere(url: str) -> ClientUnusable:
-    """What an asyncio client says in another event loop than its first."""
+def forked_error(url: str) -> ClientUnusable:
+    """The error of a client in a process that inherited it."""
     return ClientUnusable(
-        f"this client of {url} belongs to another event loop, that of its first call; make one in "
-        "each"
+        f"this client of {url} was created before a fork; create one in each process"
     )
 
 
-_living: "weakref.WeakSet[Any]" = weakref.WeakSet()
+def wrong_loop_error(url: str) -> ClientUnusable:
+    """The error of an asyncio client in an event loop other than that of its first call."""
+    return ClientUnusable(
+        f"this client of {url} belongs to another event loop, that of its first call; create one "
+        "in each"
+    )
 
 
-def _keep_inherited() -> None:
-    """In a forked child: the parent's transports are never destroyed.
+_transports: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
-    aiohttp's destructors would take the parent's sockets off the epoll that both processes share,
-    and gRPC's would wait for threads that are not here. A module's own reference would not do: the
-    interpreter drops it as it exits.
-    """
-    for transport in _living:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(transport))
+
+def keep_in_forks(transport: Any) -> None:
+    """Have forked children never destroy their copy of a transport."""
+    _transports.add(transport)
+    _register_fork_handlers()
 
 
 @functools.cache
-def _guard_forks() -> None:
-    """Once, with the process's first client: what its forked children do as they begin.
+def _register_fork_handlers() -> None:
+    """Once, with the process's first client: what its forked children do first.
 
-    OpenCV's threads are not there either, and one may have held a lock at the fork, on which the
-    child's first mask would wait for ever: so it computes in the calling thread. Zero, not one:
-    that would join them.
+    OpenCV's threads do not exist in a child, and one may have held a lock at the fork, on which the
+    child's first mask would wait forever: so the child computes in the calling thread. Zero, not
+    one: that would join the threads.
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_keep_inherited)
         os.register_at_fork(after_in_child=functools.partial(cv2.setNumThreads, 0))
 
 
-class Endable:
-    """What the transports share: the URL to name in errors, and whether they are closed."""
+def _keep_inherited() -> None:
+    """In a forked child: never destroy the parent's transports.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._url = endpoint.url
-        self._closed = False
-        _living.add(self)
-        _guard_forks()
-
-    def failure(self, error: Exception, call: Call, started: float) -> SAM3Error:
-        """The error a caller sees for `error`, raised by a call begun at `started`."""
-        if self._closed:
-            return closed(self._url)
-        return translate(error, self._url, call.spent + time.monotonic() - started)
-
-
-class AsyncEndable(Endable):
-    """The awaitable transports: each call is a task of its own, which closing ends.
-
-    gRPC cancels whoever awaits a call on a channel that is closed; the caller's own task would
-    look as if somebody had cancelled it.
+    aiohttp's destructors would remove the parent's sockets from the epoll that both processes
+    share, and gRPC's would wait for threads that do not exist here. A module-level reference would
+    not do: the interpreter drops it as it exits.
     """
-
-    _client: Any
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
-        self._under_way: set[asyncio.Task[Any]] = set()
-
-    async def call(self, call: Call) -> Any:
-        if self._closed:
-            raise closed(self._url)
-        started = time.monotonic()
-        try:
-            return await self._apart(self._send(call))
-        except Exception as error:
-            raise self.failure(error, call, started) from error
-
-    async def _apart(self, work: Coroutine[Any, Any, Any]) -> Any:
-        task = asyncio.ensure_future(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._done)
-        try:
-            await asyncio.wait([task])
-        finally:
-            task.cancel()  # does nothing to one that is done
-        if task.cancelled():
-            raise ConnectionError("the call was cancelled on its way")
-        return task.result()
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._under_way.discard(task)
-        if not task.cancelled():
-            task.exception()  # looked at here: a cancelled caller will not
-
-    async def _send(self, call: Call) -> Any:
-        raise NotImplementedError
-
-    async def close(self) -> None:
-        self._closed = True
-        if self._under_way:
-            for task in self._under_way:
-                task.cancel()
-            await asyncio.wait(self._under_way)
-        await self._client.close()
+    for transport in _transports:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(transport))

@@ -1,10 +1,10 @@
 """Many images at once: a window of requests in flight slides over them.
 
-    images, prompts ─► Job… ─► at most `concurrency` at work ─► Outcome…, in order or as completed
+    images, prompts ─► Job… ─► at most `concurrency` in flight ─► Outcome…, in order or as completed
 
-An image that fails is an outcome with an error; the others go on. Images are taken from the
-iterable only as the window reaches them, and outcomes wait only within the window. An iterable that
-ends with an error does so once the window is empty: what was asked is answered first.
+An image that fails gives an outcome with an error; the others go on. Images are taken from the
+iterable only as the window reaches them, and outcomes wait only within the window. An error raised
+by an iterable is raised again once the window is empty: requests in flight are answered first.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from .results import Segmentation
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of one image: either `result` or `error` is set.
+    """The outcome for one image: either `result` or `error` is set.
 
-    index: the image's place among the images, from 0; image: as it was given.
+    index: the image's index among the images, from 0; image: as it was passed.
     """
 
     index: int
@@ -38,7 +38,7 @@ class Outcome:
     error: Exception | None = None
 
     def unwrap(self) -> Segmentation:
-        """The result; raises the error if there is one instead."""
+        """Return the result, or raise the error if there is one instead."""
         if self.result is None:
             raise self.error or AssertionError("an outcome has a result or an error")
         return self.result
@@ -46,34 +46,34 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One image with what is asked about it."""
+    """One image with its prompts, as they were passed."""
 
     index: int
     image: ImageLike
-    asked: Any
+    raw_prompts: Any
 
     def prompts(self) -> Prompts:
-        """The prompts of this image; PromptError for what cannot be read as such."""
-        if hasattr(self.asked, "xyxy"):  # a detector's boxes, without a word on points
-            return gather_prompts(None, self.asked, None)
-        if isinstance(self.asked, Mapping):
-            unknown = set(self.asked) - {"points", "boxes"}
-            if unknown:
-                raise PromptError(f"prompts {self.asked!r}: the keys are points and boxes")
-            return gather_prompts(self.asked.get("points"), self.asked.get("boxes"), None)
-        return gather_prompts(None, None, self.asked)
+        """The parsed prompts of this image; raises PromptError if they are invalid."""
+        raw = self.raw_prompts
+        if hasattr(raw, "xyxy"):  # a detector's boxes, without points
+            return gather_prompts(None, raw, None)
+        if isinstance(raw, Mapping):
+            if set(raw) - {"points", "boxes"}:
+                raise PromptError(f"prompts {raw!r} have an unknown key; use 'points' and 'boxes'")
+            return gather_prompts(raw.get("points"), raw.get("boxes"), None)
+        return gather_prompts(None, None, raw)
 
 
 def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterator[Job]:
-    """Pair images with prompts; a single mapping goes with every image.
+    """Pair images with prompts; a single mapping applies to every image.
 
-    Raises at once what can be known at once: ImageError for a single image, PromptError for a
-    number of prompts that does not match the images, ValueError for a concurrency below 1.
+    Raises early what can be checked early: ImageError for a single image, PromptError if the
+    numbers of prompts and images differ, ValueError for a concurrency below 1.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     if _is_one_image(images):
-        raise ImageError("images must be a list of images, even of one; this is a single image")
+        raise ImageError("images must be an iterable of images; wrap a single image in a list")
     if isinstance(prompts, Mapping | Prompt):
         return _pair(images, repeat(prompts))
     if not isinstance(prompts, Iterable):
@@ -81,12 +81,12 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
             f"prompts must be one mapping for all images, or one entry per image, got {prompts!r}"
         )
     if isinstance(images, Sized) and isinstance(prompts, Sized) and len(images) != len(prompts):
-        raise _uneven(len(prompts), len(images))
+        raise _count_mismatch(len(prompts), len(images))
     return _pair(images, iter(prompts))
 
 
 def _is_one_image(images: Any) -> bool:
-    """Whether iterating would give letters or rows of pixels."""
+    """Whether iterating would give characters or rows of pixels."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, (str, bytes, os.PathLike, Image.Image))
@@ -95,21 +95,21 @@ def _is_one_image(images: Any) -> bool:
 def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:
     for index, image in enumerate(images):
         try:
-            asked = next(prompts)
+            raw_prompts = next(prompts)
         except StopIteration:
-            raise _uneven(index, "more") from None
-        yield Job(index, image, asked)
+            raise _count_mismatch(index, "more") from None
+        yield Job(index, image, raw_prompts)
 
 
-def _uneven(prompts: int, images: int | str) -> PromptError:
+def _count_mismatch(prompts: int, images: int | str) -> PromptError:
     return PromptError(
-        f"there are prompts for {prompts} images, and {images} images: give one entry per image, "
-        "or one mapping for all"
+        f"got prompts for {prompts} images, but {images} images: pass one entry per image, or one "
+        "mapping for all"
     )
 
 
 def attempt(job: Job, segment: Callable[[ImageLike, Prompts], Segmentation]) -> Outcome:
-    """Segment one image; whatever goes wrong with it stays with it."""
+    """Segment one image; an error becomes part of its outcome."""
     try:
         return Outcome(job.index, job.image, segment(job.image, job.prompts()))
     except Exception as error:
@@ -129,9 +129,9 @@ async def attempt_async(
 def run(
     work: Iterator[Job], attempt_one: Callable[[Job], Outcome], concurrency: int, in_order: bool
 ) -> Iterator[Outcome]:
-    """Outcomes of all jobs, `concurrency` of them at a time in threads.
+    """Yield the outcomes of all jobs, run in threads, `concurrency` at a time.
 
-    Whoever stops early, as with Ctrl-C, does not wait for the jobs at work.
+    Stopping early, as with Ctrl-C, does not wait for the jobs in flight.
     """
     executor = ThreadPoolExecutor(concurrency, thread_name_prefix="triton-sam3")
     window: dict[Future[Outcome], None] = {}  # a dict keeps the order of submission
@@ -149,7 +149,7 @@ def run(
 
 
 def _take(work: Iterator[Job]) -> Job | Exception:
-    """The next job, or why there is none: `StopIteration`, or what images or prompts raised."""
+    """The next job, or why there is none: `StopIteration`, or an error of images or prompts."""
     try:
         return next(work)
     except Exception as error:
@@ -157,7 +157,7 @@ def _take(work: Iterator[Job]) -> Job | Exception:
 
 
 def _finished(window: dict[Future[Outcome], None], in_order: bool) -> Iterator[Outcome]:
-    """Wait for the oldest job, or for any, and take it out of the window."""
+    """Wait for the oldest job, or for any, and remove it from the window."""
     ready = [next(iter(window))] if in_order else wait(window, return_when=FIRST_COMPLETED).done
     for future in ready:
         del window[future]

@@ -13,40 +13,33 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-FILLED = 10.0
-"""Logit a filled hole gets: as the reference, clearly foreground but not the clamp's extreme."""
+FILL_LOGIT = 10.0
+"""Logit of a filled hole, as in the reference: clearly foreground, but not the clamp's extreme."""
 
 FEW_HOLES = 4
-"""Up to so many are filled one by one, 13 µs each; all at once take 55 of a 288 × 288 plane."""
+"""Up to this many are filled one by one, 13 µs each; all at once takes 55 µs at 288 × 288."""
 
 ROWS_AT_ONCE = 128
-"""Rows upsampled at a time: a strip of float32 that fits a cache, however large the image."""
+"""Rows upsampled at a time: a strip of float32 that fits in a cache, however large the image."""
 
 
-def hole_area(mask_side: int) -> float:
+def max_hole_area(mask_side: int) -> float:
     """Largest background region that counts as a hole, in pixels of the M × M logits.
 
     The reference fills 256 px on SAM 3's grid of 288, a square of 16 px or 1/18 of the side; the
-    fraction carries the rule over to models of another size.
+    fraction extends the rule to models of other sizes.
     """
     return (mask_side / 18) ** 2
 
 
-def finish_masks(
-    logits: NDArray[np.floating[Any]],
-    width: int,
-    height: int,
-    *,
-    max_hole_area: float | None = None,
-) -> NDArray[np.bool_]:
+def finish_masks(logits: NDArray[np.floating[Any]], width: int, height: int) -> NDArray[np.bool_]:
     """Turn logits [N, M, M] (float16 or float32) into masks [N, height, width].
 
-    Background regions (logit ≤ 0, 8-connected) of at most `max_hole_area` pixels of the M × M grid
-    are filled (default `hole_area(M)`, 0 fills none), the logits are upsampled bilinearly with
-    half-pixel centres, and what is strictly above 0 is the object.
+    Background regions (logit ≤ 0, 8-connected) of at most `max_hole_area(M)` pixels of the M × M
+    grid are filled, the logits are upsampled bilinearly with half-pixel centres, and pixels
+    strictly above 0 are the object.
     """
-    side = logits.shape[-1]
-    limit = hole_area(side) if max_hole_area is None else max_hole_area
+    limit = max_hole_area(logits.shape[-1])
     # Zeroed memory is not touched until written: many small objects on a large image stay cheap.
     masks = np.zeros((len(logits), height, width), np.bool_)
     for mask, plane in zip(masks, logits, strict=True):
@@ -57,7 +50,7 @@ def finish_masks(
 def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Boxes [N, 4] (x_min, y_min, x_max, y_max) of masks [N, H, W] in pixels.
 
-    The maxima are exclusive, so that x_max - x_min is the width; an empty mask's box is all zeros.
+    The maxima are exclusive, so x_max - x_min is the width; an empty mask's box is all zeros.
     """
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks, strict=True):
@@ -74,7 +67,7 @@ def mask_areas(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _float32(plane: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """A copy as float32."""
     if plane.dtype == np.float16 and hasattr(cv2, "convertFp16"):
-        # The same numbers as NumPy's in a tenth of the time, by the processor's own instruction.
+        # The same numbers as NumPy's in a tenth of the time, with the CPU's own instruction.
         wide: NDArray[np.float32] = cv2.convertFp16(np.ascontiguousarray(plane).view(np.int16))
         return wide
     return plane.astype(np.float32)
@@ -86,21 +79,21 @@ def _fill_holes(plane: NDArray[np.float32], limit: float) -> NDArray[np.float32]
     small[0] = False  # label 0 is the foreground
     holes = np.flatnonzero(small)
     if len(holes) > FEW_HOLES:
-        plane[small.take(labels)] = FILLED
+        plane[small.take(labels)] = FILL_LOGIT
         return plane
     for hole in holes:
-        plane[labels == hole] = FILLED
+        plane[labels == hole] = FILL_LOGIT
     return plane
 
 
 def _regions(background: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A label for each pixel, by 8-connected region with 0 outside, and the pixels of each label.
+    """Label each pixel by its 8-connected region, 0 outside, and count the pixels of each label.
 
-    OpenCV's own statistics, centroids among them, take 200 µs of a 288 × 288 plane; a histogram of
-    the labels takes 40 to 100, and is made of 16 bits. It counts no wider ones but slow floats.
+    OpenCV's own statistics, which include centroids, take 200 µs on a 288 × 288 plane; a histogram
+    of 16-bit labels takes 40 to 100 µs. Wider labels would have to be floats, which are slow.
     """
     height, width = background.shape
-    # No two regions lie in the same 2 × 2 pixels. OpenCV does not check that labels fit.
+    # No two regions share a 2 × 2 block of pixels. OpenCV does not check that labels fit.
     if ((height + 1) // 2) * ((width + 1) // 2) > np.iinfo(np.uint16).max:
         _, wide, stats, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
         return wide, stats[:, cv2.CC_STAT_AREA]
@@ -111,8 +104,8 @@ def _regions(background: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]
 def _upsample_into(mask: NDArray[np.bool_], plane: NDArray[np.float32]) -> None:
     """Upsample logits [M, M] and write where they are above 0 into a zeroed mask [H, W].
 
-    Only output rows that can be above 0 are computed. First down, then across: each output row
-    depends on its own row of the first step alone, so strips change no value.
+    Only output rows that can be above 0 are computed. Vertically first, then horizontally: each
+    output row depends only on its own row of the first step, so strips change no value.
     """
     height, width = mask.shape
     side = len(plane)

@@ -1,11 +1,11 @@
-"""Reading what callers write for points, boxes and masks, and saying what is wrong with it.
+"""Parse the points, boxes and masks that callers pass, and say what is wrong with them.
 
     {"x", "y", "positive"} │ (x, y) │ (x, y, positive)            ─► Point
     (x_min, y_min, x_max, y_max) │ a dict of corners or a centre  ─► Box
     logits [M, M]                                                 ─► float16 [M, M]
 
-Python's numbers and lists, NumPy's arrays and scalars, and any library's with `tolist` will do.
-Every error quotes the value.
+Python numbers and lists, NumPy arrays and scalars, and any library's with `tolist` are accepted.
+Errors quote the value.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ CORNER_KEYS = (
 """Spellings of a box's corners in dicts, tried in this order."""
 CENTRE_KEYS = ("x", "y", "width", "height")
 
-LARGEST_COORDINATE = 1e9
-"""No image is this wide; beyond it, a coordinate is infinity in disguise."""
+MAX_COORDINATE = 1e9
+"""No image is this wide; a larger coordinate is infinity in disguise."""
 
-HALF_EXPONENT = 0x7C00
-"""The exponent's bits of a float16; all of them are set in infinities and NaN, and only there."""
+FLOAT16_EXPONENT = 0x7C00
+"""The exponent bits of a float16; all of them are set only in infinities and NaN."""
 
 
 class Point(NamedTuple):
-    """A labelled point in absolute pixels; `positive` false marks what is not the object."""
+    """A labelled point in absolute pixels; `positive` is false for a point outside the object."""
 
     x: float
     y: float
@@ -63,36 +63,37 @@ class Box(NamedTuple):
 
 
 def parse_points(points: Any) -> tuple[Point, ...]:
-    """Read labelled points of one object.
+    """Parse the labelled points of one object.
 
-    points: None, or a sequence whose items are {"x", "y", "positive"} (positive by default true),
-    (x, y) or (x, y, positive); an array [n, 2] or [n, 3] too. Raises PromptError quoting the value
+    points: None, or a sequence whose items are {"x", "y", "positive"} (positive defaults to true),
+    (x, y) or (x, y, positive), or an array [n, 2] or [n, 3]. Raises PromptError quoting the value
     for a missing, boolean, NaN or infinite coordinate, for a wrong length, and for a dict that has
     other keys in place of "positive".
     """
     if points is None:
         return ()
-    return tuple(each(listed(points, "points", POINT_FORMS), "points", _parse_point))
+    return tuple(convert_each(parse_list(points, "points", POINT_FORMS), "points", _parse_point))
 
 
 def _parse_point(point: Any) -> Point:
     name = f"point {quote(point)}"
     if isinstance(point, Mapping):
         _require(point, ("x", "y"), name, POINT_FORMS)
-        unread = [key for key in point if key not in ("x", "y")]
-        if unread and "positive" not in point:  # what `label` means is anybody's guess
-            raise PromptError(f"{name} has {', '.join(map(quote, unread))}, and no positive")
+        unknown = [quote(key) for key in point if key not in ("x", "y", "positive")]
+        if unknown and "positive" not in point:  # `label`, for one, could mean anything
+            keys = f"key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+            raise PromptError(f"{name} has the unknown {keys}; use 'positive'")
         parts = [point["x"], point["y"], point.get("positive", True)]
     else:
         parts = _items(point) or []
         if len(parts) not in (2, 3):
             raise PromptError(f"{quote(point)} is not a point: {POINT_FORMS}")
     x, y = (_coordinate(value, name) for value in parts[:2])
-    return Point(x, y, parse_switch(parts[2], f"{name}: positive") if len(parts) == 3 else True)
+    return Point(x, y, parse_bool(parts[2], f"{name}: positive") if len(parts) == 3 else True)
 
 
-def parse_switch(value: Any, name: str) -> bool:
-    """True or 1, False or 0. Anything else is more likely a mistake than a yes."""
+def parse_bool(value: Any, name: str) -> bool:
+    """Parse True or 1, False or 0; anything else is more likely a mistake than a yes."""
     native = _native(value)
     if isinstance(native, (bool, int, float)) and native in (0, 1):
         return bool(native)
@@ -100,7 +101,7 @@ def parse_switch(value: Any, name: str) -> bool:
 
 
 def parse_threshold(value: Any) -> float:
-    """Read the least score of a mask; every mask would be below NaN, without a word."""
+    """Parse the minimum score of a mask; NaN would silently drop every mask."""
     native = _native(value)
     if isinstance(native, bool) or not isinstance(native, numbers.Real) or math.isnan(native):
         raise PromptError(f"threshold must be a number, got {quote(value)}")
@@ -108,9 +109,9 @@ def parse_threshold(value: Any) -> float:
 
 
 def parse_box(box: Any) -> Box:
-    """Read one box: (x_min, y_min, x_max, y_max), or a dict of its corners or centre and size.
+    """Parse one box: (x_min, y_min, x_max, y_max), or a dict of its corners or centre and size.
 
-    A box may be a line or a dot, as detectors round small ones. Raises PromptError quoting the
+    A box may be a line or a point, as detectors round small ones. Raises PromptError quoting the
     value for NaN, a wrong length and corners in the wrong order.
     """
     name = f"box {quote(box)}"
@@ -136,7 +137,7 @@ def _corners_of_mapping(box: Mapping[str, Any], name: str) -> list[float]:
 
 
 def parse_mask(mask: Any) -> NDArray[np.float16]:
-    """Read the logits of an earlier answer, [M, M] or [1, M, M]; return float16, read-only."""
+    """Parse the logits of an earlier answer, [M, M] or [1, M, M], into read-only float16."""
     logits = _as_array(mask)
     if logits.ndim == 3 and logits.shape[0] == 1:
         logits = logits[0]
@@ -155,66 +156,69 @@ def parse_mask(mask: Any) -> NDArray[np.float16]:
 def _fits_float16(logits: NDArray[np.floating[Any]]) -> bool:
     """NaN has a meaning of its own on the wire, and float16 ends at 65504."""
     if logits.dtype == np.float16:
-        # Asked of the exponent's bits: comparing 288 × 288 halves takes NumPy 170 µs, this 15.
-        exponents = logits.view(np.uint16) & HALF_EXPONENT
-        return bool((exponents != HALF_EXPONENT).all())
+        # Tests the exponent bits: comparing 288 × 288 values takes NumPy 170 µs, this 15 µs.
+        exponents = logits.view(np.uint16) & FLOAT16_EXPONENT
+        return bool((exponents != FLOAT16_EXPONENT).all())
     return bool((np.abs(logits) <= np.finfo(np.float16).max).all())
 
 
 def _as_array(mask: Any) -> NDArray[Any]:
     try:
         return np.asarray(mask)
-    except Exception as error:  # ragged lists, and tensors that NumPy has no type or way for
+    except Exception as error:  # ragged lists, and tensors that NumPy cannot convert
         raise PromptError(
-            "a mask must be the logits [M, M] of an earlier answer, and this "
-            f"{type(mask).__name__} is no array: {error}"
+            "a mask must be the logits [M, M] of an earlier answer, but this "
+            f"{type(mask).__name__} cannot be converted to an array: {error}"
         ) from error
 
 
 def parse_class_id(class_id: Any) -> int:
-    """Read a class id, a whole number of any type."""
+    """Parse a class id, an integer of any numeric type."""
     native = _native(class_id)
     if isinstance(native, bool) or not isinstance(native, (int, float)) or native % 1 != 0:
-        raise PromptError(f"class_id must be a whole number, got {quote(class_id)}")
+        raise PromptError(f"class_id must be an integer, got {quote(class_id)}")
     return int(native)
 
 
-def listed(values: Any, what: str, forms: str) -> list[Any]:
+def parse_list(values: Any, what: str, forms: str) -> list[Any]:
     """Return the items of a list of `what`; raise PromptError for anything else.
 
-    Bare numbers are no list of anything here: (320, 240) is one point, not two.
+    A flat list of numbers is rejected: (320, 240) is one point, not two.
     """
     items = _items(values)
     if items is None or any(isinstance(item, numbers.Number) for item in items):
         raise PromptError(
-            f"{what} must be a list, even of one, got {quote(values)}: {forms}",
+            f"{what} must be a list of {what}, got {quote(values)}; wrap a single one in a list: "
+            f"{forms}"
         )
     return items
 
 
-def each(items: Sequence[Any], what: str, read: Callable[[Any], T], first: int = 0) -> list[T]:
-    """Read each item; of several, the error names the one that is wrong by its place.
+def convert_each(
+    items: Sequence[Any], what: str, convert: Callable[[Any], T], first: int = 0
+) -> list[T]:
+    """Convert each item; if there are several, an error names the invalid one by its index.
 
-    first: the place of the first item, where these are not all.
+    first: the index of the first item, if these are not all.
     """
     values = []
-    for place, item in enumerate(items, first):
+    for index, item in enumerate(items, first):
         try:
-            values.append(read(item))
+            values.append(convert(item))
         except PromptError as error:
             if not first and len(items) == 1:
                 raise
-            raise PromptError(f"{what}[{place}]: {error}") from error
+            raise PromptError(f"{what}[{index}]: {error}") from error
     return values
 
 
 def quote(value: Any) -> str:
-    """`repr` for messages, NumPy's values written as plain numbers and lists."""
-    return _SHORT.repr(value)
+    """A short `repr` for messages, with NumPy values as plain numbers and lists."""
+    return _SHORT_REPR.repr(value)
 
 
-class _Short(reprlib.Repr):
-    """Shortens as well: a detection may carry a polygon of thousands of points."""
+class _ShortRepr(reprlib.Repr):
+    """Abbreviates long values: a detection may carry a polygon of thousands of points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +230,7 @@ class _Short(reprlib.Repr):
         return super().repr1(_native(value), level)
 
 
-_SHORT = _Short()
+_SHORT_REPR = _ShortRepr()
 
 
 def _native(value: Any) -> Any:
@@ -234,7 +238,7 @@ def _native(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """Return the items of whatever lists values; None for text, mappings and single values."""
+    """Return the items of any iterable; None for text, mappings and single values."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         return None
     return None if getattr(value, "ndim", 1) == 0 else list(value)
@@ -243,7 +247,7 @@ def _items(value: Any) -> list[Any] | None:
 def _require(mapping: Mapping[str, Any], keys: tuple[str, ...], name: str, forms: str) -> None:
     missing = [key for key in keys if key not in mapping]
     if missing:
-        raise PromptError(f"{name} has no {' and no '.join(missing)}: {forms}")
+        raise PromptError(f"{name} is missing {', '.join(map(repr, missing))}: {forms}")
 
 
 def _coordinate(value: Any, name: str) -> float:
@@ -254,6 +258,6 @@ def _coordinate(value: Any, name: str) -> float:
         number = float(native)
     except OverflowError:
         number = math.inf
-    if not abs(number) <= LARGEST_COORDINATE:  # false for NaN too
+    if not abs(number) <= MAX_COORDINATE:  # false for NaN too
         raise PromptError(f"{name}: coordinates must be finite pixels, got {quote(value)}")
     return number

@@ -1,4 +1,4 @@
-"""Prompts: what a caller says about an object, checked and packed for the wire.
+"""Prompts: what a caller says about an object, validated and packed for the wire.
 
     points  ─parse_points─►  Point…  ┐
     boxes   ─parse_boxes──►  Prompt… ├─to_prompts─►  Prompt… ─pack─► point_coords, point_labels,
@@ -30,10 +30,10 @@ from .parsing import (
     BOX_FORMS,
     Box,
     Point,
-    each,
-    listed,
+    convert_each,
     parse_box,
     parse_class_id,
+    parse_list,
     parse_mask,
     parse_points,
 )
@@ -43,7 +43,7 @@ FOREGROUND_CLASS_NAME = "foreground"
 
 
 class HasXYXY(Protocol):
-    """`supervision.Detections`, and other libraries' detections like it."""
+    """`supervision.Detections`, and similar detections of other libraries."""
 
     @property
     def xyxy(self) -> Any:
@@ -53,7 +53,7 @@ class HasXYXY(Protocol):
 PointsLike: TypeAlias = (
     Sequence[Point | Sequence[float] | Mapping[str, Any] | NDArray[Any]] | NDArray[Any]
 )
-"""Points of one object: what `parse_points` reads."""
+"""Points of one object: what `parse_points` accepts."""
 
 BoxesLike: TypeAlias = (
     Sequence[Box | Sequence[float] | Mapping[str, Any] | NDArray[Any]]
@@ -61,19 +61,19 @@ BoxesLike: TypeAlias = (
     | Mapping[str, Any]
     | HasXYXY
 )
-"""Boxes, one object each: what `parse_boxes` reads."""
+"""Boxes, one object each: what `parse_boxes` accepts."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Prompt:
     """One object to segment: labelled points, a box, an earlier answer's logits, or a mix.
 
-    points: whatever `parse_points` takes; kept as a tuple of `Point`.
-    box: (x_min, y_min, x_max, y_max) or any single box `parse_boxes` takes; kept as a `Box`.
-    mask: logits [M, M] or [1, M, M] of an earlier answer; kept as float16 [M, M], read-only.
-    class_name, class_id, detection_id: carried to the mask, never sent.
+    points: anything `parse_points` accepts; stored as a tuple of `Point`.
+    box: (x_min, y_min, x_max, y_max) or any single box `parse_boxes` accepts; stored as a `Box`.
+    mask: logits [M, M] or [1, M, M] of an earlier answer; stored as float16 [M, M], read-only.
+    class_name, class_id, detection_id: copied to the mask, never sent.
 
-    Raises PromptError when there is neither points nor box nor mask, or one of them is wrong.
+    Raises PromptError if there are no points, no box and no mask, or if one of them is invalid.
     """
 
     points: tuple[Point, ...]
@@ -102,18 +102,18 @@ class Prompt:
             "detection_id": None if detection_id is None else str(detection_id),
         }
         if not values["points"] and values["box"] is None and values["mask"] is None:
-            raise PromptError("a prompt needs points, a box or a mask, and this one has none")
+            raise PromptError("a prompt needs points, a box or a mask, but this one has none")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedPrompts:
-    """N prompts as the wire takes them, P the most tokens any of them has.
+    """N prompts in wire format; P is the largest number of tokens any of them has.
 
     point_coords: float32 [N, P, 2], x and y as fractions of the image's width and height.
     point_labels: int32 [N, P], 1 positive, 0 negative, 2 and 3 a box's corners, -1 padding.
-    mask_input: float16 [N, M, M], a plane of NaN where a prompt has no mask; None when none has.
+    mask_input: float16 [N, M, M], a plane of NaN for a prompt without a mask; None if none has one.
     """
 
     point_coords: NDArray[np.float32]
@@ -122,10 +122,10 @@ class PackedPrompts:
 
 
 def to_prompts(points: Any = None, boxes: Any = None) -> tuple[Prompt, ...]:
-    """Boxes first, one object each, then all the points as one object.
+    """Return one prompt per box, then one for all the points together.
 
-    Empty boxes without points give no prompts at all, for a detector that found nothing is no
-    mistake; neither points nor boxes is one, and raises PromptError.
+    Empty boxes without points give no prompts, as a detector may find nothing; passing neither
+    points nor boxes raises PromptError.
     """
     parsed_points = parse_points(points)
     prompts = parse_boxes(boxes)
@@ -135,7 +135,7 @@ def to_prompts(points: Any = None, boxes: Any = None) -> tuple[Prompt, ...]:
 
 
 def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
-    """Read boxes, one prompt each, with class id, class name and detection id where they have them.
+    """Parse boxes, one prompt each, with class id, class name and detection id if they have them.
 
     boxes: None; an array or list [n, 4] of x_min, y_min, x_max, y_max; dicts with those keys
     (also xmin…, x0…y1, x1…y2) or with a centre x, y, width, height; Roboflow's response
@@ -148,34 +148,34 @@ def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
         boxes = boxes["predictions"]
     if hasattr(boxes, "xyxy"):
         return _from_detections(boxes)
-    return tuple(each(listed(boxes, "boxes", BOX_FORMS), "boxes", _parse_box_prompt))
+    return tuple(convert_each(parse_list(boxes, "boxes", BOX_FORMS), "boxes", _parse_box_prompt))
 
 
 def pack(
     prompts: Sequence[Prompt],
     width: int,
     height: int,
-    mask_side: int | None = None,
+    mask_side: int,
     *,
     max_tokens: int | None = None,
     first: int = 0,
 ) -> PackedPrompts:
     """Pack prompts for an image of width × height pixels.
 
-    A box's two tokens come before the points; a box that overshoots the image is clipped to it.
-    mask_side: M, the side of the server's mask logits; needed when a prompt carries a mask.
-    max_tokens: most tokens of an object that the server takes; first: the place of the first of
+    A box's two tokens come before the points; a box that extends beyond the image is clipped to it.
+    mask_side: M, the side of the server's mask logits.
+    max_tokens: most tokens per object that the server accepts; first: the index of the first of
     these prompts among all, for errors.
-    Raises PromptError for a point or a whole box outside the image, a mask of another size and
-    too many tokens.
+    Raises PromptError for a point or a whole box outside the image, a mask of another size, or too
+    many tokens.
     """
-    read = partial(_tokens, width=width, height=height, most=max_tokens)
-    tokens = each(prompts, "objects", read, first)
-    # One column of padding rather than none: a prompt of only a mask then has the same rank and no
-    # zero-length dimension, which not every path of the server takes.
-    longest = max((len(labels) for _, labels in tokens), default=0) or 1
-    coords = np.zeros((len(prompts), longest, 2), np.float32)
-    labels = np.full((len(prompts), longest), LABEL_PADDING, np.int32)
+    to_tokens = partial(_tokens, width=width, height=height, max_tokens=max_tokens)
+    tokens = convert_each(prompts, "objects", to_tokens, first)
+    # At least one column of padding: a prompt with only a mask then has the same rank and no
+    # zero-length dimension, which not every path of the server accepts.
+    columns = max((len(labels) for _, labels in tokens), default=0) or 1
+    coords = np.zeros((len(prompts), columns, 2), np.float32)
+    labels = np.full((len(prompts), columns), LABEL_PADDING, np.int32)
     for row, (xy, kinds) in enumerate(tokens):
         pixels = np.array(xy, np.float64).reshape(-1, 2)
         coords[row, : len(kinds)] = to_fractions(pixels, width, height)
@@ -191,17 +191,19 @@ def _parse_box_prompt(box: Any) -> Prompt:
 
 
 def _from_detections(detections: Any) -> tuple[Prompt, ...]:
-    """Read a `supervision.Detections`, or what else has its `xyxy`; it need not be installed."""
+    """Parse a `supervision.Detections`, or anything with `xyxy`; it need not be installed."""
     boxes = list(detections.xyxy)
     data = getattr(detections, "data", None)
-    named = data if isinstance(data, Mapping) else {}  # other libraries' is an array
+    named = data if isinstance(data, Mapping) else {}  # an array in other libraries
     class_id = getattr(detections, "class_id", None)
     columns = (named.get("class_name"), class_id, named.get("detection_id"))
     rows = [[None] * len(boxes) if column is None else list(column) for column in columns]
     if any(len(row) != len(boxes) for row in rows):
-        raise PromptError(f"{len(boxes)} boxes need as many class names, class and detection ids")
+        raise PromptError(
+            f"{len(boxes)} boxes need as many class names, class ids and detection ids"
+        )
     described = list(zip(boxes, *rows, strict=True))
-    return tuple(each(described, "boxes", lambda row: _box_prompt(*row)))
+    return tuple(convert_each(described, "boxes", lambda row: _box_prompt(*row)))
 
 
 def _box_prompt(box: Any, class_name: Any, class_id: Any, detection_id: Any) -> Prompt:
@@ -214,7 +216,7 @@ def _box_prompt(box: Any, class_name: Any, class_id: Any, detection_id: Any) -> 
 
 
 def _tokens(
-    prompt: Prompt, width: int, height: int, most: int | None
+    prompt: Prompt, width: int, height: int, max_tokens: int | None
 ) -> tuple[list[tuple[float, float]], list[int]]:
     xy: list[tuple[float, float]] = []
     labels: list[int] = []
@@ -226,16 +228,16 @@ def _tokens(
         _check_inside(point, width, height)
         xy.append((point.x, point.y))
         labels.append(LABEL_POSITIVE if point.positive else LABEL_NEGATIVE)
-    if most is not None and len(labels) > most:
+    if max_tokens is not None and len(labels) > max_tokens:
         raise PromptError(
-            f"an object has {len(labels)} tokens (1 a point, 2 a box), and this server takes at "
-            f"most {most}: leave points out"
+            f"an object has {len(labels)} tokens (1 per point, 2 per box), but this server accepts "
+            f"at most {max_tokens}: remove some points"
         )
     return xy, labels
 
 
 def overlaps(box: Box, width: int, height: int) -> bool:
-    """Whether any of a box is inside, or on the border of, an image of width × height pixels."""
+    """Whether any part of a box is within an image of width × height pixels, or on its border."""
     return box.x_min <= width and box.y_min <= height and box.x_max >= 0 and box.y_max >= 0
 
 
@@ -255,12 +257,10 @@ def _check_inside(point: Point, width: int, height: int) -> None:
         )
 
 
-def _pack_masks(prompts: Sequence[Prompt], mask_side: int | None) -> NDArray[np.float16] | None:
+def _pack_masks(prompts: Sequence[Prompt], mask_side: int) -> NDArray[np.float16] | None:
     carried = [prompt.mask for prompt in prompts]
     if all(mask is None for mask in carried):
         return None
-    if mask_side is None:
-        raise PromptError("a prompt carries a mask, and the size of the server's masks is unknown")
     planes = np.full((len(prompts), mask_side, mask_side), np.nan, np.float16)
     for plane, mask in zip(planes, carried, strict=True):
         if mask is None:
@@ -268,7 +268,7 @@ def _pack_masks(prompts: Sequence[Prompt], mask_side: int | None) -> NDArray[np.
         if mask.shape != plane.shape:
             raise PromptError(
                 f"a mask of {mask.shape[0]}×{mask.shape[1]} does not fit this server's masks of "
-                f"{mask_side}×{mask_side}: pass the logits of an answer by the same model"
+                f"{mask_side}×{mask_side}: pass the logits of an answer from the same model"
             )
         plane[:] = mask
     return planes

@@ -44,20 +44,20 @@ def _dims(config: Mapping[str, Any], name: str) -> list[int]:
     for tensor in config.get("input", ()):
         if tensor["name"] == name:
             return [int(size) for size in tensor["dims"]]
-    raise _stranger(config, f"input {name!r}")
+    raise _incompatible_model(config, f"input {name!r}")
 
 
 def _limit(config: Mapping[str, Any], name: str) -> int:
     value = config.get("parameters", {}).get(name)
     if value is None:
-        raise _stranger(config, f"parameter {name!r}")
+        raise _incompatible_model(config, f"parameter {name!r}")
     return int(value["string_value"])
 
 
-def _stranger(config: Mapping[str, Any], lacks: str) -> ServerError:
+def _incompatible_model(config: Mapping[str, Any], missing: str) -> ServerError:
     return ServerError(
-        f"the server's model {config.get('name')!r} has no {lacks}: it is not the one that this "
-        "client speaks to; serve the repository `python -m export` builds"
+        f"the server's model {config.get('name')!r} has no {missing}, so it is not the one this "
+        "client expects; serve the repository that `python -m export` builds"
     )
 
 
@@ -82,38 +82,38 @@ class Answer:
     image_id: bytes
 
 
-_DIGEST = 16
-"""Bytes of a digest: long enough that nobody can make two images share one."""
+_DIGEST_BYTES = 16
+"""Long enough that nobody can make two images share a digest."""
 
-_PART = 1 << 22
-"""Bytes hashed in one go; a photo of 12 megapixels is 9 of them, on as many processors."""
+_CHUNK_BYTES = 1 << 22
+"""Bytes hashed in one go; a photo of 12 megapixels is 9 such chunks, hashed in parallel."""
 
 
 def digest(pixels: npt.NDArray[np.uint8]) -> str:
-    """Name an image [H, W, 3] by its content, in hexadecimal.
+    """Return the hexadecimal digest of an image [H, W, 3].
 
-    Of the caller's pixels, not of the resized ones: resizing costs more than hashing, and a
-    known image then needs no resizing at all.
+    It is computed from the caller's pixels, not the resized ones: resizing costs more than hashing,
+    and a known image then needs no resizing at all.
     """
     data = np.ascontiguousarray(pixels).data.cast("B")
-    parts = [data[start : start + _PART] for start in range(0, len(data), _PART)]
-    state = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=_DIGEST)
-    if len(parts) == 1:
-        state.update(_hash(parts[0]))
+    chunks = [data[start : start + _CHUNK_BYTES] for start in range(0, len(data), _CHUNK_BYTES)]
+    state = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=_DIGEST_BYTES)
+    if len(chunks) == 1:
+        state.update(_hash(chunks[0]))
     else:
-        with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
-            state.update(b"".join(pool.map(_hash, parts)))
+        with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
+            state.update(b"".join(pool.map(_hash, chunks)))
     return state.hexdigest()
 
 
-def _hash(part: memoryview) -> bytes:
-    return hashlib.blake2b(part, digest_size=_DIGEST).digest()
+def _hash(chunk: memoryview) -> bytes:
+    return hashlib.blake2b(chunk, digest_size=_DIGEST_BYTES).digest()
 
 
 def image_request(
     image: npt.NDArray[np.uint8], image_digest: str, prompts: PackedPrompts, flags: Flags
 ) -> Infer:
-    """Ask about an image [S, S, 3] that travels with the request."""
+    """Ask about an image [S, S, 3] that is sent with the request."""
     inputs = {contract.IMAGE.name: image[None], **_prompt_inputs(prompts, flags)}
     outputs = [contract.LOW_RES_MASKS.name, contract.IOU_PREDICTIONS.name]
     if flags.keep_image:
@@ -125,7 +125,7 @@ def image_request(
 
 
 def keep_request(image: npt.NDArray[np.uint8], image_digest: str, prompts: PackedPrompts) -> Infer:
-    """Only have the server keep an image [S, S, 3]; no mask comes back."""
+    """Have the server keep an image [S, S, 3]; no mask is returned."""
     request = image_request(image, image_digest, prompts, Flags(keep_image=True))
     return replace(request, outputs=(contract.IMAGE_ID.name,))
 
@@ -164,7 +164,7 @@ def _headers(image_digest: str, work: str) -> dict[str, str]:
 
 
 def read_answer(outputs: Mapping[str, Array], objects: int) -> Answer:
-    """Read an answer's arrays, checking that they are what was asked for."""
+    """Read an answer's arrays, checking that they match the request."""
     logits = _output(outputs, contract.LOW_RES_MASKS, objects)[0]
     scores = _output(outputs, contract.IOU_PREDICTIONS, objects)[0]
     # `best_only` leaves one candidate; taking it as a slice copies nothing.
@@ -186,7 +186,7 @@ def _output(outputs: Mapping[str, Array], tensor: contract.Tensor, objects: int)
         found = "nothing" if array is None else f"shape {list(array.shape)}"
         raise ServerError(
             f"the server answered {found} for {tensor.name!r}, expected shape "
-            f"{list(tensor.axes)} with B = 1, N = {objects}, K = 1: client and model repository do "
-            "not fit together"
+            f"{list(tensor.axes)} with B = 1, N = {objects}, K = 1: the client and the model "
+            "repository are incompatible"
         )
     return array

@@ -1,7 +1,7 @@
-"""Pieces of memory that two processes of one host can both see, and whose they are.
+"""Memory regions that two processes on one host share, and who owns them.
 
-The name says who made a region: pid namespace, process id, and when that process started. What a
-crashed client leaves behind can so be told from what a living one uses.
+A region's name identifies its owner: pid namespace, process id, and the start time of that process.
+This distinguishes what a crashed client left behind from what a running one uses.
 """
 
 import mmap
@@ -22,38 +22,38 @@ Kind = Literal["system", "cuda"]
 
 SYSTEM_FOLDER = Path("/dev/shm")
 _PREFIX = "sam3_client"
-_NAME = re.compile(rf"{_PREFIX}_(?P<space>\d+)_(?P<pid>\d+)_(?P<birth>\d+)_[0-9a-f]+")
+_NAME = re.compile(rf"{_PREFIX}_(?P<namespace>\d+)_(?P<pid>\d+)_(?P<start>\d+)_[0-9a-f]+")
 
 
 class Region(Protocol):
-    """A piece of memory under a name; `register` and `unregister` are what the server is told."""
+    """A named piece of memory; `register` and `unregister` return the queries to send."""
 
     name: str
     size: int
 
     def write(self, arrays: Mapping[int, Array]) -> None:
-        """Arrays by the offset at which each begins."""
+        """Write arrays, given by the offset at which each begins."""
 
     def register(self) -> Query: ...
 
     def unregister(self) -> Query: ...
 
     def registered(self) -> None:
-        """The server has it mapped."""
+        """To be called once the server has mapped the region."""
 
     def close(self) -> None: ...
 
 
 class SystemRegion:
-    """Host memory: a file in /dev/shm, gone from there as soon as the server has mapped it."""
+    """Host memory: a file in /dev/shm, unlinked as soon as the server has mapped it."""
 
     def __init__(self, size: int) -> None:
         self.name, self.size = new_name(), size
         self._path = SYSTEM_FOLDER / self.name
-        # Readable by this user alone: images pass through it.
+        # Readable only by this user: images pass through it.
         file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            # Reserved, not just sized: writing to a full /dev/shm would end the process.
+            # Reserved, not just sized: writing to a full /dev/shm would kill the process.
             os.posix_fallocate(file, 0, size)
             self._memory = mmap.mmap(file, size)
         except BaseException:
@@ -82,7 +82,7 @@ class SystemRegion:
 
 
 class CudaRegion:
-    """GPU memory; the driver frees it with the process that made it."""
+    """GPU memory; the driver frees it when the process that created it exits."""
 
     def __init__(self, size: int, device: int = 0) -> None:
         self._cuda = _cuda()
@@ -90,10 +90,10 @@ class CudaRegion:
         try:
             self._handle = self._cuda.create_shared_memory_region(self.name, size, device)
         except self._cuda.CudaSharedMemoryException as error:
-            raise OSError(f"the GPU has no {size} bytes for it: {error}") from error
+            raise OSError(f"the GPU cannot allocate {size} bytes: {error}") from error
 
     def write(self, arrays: Mapping[int, Array]) -> None:
-        # The library writes from the beginning on, so that all go as one.
+        # The library writes from the beginning of the region, so all arrays are written as one.
         packed = np.zeros(max(at + array.nbytes for at, array in arrays.items()), np.uint8)
         for at, array in arrays.items():
             packed[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -114,23 +114,23 @@ class CudaRegion:
 
 
 def make_region(kind: Kind, size: int) -> Region:
-    """A new region of at least `size` bytes; OSError when there is no memory for it."""
+    """Create a region of at least `size` bytes; raises OSError if there is no memory for it."""
     return SystemRegion(size) if kind == "system" else CudaRegion(size)
 
 
 def check_available(kind: str) -> None:
-    """Raise where this machine cannot share memory of this kind, saying why and what to do."""
+    """Raise an error if this machine cannot share memory of this kind, saying what to do."""
     if kind not in get_args(Kind):
         raise ValueError(f"shared_memory must be 'system', 'cuda' or None, got {kind!r}")
     if kind == "system" and not (SYSTEM_FOLDER.is_dir() and Path("/proc/self/stat").exists()):
-        raise TransportError("shared_memory='system' needs Linux with /dev/shm; leave it out here")
+        raise TransportError("shared_memory='system' needs Linux with /dev/shm; omit it here")
     if kind == "cuda":
         try:
             probe = CudaRegion(1)
         except Exception as error:
             raise TransportError(
                 f"shared_memory='cuda' needs an NVIDIA GPU and tritonclient[cuda] here ({error}); "
-                "use shared_memory='system', or leave it out"
+                "use shared_memory='system', or omit it"
             ) from error
         probe.close()
 
@@ -141,19 +141,19 @@ def _cuda() -> Any:
     return cuda
 
 
-_given_up: set[str] = set()
-"""Names of this process's regions that a server may have mapped, and that no client uses."""
+_abandoned: set[str] = set()
+"""Names of this process's regions that a server may have mapped but no client uses."""
 
 
-def give_up(region: Region) -> None:
-    """Free a region that the server may have mapped: the next client has it taken back."""
-    _given_up.add(region.name)
+def abandon(region: Region) -> None:
+    """Free a region that the server may have mapped; the next client has it unregistered."""
+    _abandoned.add(region.name)
     region.close()
 
 
 def is_abandoned(name: str) -> bool:
-    """Whether nobody uses the region any more."""
-    return name in _given_up or owner_is_dead(name)
+    """Whether the region is no longer used by any client."""
+    return name in _abandoned or owner_is_dead(name)
 
 
 def sweep_files() -> None:
@@ -165,32 +165,32 @@ def sweep_files() -> None:
 
 
 def new_name() -> str:
-    space, pid = _pid_space(), os.getpid()
-    return f"{_PREFIX}_{space}_{pid}_{_birth(pid)}_{secrets.token_hex(8)}"
+    namespace, pid = _pid_namespace(), os.getpid()
+    return f"{_PREFIX}_{namespace}_{pid}_{_start_time(pid)}_{secrets.token_hex(8)}"
 
 
 def owner_is_dead(name: str) -> bool:
-    """Whether the region was made by a process of this pid namespace that has ended."""
+    """Whether the region was created by a process of this pid namespace that has exited."""
     match = _NAME.fullmatch(name)
-    if match is None or int(match["space"]) != _pid_space():
+    if match is None or int(match["namespace"]) != _pid_namespace():
         return False
-    return _birth(int(match["pid"])) != int(match["birth"])
+    return _start_time(int(match["pid"])) != int(match["start"])
 
 
-def _pid_space() -> int:
+def _pid_namespace() -> int:
     """The pid namespace: a process id means nothing in another one."""
     return Path("/proc/self/ns/pid").stat().st_ino
 
 
-def _birth(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None if it does not run.
+def _start_time(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None if it is not running.
 
-    Tells a process from a later one that was given the same id.
+    Distinguishes a process from a later one with the same id.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # After the name, which may hold anything: the state first, the start time 19 fields on.
+    # After the name, which may contain anything: first the state, 19 fields later the start time.
     state, *fields = stat.rpartition(")")[2].split()
     return None if state == "Z" else int(fields[18])

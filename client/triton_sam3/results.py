@@ -29,12 +29,12 @@ from .masks import finish_masks, mask_areas, mask_boxes
 from .prompts import Prompt
 
 PREDICTION_TYPE = "instance-segmentation"
-REPR_MASKS = 4
-"""Masks a `repr` names; an answer may hold hundreds."""
+MAX_REPR_MASKS = 4
+"""Most masks that a `repr` lists; an answer may hold hundreds."""
 
 
 def file_kind(path: Path, *, with_image: bool) -> str:
-    """The suffix of a file that `Segmentation.save` can write, in lower case; else ValueError."""
+    """The lower-case suffix of a file that `Segmentation.save` can write; ValueError otherwise."""
     suffix = path.suffix.lower()
     if suffix not in (".json", ".npz", ".png", *((".jpg", ".jpeg") if with_image else ())):
         raise ValueError(
@@ -45,7 +45,7 @@ def file_kind(path: Path, *, with_image: bool) -> str:
 
 
 def import_supervision() -> Any:
-    """The package, an optional one. Raises ImportError that says how to get it."""
+    """Import the optional package; ImportError says how to install it."""
     try:
         import supervision  # noqa: PLC0415
     except ImportError as error:
@@ -61,7 +61,7 @@ class Mask:
     score: predicted IoU, roughly 0 to 1.
     box: float32 [4], x_min, y_min, x_max, y_max of the mask in pixels, the maxima exclusive.
     logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`.
-    class_id, class_name, detection_id: of the prompt; prompt_index: its place among the prompts.
+    class_id, class_name, detection_id: from the prompt; prompt_index: its index among the prompts.
     """
 
     mask: NDArray[np.bool_]
@@ -100,11 +100,11 @@ class Segmentation:
     boxes: float32 [N, 4], x_min, y_min, x_max, y_max of the masks in pixels, maxima exclusive;
         zeros for an empty mask.
     logits: float16 [N, M, M], to refine with.
-    class_ids: int64 [N]; class_names, detection_ids: N strings; all three of the prompts.
-    prompt_indices: int64 [N], the prompts' places among those asked: a threshold leaves gaps. With
-        boxes of a detector, `detections[result.prompt_indices]` are those that the masks answer.
+    class_ids: int64 [N]; class_names, detection_ids: N strings; all three from the prompts.
+    prompt_indices: int64 [N], each mask's index among the prompts; a threshold leaves gaps. With a
+        detector's boxes, `detections[result.prompt_indices]` are the ones the masks belong to.
     image_size: width and height of the caller's image in pixels.
-    parent_id: the image's name, wherever a format asks what the masks belong to.
+    parent_id: the image's name, for formats that say what the masks belong to.
     """
 
     masks: NDArray[np.bool_]
@@ -134,7 +134,7 @@ class Segmentation:
         *,
         threshold: float = 0.0,
     ) -> Segmentation:
-        """Make masks of the server's answer, dropping those scored below `threshold`.
+        """Build masks from the server's answer, dropping those with a score below `threshold`.
 
         logits: [N, M, M], the chosen candidate of each prompt; scores: [N], its predicted IoU.
         A prompt without a detection id gets a new one.
@@ -172,8 +172,8 @@ class Segmentation:
 
     def __repr__(self) -> str:
         width, height = self.image_size
-        listed = [f"{mask.class_name} {mask.score:.2f}" for mask in self[:REPR_MASKS]]
-        more = ", …" if len(self) > REPR_MASKS else ""
+        listed = [f"{mask.class_name} {mask.score:.2f}" for mask in self[:MAX_REPR_MASKS]]
+        more = ", …" if len(self) > MAX_REPR_MASKS else ""
         return f"Segmentation({len(self)} masks, {width}×{height}: {', '.join(listed)}{more})"
 
     def __len__(self) -> int:
@@ -189,7 +189,7 @@ class Segmentation:
     def __getitem__(
         self, key: int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
     ) -> Mask | Segmentation:
-        """One `Mask` for a number; a `Segmentation` for a slice, indices or a bool per mask."""
+        """A `Mask` for an integer; a `Segmentation` for a slice, indices or a bool per mask."""
         if isinstance(key, tuple):
             key = list(key)  # NumPy would read one index per axis
         if isinstance(key, (int, np.integer)):
@@ -218,7 +218,7 @@ class Segmentation:
         )
 
     def filter(self, threshold: float) -> Segmentation:
-        """Masks scored at least `threshold`."""
+        """The masks with a score of at least `threshold`."""
         return self[self.scores.astype(np.float64) >= threshold]
 
     @property
@@ -233,9 +233,9 @@ class Segmentation:
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`: xyxy, mask, confidence, class_id, and in data
         class_name, detection_id, parent_id, image_dimensions (height, width), prediction_type.
-        `mask` is read-only, as here; the rest are the caller's.
+        `mask` is read-only, as here; the other arrays are copies.
 
-        Raises ImportError when supervision is not installed.
+        Raises ImportError if supervision is not installed.
         """
         sv = import_supervision()
         width, height = self.image_size
@@ -256,10 +256,10 @@ class Segmentation:
     def to_roboflow(self, *, rle: bool = False) -> dict[str, Any]:
         """Return Roboflow's instance-segmentation JSON: {"image": …, "predictions": […]}.
 
-        x and y are the centre of the mask's box. `points` has room for one ring, so it outlines
+        x and y are the centre of the mask's box. `points` holds only one ring, so it outlines
         the largest region without its holes; `rle` adds the whole mask as `rle_mask`, which
-        `supervision.Detections.from_inference` prefers. Empty masks, having no outline, are left
-        out, as Roboflow's own serialiser does.
+        `supervision.Detections.from_inference` prefers. Empty masks have no outline and are
+        left out, as in Roboflow's own serialiser.
         """
         width, height = self.image_size
         return {
@@ -270,7 +270,7 @@ class Segmentation:
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO annotations: RLE segmentation, bbox (x, y, width, height), area, score.
 
-        category_id is the class id; add an "id" to each when they go into a data set.
+        category_id is the class id; add an "id" to each before adding them to a data set.
         """
         return [
             {
@@ -291,13 +291,13 @@ class Segmentation:
         """Return `image` as RGB uint8 [H, W, 3] with the masks tinted and outlined on it.
 
         opacity: 0 to 1, how much of the image under a mask is covered. `prompts` are drawn on top:
-        positive points green, negative red, boxes yellow. Raises ImageError when the image is not
-        of the size that was segmented.
+        positive points green, negative red, boxes yellow. Raises ImageError if the image does
+        not have the size of the one that was segmented.
         """
         pixels = load_image(image)
         if pixels.shape[1::-1] != self.image_size:
             raise ImageError(
-                f"the image is {pixels.shape[1]}×{pixels.shape[0]}, and the masks belong to one of "
+                f"the image is {pixels.shape[1]}×{pixels.shape[0]}, but the masks belong to one of "
                 f"{self.image_size[0]}×{self.image_size[1]}: draw on the image that was segmented"
             )
         return drawing.overlay(pixels, self.masks, prompts, opacity)
@@ -309,10 +309,10 @@ class Segmentation:
         *,
         prompts: Iterable[Prompt] = (),
     ) -> None:
-        """Write to a file; the suffix says what.
+        """Write to a file; its suffix determines the format.
 
         .json  `to_roboflow(rle=True)`
-        .npz   every array as it is; `Segmentation.load` reads it back
+        .npz   all arrays, unchanged; `Segmentation.load` reads it back
         .png   with `image`, the overlay of `draw`, `prompts` included; without, an index mask:
                0 background, i + 1 mask i, the best score on top (16-bit beyond 255 masks)
         .jpg   the overlay; needs `image`
@@ -322,7 +322,9 @@ class Segmentation:
         if suffix == ".json":
             target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
         elif suffix == ".npz":
-            with target.open("wb") as file:  # given a name, NumPy appends .npz to one in capitals
+            with target.open(
+                "wb"
+            ) as file:  # given a path, NumPy appends .npz to an upper-case suffix
                 self._save_arrays(file)
         elif image is None:
             Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)

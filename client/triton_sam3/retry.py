@@ -1,4 +1,4 @@
-"""When a request is sent again. Every request may be: none changes what another one answers."""
+"""When a request is retried. Every request may be: none changes the answer to another."""
 
 import numbers
 import random
@@ -16,28 +16,28 @@ DEFAULT_TIMEOUT = 120.0
 """Seconds: a server on a CPU takes half a minute to encode an image at full size."""
 
 RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
-"""A refused prompt stays refused and a spent deadline stays spent; these may pass."""
+"""A rejected prompt stays rejected and an expired deadline stays expired; these may pass."""
 
 
 def check_count(name: str, value: Any) -> None:
-    """ValueError where an argument is no whole number from 0 on."""
+    """Raise ValueError if an argument is not a non-negative integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Retries:
-    """At most `attempts` further tries inside one deadline, pausing with jitter.
+    """At most `attempts` retries within one deadline, with jittered pauses.
 
-    What a proxy refused has cost the server nothing and uses up no try, unless there are none: a
-    caller with more at work than the proxy lets in at once waits for its turn.
+    A request that a proxy rejects has cost the server nothing and does not count as a retry, unless
+    `attempts` is 0: a caller with more in flight than the proxy admits waits for its turn.
 
-    The pause before try n is drawn evenly from the upper half of `base` * 2^n seconds, at most
-    `cap`: many clients that lost the same server do not come back at the same moment, and no draw
-    spends all tries on the first moment of an outage: four by default last 1.9 s at least.
+    The pause before retry n is drawn uniformly from the upper half of `base` * 2^n seconds, at most
+    `cap`: many clients that lost the same server do not return at the same moment, and no draw
+    spends all retries on the first moment of an outage: the default of four lasts at least 1.9 s.
 
-    Raises ValueError for `attempts` that are no whole number from 0 on, and for a `timeout` that is
-    no finite number of seconds above 0.
+    Raises ValueError if `attempts` is not a non-negative integer, or `timeout` is not a finite
+    number of seconds above 0.
     """
 
     attempts: int
@@ -54,25 +54,25 @@ class Retries:
             raise ValueError(
                 f"timeout must be a finite number of seconds above 0, got {self.timeout!r}"
             )
-        object.__setattr__(self, "timeout", float(self.timeout))  # a lock takes no NumPy number
+        object.__setattr__(self, "timeout", float(self.timeout))  # a lock accepts no NumPy number
 
     def send(self, request: Infer | Query) -> Flow[Any]:
-        """Send `request`, again where that is safe, until `timeout` seconds from now."""
+        """Send `request`, retrying errors that may pass, for at most `timeout` seconds."""
         started = self.clock()
         deadline = started + self.timeout
-        turn = failed = 0
+        attempt = failed = 0
         while True:
             now = self.clock()
             try:
                 return (yield Call(request, max(deadline - now, 0.0), now - started))
             except RETRYABLE as error:
                 if isinstance(error, ModelGone) and isinstance(request, Query):
-                    raise  # who asks about a model is told at once
+                    raise  # a query about a model reports this at once
                 failed += not isinstance(error, Refused)
-                longest = min(self.cap, self.base * 2**turn)
+                longest = min(self.cap, self.base * 2**attempt)
                 pause = self.uniform(longest / 2, longest)
                 spent = not self.attempts or failed > self.attempts
                 if spent or self.clock() + pause >= deadline:
                     raise
             yield Sleep(pause)
-            turn += 1
+            attempt += 1

@@ -1,14 +1,14 @@
 """Tensors in memory that client and server share, instead of in the request.
 
     request ─► arrays copied into a region ─► server told where they are ─► region back in the pool
-                  made once: create ─► register ─► unlink; from then on the mapping alone holds it
+            once per region: create ─► register ─► unlink; then only the mappings keep it alive
 
-A region is free, busy (with a request, or being taken back), or lost: without an answer, the server
-may still read it.
+A region is free, busy (with a request, or being unregistered), or lost: without an answer, the
+server may still be reading it.
 
 Nothing outlives its users. A region's file exists only from creation to registration, so a crash
-leaves none behind but in that instant; what the server still has mapped for a dead process, and a
-file of that instant, is swept by the next client, which knows its owner from the name. So is what a
+leaves one behind only in that instant. Such a file, and what the server still has mapped for a dead
+process, is swept by the next client, which knows the owner from the name; so are regions that a
 closed client of the same process had to leave.
 """
 
@@ -26,8 +26,8 @@ from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
 from .regions import (
     Kind,
     Region,
+    abandon,
     check_available,
-    give_up,
     is_abandoned,
     make_region,
     sweep_files,
@@ -35,20 +35,20 @@ from .regions import (
 from .retry import Retries
 from .translation import RegionInUse, RegionLost
 
-SMALLEST = 64 * 1024
-"""Tensors of fewer bytes travel in the request: copying them costs less than naming a region."""
+MIN_SHARED_BYTES = 64 * 1024
+"""Smaller tensors are sent in the request: copying them costs less than naming a region."""
 
-_GRAIN = 1 << 20
-"""Regions are whole multiples of this, so that slightly different sizes share one."""
+_REGION_GRANULARITY = 1 << 20
+"""Region sizes are multiples of this many bytes, so that slightly different sizes share one."""
 
-_MOST_REGIONS = 32
-"""Regions a client holds at most, a request each; further requests at the same time go without."""
+_MAX_REGIONS = 32
+"""Most regions a client holds, one per request; further concurrent requests do without."""
 
-_FAREWELL = 5.0
-"""Most seconds to wait for a server to let go of a region; closing must not hang."""
+_CLOSE_TIMEOUT = 5.0
+"""Most seconds to wait for a server to release a region; closing must not hang."""
 
-_STILL_READING = 0.01
-"""Seconds until a server that still uses a region is asked again."""
+_POLL_INTERVAL = 0.01
+"""Seconds until a server that still uses a region is asked again to release it."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class SharedMemory:
         self._free: list[Region] = []
         self._busy: list[Region] = []
         self._lost: list[Region] = []
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
         self._closed = False
         self._swept = False
 
@@ -74,7 +74,7 @@ class SharedMemory:
         try:
             return (yield from self._send_once(request, large, retries))
         except RegionLost:
-            self._forsake_all()
+            self._mark_all_lost()
             return (yield from self._send_once(request, large, retries))
 
     def _send_once(self, request: Infer, large: Mapping[str, Array], retries: Retries) -> Flow[Any]:
@@ -99,15 +99,15 @@ class SharedMemory:
         """A region of at least `size` bytes; None where there is no more memory to share."""
         region = self._reuse(size)
         if region is None:
-            with suppress(TransportError):  # who asks next tries again
+            with suppress(TransportError):  # the next caller tries again
                 yield from self._forget_lost(retries)
-            region = self._make(_grains(size))
+            region = self._make(_round_up(size))
             if region is not None:
                 yield from self._register(region, retries)
         return region
 
     def _reuse(self, size: int) -> Region | None:
-        with self._guard:
+        with self._lock:
             for index, region in enumerate(self._free):
                 if region.size >= size and not self._closed:
                     self._busy.append(region)
@@ -115,12 +115,12 @@ class SharedMemory:
         return None
 
     def _held(self) -> int:
-        """How many regions there are; to be asked under the guard, as they change places."""
+        """How many regions there are. Hold the lock, as they move between the lists."""
         return len(self._free) + len(self._busy) + len(self._lost)
 
     def _make(self, size: int) -> Region | None:
-        with self._guard:
-            if self._closed or self._held() >= _MOST_REGIONS:
+        with self._lock:
+            if self._closed or self._held() >= _MAX_REGIONS:
                 return None
             try:
                 region = make_region(self._kind, size)
@@ -136,74 +136,73 @@ class SharedMemory:
             region.registered()
             yield from self._sweep(retries)
         except BaseException as error:
-            # The server may have it all the same, unless it has said that it does not.
+            # The server may have mapped it nonetheless, unless it has said that it has not.
             self._put_back(region, self._lost)
             if isinstance(error, ServerError):
                 raise _not_shared(self._kind, error) from error
             raise
 
     def _put_back(self, region: Region, place: list[Region] | None) -> None:
-        """To its place; freed where it has none, or closing has given it up."""
-        with self._guard:
-            given_up = region not in self._busy
-            if not given_up:
+        """Return a region to a list; free it if there is none, or closing has abandoned it."""
+        with self._lock:
+            abandoned = region not in self._busy
+            if not abandoned:
                 self._busy.remove(region)
                 if place is not None:
                     place.append(region)
                     return
-        give_up(region) if given_up else region.close()
+        abandon(region) if abandoned else region.close()
 
-    def _forsake_all(self) -> None:
+    def _mark_all_lost(self) -> None:
         """A server that lost one region has lost them all."""
-        with self._guard:
+        with self._lock:
             self._lost += self._free
             self._free.clear()
 
     def _sweep(self, retries: Retries) -> Flow[None]:
-        """Once, and only when a region of ours has shown that the server is on this host: who is
-        dead here tells nothing of another one."""
-        with self._guard:
+        """Once, and only when a region of ours has shown that the server is on this host: which
+        processes are dead here says nothing about another host."""
+        with self._lock:
             sweep, self._swept = not self._swept, True
         if sweep:
             yield from _sweep(self._kind, retries)
 
     def close(self, retries: Retries) -> Flow[None]:
-        """Take every region back from the server and free it.
+        """Unregister every region and free it.
 
-        Requests under way are waited for, but not for ever, nor a server that does not answer.
+        Waits for requests in flight, but not forever, and not for a server that does not answer.
         """
         self._closed = True
-        end = retries.clock() + _FAREWELL
+        end = retries.clock() + _CLOSE_TIMEOUT
         while True:
-            self._forsake_all()
+            self._mark_all_lost()
             try:
                 yield from self._forget_lost(retries)
             except TransportError:
                 break
-            with self._guard:
+            with self._lock:
                 if not self._held():
                     return
             if retries.clock() >= end:
                 break
-            yield Sleep(_STILL_READING)
-        self._give_up()
+            yield Sleep(_POLL_INTERVAL)
+        self._abandon_lost()
 
-    def _give_up(self) -> None:
-        """Leave what the server still has to the next client; a busy region goes with its
-        request."""
-        with self._guard:
+    def _abandon_lost(self) -> None:
+        """Leave lost regions to the next client; a busy region is freed with its request."""
+        with self._lock:
             lost, self._lost = self._lost, []
             self._busy.clear()
         for region in lost:
-            give_up(region)
+            abandon(region)
 
     def _forget_lost(self, retries: Retries) -> Flow[None]:
-        """Unregister and free the lost regions, but for those that the server still uses.
+        """Unregister and free the lost regions, except those that the server still uses.
 
-        Raises TransportError at the first that brings no answer: the others would wait as long.
+        Raises TransportError at the first without an answer: the others would wait as long.
         """
         for _ in range(len(self._lost)):
-            with self._guard:  # one at a time: a caller who gives up midway forgets none
+            with self._lock:  # one at a time, so that a caller cancelled midway forgets none
                 if not self._lost:
                     return
                 region = self._lost.pop(0)
@@ -215,14 +214,14 @@ class SharedMemory:
                 self._put_back(region, None if gone else self._lost)
 
     def _unregister(self, region: Region, retries: Retries) -> Flow[bool]:
-        """Whether the server let go of the region; one that is gone has, by itself."""
-        brief = replace(retries, attempts=0, timeout=min(retries.timeout, _FAREWELL))
+        """Whether the server has released the region; it has if it does not know the region."""
+        brief = replace(retries, attempts=0, timeout=min(retries.timeout, _CLOSE_TIMEOUT))
         try:
             yield from brief.send(region.unregister())
         except RegionInUse:
             return False
         except ServerError as error:
-            _log.debug("region %s is not unregistered: %s", region.name, error)
+            _log.debug("region %s was not unregistered: %s", region.name, error)
         return True
 
 
@@ -230,13 +229,17 @@ def _not_shared(kind: str, error: ServerError) -> TransportError:
     return TransportError(
         f"the server cannot use shared_memory={kind!r}: {error}; it must run on this host, as this "
         f"user, and share {'/dev/shm (docker run --ipc=host)' if kind == 'system' else 'the GPU'}; "
-        "leave shared_memory out otherwise"
+        "omit shared_memory otherwise"
     )
 
 
 def _large(inputs: Mapping[str, Array | InSharedMemory]) -> Iterator[tuple[str, Array]]:
     for name, value in inputs.items():
-        if isinstance(value, np.ndarray) and value.dtype != np.object_ and value.nbytes >= SMALLEST:
+        if (
+            isinstance(value, np.ndarray)
+            and value.dtype != np.object_
+            and value.nbytes >= MIN_SHARED_BYTES
+        ):
             yield name, value
 
 
@@ -244,8 +247,8 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64  # each tensor starts on a cache line
 
 
-def _grains(size: int) -> int:
-    return -(-size // _GRAIN) * _GRAIN
+def _round_up(size: int) -> int:
+    return -(-size // _REGION_GRANULARITY) * _REGION_GRANULARITY
 
 
 def _place(region: Region, arrays: Mapping[str, Array]) -> dict[str, InSharedMemory]:
@@ -258,19 +261,19 @@ def _place(region: Region, arrays: Mapping[str, Array]) -> dict[str, InSharedMem
 
 
 def _sweep(kind: Kind, retries: Retries) -> Flow[None]:
-    """Have the server unmap what dead or closed clients left, and remove the dead ones' files."""
+    """Have the server unmap what dead or closed clients left, and remove the files of dead ones."""
     sweep_files()
     try:
         known = yield from retries.send(Query(f"get_{kind}_shared_memory_status"))
         for name in _region_names(known):
             if is_abandoned(name):
-                with suppress(RegionInUse):  # its request outlives it: the next client's to sweep
+                with suppress(RegionInUse):  # its request outlives it: the next client sweeps it
                     yield from retries.send(Query(f"unregister_{kind}_shared_memory", (name,)))
-    except ServerError as error:  # a proxy may allow registering and forbid looking at the list
-        _log.debug("regions of dead clients are not swept: %s", error)
+    except ServerError as error:  # a proxy may allow registering but not listing
+        _log.debug("regions of dead clients were not swept: %s", error)
 
 
 def _region_names(known: Any) -> Iterator[str]:
-    """HTTP answers a list of regions, gRPC a mapping that is empty when there are none."""
+    """HTTP returns a list of regions, gRPC a mapping that is empty if there are none."""
     regions = known if isinstance(known, list) else known.get("regions", {}).values()
     return (region["name"] for region in regions)

@@ -1,4 +1,4 @@
-"""What a server says about itself, for people and probes."""
+"""The status of a server, for people and probes."""
 
 import http.client
 import re
@@ -15,7 +15,7 @@ from .protocol import ServedModel
 MODELS = (contract.INTERACTIVE, contract.ENCODER, contract.DECODER)
 
 _METRIC = re.compile(r"^(sam3_\w+)(?<!_bucket)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-"""A line of Prometheus' text format: the decoder's own metrics, but for histograms' buckets."""
+"""A line of Prometheus' text format: the decoder's own metrics, except histogram buckets."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ServerStatus:
 
 
 def status(engine: Engine, url: str) -> Flow[ServerStatus]:
-    """Ask for everything in `ServerStatus`."""
+    """Query everything in `ServerStatus`."""
     server = yield from engine.retries.send(Query("get_server_metadata"))
     models: list[ModelStatus] = []
     for name in MODELS:
@@ -75,8 +75,8 @@ def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
 def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
     """The decoder's own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
 
-    metrics_url: http://host:8002/metrics. Several decoders' numbers are added up; proxies named in
-    the environment are not used. Raises ServerUnreachable when nothing answers there.
+    metrics_url: http://host:8002/metrics. The values of several decoders are summed; proxy
+    environment variables are ignored. Raises ServerUnreachable if nothing answers there.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -1,4 +1,4 @@
-"""Perform a flow's steps: blocking, or awaited. The only place where flows meet I/O."""
+"""Perform a flow's steps, blocking or async. The only place where flows meet I/O."""
 
 import asyncio
 import time
@@ -27,11 +27,11 @@ def perform(flow: Flow[T], transport: Transport) -> T:
         result: T = done.value
         return result
     finally:
-        flow.close()  # on Ctrl-C and the like, so that locks and shared memory are let go
+        flow.close()  # on Ctrl-C and the like, so that locks and shared memory are released
 
 
 async def perform_async(flow: Flow[T], transport: AsyncTransport) -> T:
-    """`perform`, awaited; work for the processor runs in a thread."""
+    """The async `perform`; CPU-bound work runs in a thread."""
     resume, value = flow.send, None
     try:
         while True:
@@ -72,7 +72,7 @@ async def _perform_async(step: Step, transport: AsyncTransport) -> Any:
 def _acquire(step: Acquire) -> None:
     assert not isinstance(step.lock, asyncio.Lock)
     if not step.lock.acquire(timeout=step.timeout):
-        raise _waited(step.timeout)
+        raise _lock_timeout(step.timeout)
 
 
 async def _acquire_async(step: Acquire) -> None:
@@ -81,11 +81,11 @@ async def _acquire_async(step: Acquire) -> None:
         async with timeout(step.timeout):
             await step.lock.acquire()
     except asyncio.TimeoutError:
-        raise _waited(step.timeout) from None
+        raise _lock_timeout(step.timeout) from None
 
 
-def _waited(timeout: float) -> DeadlineExceeded:
+def _lock_timeout(timeout: float) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"waited {timeout:.3g} s for an earlier call about the same image; the server is slow or "
-        "overloaded, or give the client a longer timeout"
+        f"gave up after waiting {timeout:.3g} s for an earlier call about the same image; the "
+        "server is slow or overloaded, or the client needs a longer timeout"
     )

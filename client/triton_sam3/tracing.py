@@ -1,9 +1,9 @@
-"""Requests as OpenTelemetry spans, where it is installed (the package's extra ``tracing``).
+"""Requests as OpenTelemetry spans, if it is installed (the package's extra ``tracing``).
 
     the caller's span ── infer sam3_interactive (ours) ── the server's spans, under one trace id
 
-A server started with ``--otlp-url`` traces every request that brings a trace, so it is brought only
-where the caller's sampler wants it.
+A server started with ``--otlp-url`` traces every request that carries a trace context, so it is
+sent only if the caller's sampler has sampled the trace.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ else:
 
 @contextmanager
 def traced(call: Call) -> Iterator[Call]:
-    """A span around the sending of an inference, and the call with the headers that name it.
+    """Wrap the sending of an inference in a span; yield the call with the headers that name it.
 
-    Each try is a span of its own; one that fails has the error. Without OpenTelemetry, an SDK of
-    it, or for a question that is no inference, it is the call as it was.
+    Each attempt is a span of its own; one that fails records the error. Without OpenTelemetry or an
+    SDK for it, or for a call that is not an inference, the call is unchanged.
     """
     request = call.request
     if not _installed or not isinstance(request, Infer):

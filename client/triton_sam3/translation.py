@@ -24,18 +24,18 @@ class RegionLost(ServerError):
 
 
 class RegionInUse(ServerError):
-    """The server has not put away the last request whose tensors lie in a shared memory region.
+    """The server has not released the last request with tensors in a shared memory region.
 
-    Triton 2.51 refuses to let go of such a region, for a moment even after it has answered.
+    Triton 2.51 refuses to unregister such a region, even for a moment after it has answered.
     """
 
 
 class Refused(Overloaded):
-    """Let in by nobody: more is under way than a proxy, or Triton's queue, has places for."""
+    """Not admitted: more is in flight than a proxy, or Triton's queue, has room for."""
 
 
 class ModelGone(ModelUnavailable):
-    """The model has been unloaded: of a server that ends, whose gRPC outlives its models."""
+    """The model was unloaded by a server that is shutting down: its gRPC outlives its models."""
 
 
 _GRPC = "StatusCode."
@@ -55,33 +55,33 @@ _KINDS: dict[str, type[SAM3Error]] = {
     "503": ServerUnreachable,
 }
 _OWN_DEADLINE = "Deadline Exceeded"
-"""How gRPC speaks of the deadline it was given here; another one's limit comes in other words."""
+"""gRPC's message for the deadline set here; limits set elsewhere have other messages."""
 
 _NOT_JSON = "an exception occurred in the client while decoding the response"
-"""How tritonclient speaks of the page of a proxy."""
+"""Start of tritonclient's message for a page that a proxy sent."""
 
 _WRAPPING = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
 _NO_SHARED_MEMORY = re.compile(r"failed to increase the shared memory pool", re.I)
 _UNTRUSTED = re.compile(r"certificate[ _]verify[ _]failed|hostname verification check", re.I)
-"""OpenSSL's words, and those of gRPC for another host's certificate."""
+"""OpenSSL's messages, and gRPC's for the certificate of another host."""
 
-_SENTENCES: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
+_PATTERNS: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
     (re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}"), ImageNotKept),
     (re.compile("unable to find .*shared memory region", re.I), RegionLost),
     (re.compile("shared memory region .* currently in use", re.I), RegionInUse),
     (re.compile("no available versions", re.I), ModelGone),
     (re.compile("unknown model|is not ready|not healthy", re.I), ModelUnavailable),
     (re.compile("exceeds maximum queue size|queue .*full|too many requests", re.I), Refused),
-    (re.compile("header with status: 429"), Refused),  # gRPC's words for an HTTP status
+    (re.compile("header with status: 429"), Refused),  # gRPC's message for an HTTP status
     (re.compile("header with status: 504|upstream request timeout"), DeadlineExceeded),
     (_NO_SHARED_MEMORY, Overloaded),
 )
-"""Of Triton, of the proxies and of gRPC. Triton's codes are coarse, so these come first."""
+"""Messages of Triton, proxies and gRPC. Triton's codes are coarse, so these take precedence."""
 
-_REFUSED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
+_DENIED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
 _REMEDIES: dict[str | type[object], str] = {
-    **dict.fromkeys(_REFUSED, "; check the headers, such as authorization"),
-    "413": "; a proxy's limit on request bodies is lower than an image's size",
+    **dict.fromkeys(_DENIED, "; check the headers, such as authorization"),
+    "413": "; a proxy's limit on request bodies is lower than the image's size",
     Overloaded: "; the server is busy: try again later, or send less at a time",
     ModelUnavailable: "; check `triton-sam3 status` and the server's log",
 }
@@ -97,7 +97,7 @@ def translate(error: Exception, url: str, waited: float) -> SAM3Error:
     if isinstance(error, (OSError, aiohttp.ClientError)):
         return _unreachable(url, str(error) or reason)
     return ServerError(
-        f"{url} does not answer as Triton does ({reason}); does the port speak {_scheme(url)}?"
+        f"{url} does not respond like Triton ({reason}); does the port speak {_scheme(url)}?"
     )
 
 
@@ -107,28 +107,28 @@ def _from_server(error: InferenceServerException, url: str, waited: float) -> SA
     if text.startswith(_NOT_JSON):
         text = f"HTTP status {status}, from something that is not Triton"
     kind = _kind(status, text)
-    if _NO_SHARED_MEMORY.search(text):  # Triton names the region, which is nobody's business
-        text = "the server's /dev/shm is full; whoever runs it can give it more (--shm-size)"
+    if _NO_SHARED_MEMORY.search(text):  # Triton names the region, which means nothing to the caller
+        text = "the server's /dev/shm is full; its operator can enlarge it (--shm-size)"
     if kind is DeadlineExceeded:
         return _deadline(url, waited, "" if text == _OWN_DEADLINE else text)
     if kind is ServerUnreachable:
         return _unreachable(url, text)
-    if kind is ServerError and status in _REFUSED:
-        text = f"{url} refuses this client: {text}"
+    if kind is ServerError and status in _DENIED:
+        text = f"{url} rejects this client: {text}"
     found = (_REMEDIES[key] for key in (status, *kind.__mro__) if key in _REMEDIES)
     return kind(text + next(found, ""))
 
 
 def _kind(status: str, text: str) -> type[SAM3Error]:
-    """By the first sentence known, or else by the code."""
-    said = (kind for sentence, kind in _SENTENCES if sentence.search(text))
-    return next(said, _KINDS.get(status, ServerError))
+    """By the first pattern that matches the message, or else by the status code."""
+    matched = (kind for pattern, kind in _PATTERNS if pattern.search(text))
+    return next(matched, _KINDS.get(status, ServerError))
 
 
 def _unreachable(url: str, reason: str) -> ServerUnreachable:
     remedy = f"is the server running there, and does the port speak {_scheme(url)}?"
     if _UNTRUSTED.search(reason):
-        remedy = "root_certificates, or SSL_CERT_FILE, is a PEM file of the authorities to trust"
+        remedy = "set root_certificates or SSL_CERT_FILE to a PEM file of the authorities to trust"
     return ServerUnreachable(f"no answer from {url}: {reason}; {remedy}")
 
 
@@ -139,8 +139,8 @@ def _deadline(url: str, waited: float, said: str = "") -> DeadlineExceeded:
             "not this client's timeout"
         )
     return DeadlineExceeded(
-        f"{url} did not answer within {waited:.3g} s; the server is slow or overloaded, or give "
-        "the client a longer timeout"
+        f"{url} did not answer within {waited:.3g} s; the server is slow or overloaded, or the "
+        "client needs a longer timeout"
     )
 
 

@@ -1,7 +1,8 @@
-"""The four ways to reach Triton: gRPC and HTTP, blocking and awaitable.
+"""The four ways to reach Triton: gRPC and HTTP, blocking and async.
 
 Each wraps one of tritonclient's clients and keeps its connections open between calls. A call is
-an `Infer` or a `Query` value with its deadline; the answer is arrays by name or plain JSON.
+an `Infer` or a `Query` value with its deadline; the answer is arrays by name or plain JSON. Closing
+a transport makes the calls in flight, in other threads or tasks, raise `ClientUnusable`.
 """
 
 import asyncio
@@ -20,30 +21,32 @@ import tritonclient.http.aio as triton_http_aio
 from .contract import TENSORS
 from .deadline import timeout
 from .endpoint import Endpoint
+from .errors import SAM3Error
 from .flow import Array, Call, Infer, InSharedMemory, Query
-from .lifetime import AsyncEndable, Endable, closed
+from .lifetime import closed_error, keep_in_forks
+from .translation import translate
 
-_LARGEST_MESSAGE = 2**31 - 1
+_MAX_MESSAGE_BYTES = 2**31 - 1
 _GRPC_OPTIONS = [
-    ("grpc.max_send_message_length", _LARGEST_MESSAGE),
-    ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
-    # A restarted server is found again within half a second; gRPC would wait up to two minutes.
-    # (Not the *min* backoff: it bounds how long a connection may take to come about.)
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # Reconnects to a restarted server within half a second; gRPC would wait up to two minutes.
+    # (Not the *min* backoff: it bounds how long establishing a connection may take.)
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # A host that vanished is noticed by what it does not acknowledge in 20 s (TCP_USER_TIMEOUT);
-    # else each call would wait out its own timeout, for a quarter of an hour. Pings themselves go
-    # no oftener than Triton takes them for harmless, every 300 s.
+    # A host that vanished is detected when it acknowledges nothing for 20 s (TCP_USER_TIMEOUT);
+    # otherwise each call would wait for its own timeout, for a quarter of an hour. The pings
+    # themselves are no more frequent than Triton tolerates, one every 300 s.
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # As over HTTP: the environment's http_proxy would be asked for a server on this very host too.
+    # As over HTTP: the environment's http_proxy would be used even for a server on this host.
     ("grpc.enable_http_proxy", 0),
 ]
-_HTTP_CONNECTIONS = 100
+_MAX_HTTP_CONNECTIONS = 100
 
 
 class Transport(Protocol):
-    """A blocking way to the server, for use from several threads at once."""
+    """A blocking connection to the server. Thread-safe."""
 
     def call(self, call: Call) -> Any: ...
 
@@ -51,7 +54,7 @@ class Transport(Protocol):
 
 
 class AsyncTransport(Protocol):
-    """An awaitable way to the server, for use from one event loop."""
+    """An async connection to the server, for use from one event loop."""
 
     async def call(self, call: Call) -> Any: ...
 
@@ -64,11 +67,77 @@ def open_transport(endpoint: Endpoint, headers: Mapping[str, str]) -> Transport:
 
 
 def open_async_transport(endpoint: Endpoint, headers: Mapping[str, str]) -> AsyncTransport:
-    """An awaitable transport; nothing is sent before the first call."""
+    """An async transport; nothing is sent before the first call."""
     return (AsyncGrpcTransport if endpoint.is_grpc else AsyncHttpTransport)(endpoint, headers)
 
 
-class GrpcTransport(Endable):
+class BaseTransport:
+    """What the transports share: the URL to name in errors, and whether they are closed."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._url = endpoint.url
+        self._closed = False
+        keep_in_forks(self)
+
+    def failure(self, error: Exception, call: Call, started: float) -> SAM3Error:
+        """The error a caller sees for `error`, raised by a call begun at `started`."""
+        if self._closed:
+            return closed_error(self._url)
+        return translate(error, self._url, call.spent + time.monotonic() - started)
+
+
+class AsyncBaseTransport(BaseTransport):
+    """What the async transports share: each call is a task of its own, which closing cancels.
+
+    gRPC cancels the task that awaits a call on a closed channel; if it were the caller's own, it
+    would look as if somebody had cancelled it.
+    """
+
+    _client: Any
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self._in_flight: set[asyncio.Task[Any]] = set()
+
+    async def call(self, call: Call) -> Any:
+        if self._closed:
+            raise closed_error(self._url)
+        started = time.monotonic()
+        try:
+            return await self._in_own_task(self._send(call))
+        except Exception as error:
+            raise self.failure(error, call, started) from error
+
+    async def _in_own_task(self, work: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.ensure_future(work)
+        self._in_flight.add(task)
+        task.add_done_callback(self._done)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()  # does nothing if it is done
+        if task.cancelled():
+            raise ConnectionError("the call was cancelled in flight")
+        return task.result()
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved here, as a cancelled caller will not
+
+    async def _send(self, call: Call) -> Any:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._in_flight:
+            for task in self._in_flight:
+                task.cancel()
+            await asyncio.wait(self._in_flight)
+        await self._client.close()
+
+
+class GrpcTransport(BaseTransport):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         super().__init__(endpoint)
         self._headers = _lower(headers)
@@ -94,7 +163,7 @@ class GrpcTransport(Endable):
         self._client.close()
 
 
-class AsyncGrpcTransport(AsyncEndable):
+class AsyncGrpcTransport(AsyncBaseTransport):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         super().__init__(endpoint)
         self._headers = _lower(headers)
@@ -111,14 +180,14 @@ class AsyncGrpcTransport(AsyncEndable):
         return await method(*request.args, **arguments, client_timeout=call.timeout)
 
 
-class AsyncHttpTransport(AsyncEndable):
+class AsyncHttpTransport(AsyncBaseTransport):
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         super().__init__(endpoint)
         self._headers = _lower(headers)
         self._client = triton_http_aio.InferenceServerClient(
             endpoint.address,
-            conn_limit=_HTTP_CONNECTIONS,
-            conn_timeout=None,  # every call brings its own deadline
+            conn_limit=_MAX_HTTP_CONNECTIONS,
+            conn_timeout=None,  # every call has its own deadline
             ssl=endpoint.tls is not None,
             ssl_context=endpoint.tls.context() if endpoint.tls else None,
         )
@@ -134,20 +203,20 @@ class AsyncHttpTransport(AsyncEndable):
 
 
 class LoopThread(threading.Thread):
-    """Runs a transport's event loop: what waits for an answer would wait here for ever."""
+    """Runs a transport's event loop: waiting for an answer in this thread would deadlock."""
 
 
 class HttpTransport:
-    """HTTP for blocking callers: the awaitable transport on an event loop in a thread of its own.
+    """HTTP for blocking callers: the async transport on an event loop in a thread of its own.
 
-    tritonclient's blocking HTTP client belongs to the thread that made it and knows no deadline
+    tritonclient's blocking HTTP client belongs to the thread that created it and has no deadline
     for a whole call; one event loop serves any number of threads over shared connections.
     """
 
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         self._url = endpoint.url
         self._closed = False
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = LoopThread(
             target=self._loop.run_forever, name="triton-sam3-http", daemon=True
@@ -160,14 +229,14 @@ class HttpTransport:
             raise
 
     def call(self, call: Call) -> Any:
-        with self._guard:  # what the loop is given before it is told to end is answered
+        with self._lock:  # a call submitted before the loop is told to stop is answered
             if self._closed:
-                raise closed(self._url)
+                raise closed_error(self._url)
             future = self._submit(self._transport.call(call))
         return _result(future)
 
     def close(self) -> None:
-        with self._guard:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
@@ -190,17 +259,17 @@ def _result(future: "Future[Any]") -> Any:
     try:
         return future.result()
     except BaseException:
-        future.cancel()  # Ctrl-C: nobody waits for the answer any more
+        future.cancel()  # Ctrl-C: nobody waits for the answer any longer
         raise
 
 
 async def _open_http(endpoint: Endpoint, headers: Mapping[str, str]) -> AsyncHttpTransport:
-    """Inside its event loop, where aiohttp wants it made."""
+    """Create the transport inside its event loop, as aiohttp requires."""
     return AsyncHttpTransport(endpoint, headers)
 
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    """gRPC accepts lower-case keys only, and to HTTP they are the same."""
+    """gRPC accepts only lower-case names; HTTP ignores their case."""
     return {name.lower(): value for name, value in headers.items()}
 
 
@@ -248,10 +317,10 @@ def _input(module: ModuleType, name: str, value: Array | InSharedMemory) -> Any:
 
 
 def _json(answer: Any, query: Query) -> Any:
-    """The answer, if it is of the kind that the query's reader takes apart."""
+    """Return the answer if it has the type that the query's reader expects."""
     kind = list if query.method.endswith("_shared_memory_status") else dict
     if query.method.startswith("get_") and not isinstance(answer, kind):
-        raise TypeError(f"a {type(answer).__name__}, not a {kind.__name__}")
+        raise TypeError(f"expected a {kind.__name__}, got a {type(answer).__name__}")
     return answer
 
 

@@ -1,7 +1,7 @@
-"""An image the server keeps, and the object being clicked on it.
+"""An image kept on the server, and the object being clicked on it.
 
-click ─► all clicks so far + the logits of the last answer ─► one more `Clicked` on the pile
-undo  ─► the pile without its top; the state before, exactly
+click ─► all clicks so far + the logits of the last answer ─► one more `ClickState` in the history
+undo  ─► the history without its last entry; exactly the state before
 """
 
 import uuid
@@ -21,31 +21,31 @@ from .results import Segmentation
 
 T = TypeVar("T")
 
-_WHATEVER_SCORE = float("-inf")
-"""A person who clicks wants to see the mask, however little the model thinks of it."""
+_NO_THRESHOLD = float("-inf")
+"""A person who clicks wants to see the mask, however low its score."""
 
 
 @dataclass(frozen=True)
-class Clicked:
+class ClickState:
     """The object after a click: all its points, and the answer.
 
-    The masks at the image's size are a megabyte a megapixel, so they stay only as long as somebody
-    else holds them; `undo` makes the same from the answer again.
+    Masks at the image's size take a megabyte per megapixel, so they live only as long as somebody
+    else holds them; `undo` makes them again from the answer.
     """
 
     prompt: Prompt
     answer: Answer
-    shown: weakref.ref[Segmentation]
+    result_ref: weakref.ref[Segmentation]
 
 
 class Session:
-    """What `View` and `AsyncView` share: the pile of clicks, and flows that take turns on it."""
+    """What `View` and `AsyncView` share: the history of clicks, and flows that take turns on it."""
 
     def __init__(self, engine: Engine, picture: Picture, slot: ImageSlot) -> None:
         self._engine = engine
         self._picture = picture
         self._slot = slot
-        self._clicked: tuple[Clicked, ...] = ()
+        self._history: tuple[ClickState, ...] = ()
         self._turn = engine.make_lock()
         self.closed = False
 
@@ -73,8 +73,8 @@ class Session:
 
     def _click(self, point: Point) -> Flow[Segmentation]:
         """The first click may mean a whole or a part, so the model proposes three masks; later
-        ones refine the mask it already chose, as SAM is meant to be used."""
-        last = self._clicked[-1] if self._clicked else None
+        clicks refine the mask it already chose, as SAM is meant to be used."""
+        last = self._history[-1] if self._history else None
         points = (*last.prompt.points, point) if last else (point,)
         prompt = Prompt(points=points, detection_id=str(uuid.uuid4()))
         refining = replace(prompt, mask=last.answer.logits[0]) if last else prompt
@@ -84,27 +84,27 @@ class Session:
         packed = picture.pack([refining], served)
         answer = yield from self._engine.ask(picture, self._slot, packed, flags)
         result = yield from self._finish(prompt, answer)
-        self._clicked += (Clicked(prompt, answer, weakref.ref(result)),)
+        self._history += (ClickState(prompt, answer, weakref.ref(result)),)
         return result
 
     def _drop(self, count: int | None) -> Flow[Segmentation]:
-        left = self._clicked[:-count] if count else ()
+        left = self._history[:-count] if count else ()
         result = (yield from self._result(left[-1])) if left else finish([], [], self._picture, 0.0)
-        self._clicked = left
+        self._history = left
         return result
 
-    def _result(self, last: Clicked) -> Flow[Segmentation]:
-        shown = last.shown()
-        return (yield from self._finish(last.prompt, last.answer)) if shown is None else shown
+    def _result(self, last: ClickState) -> Flow[Segmentation]:
+        result = last.result_ref()
+        return (yield from self._finish(last.prompt, last.answer)) if result is None else result
 
     def _finish(self, prompt: Prompt, answer: Answer) -> Flow[Segmentation]:
         result: Segmentation = yield Compute(
-            lambda: finish([answer], [prompt], self._picture, _WHATEVER_SCORE)
+            lambda: finish([answer], [prompt], self._picture, _NO_THRESHOLD)
         )
         return result
 
     def _in_turn(self, flow: Flow[T]) -> Flow[T]:
-        """Clicks build on each other, so they are answered one at a time, in the order made."""
+        """Clicks build on each other, so they are answered one at a time, in order."""
         yield Acquire(self._turn, self._engine.retries.timeout)
         try:
             return (yield from flow)
@@ -113,13 +113,13 @@ class Session:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ClientUnusable("this view is closed; open the image again to ask about it")
+            raise ClientUnusable("this view is closed; open the image again to segment it")
 
 
 class View:
     """An image kept on the server, from `Client.open`. Use it in a ``with`` block.
 
-    Nothing but prompts is sent: if the server has lost the image, it is sent again by itself.
+    Only prompts are sent; if the server has lost the image, it is sent again automatically.
     """
 
     def __init__(self, session: Session, run: Callable[[Flow[Any]], Any]) -> None:
@@ -140,7 +140,7 @@ class View:
         threshold: float = 0.0,
         multimask_output: bool = True,
     ) -> Segmentation:
-        """Like `Client.segment` on this image. Has nothing to do with the object being clicked."""
+        """Like `Client.segment`, on this image. Does not affect the object being clicked."""
         options = Options(threshold, multimask_output)
         result: Segmentation = self._run(self._session.segment(points, boxes, prompts, options))
         return result
@@ -149,24 +149,24 @@ class View:
         """Add a click at x, y (absolute pixels) to the object and return its mask so far.
 
         The first click lets the model choose among three masks (`multimask_output`); each later
-        one refines that choice, with all clicks so far and the last answer's logits. The mask is
-        returned whatever its score. A click that fails leaves the object as it was.
+        one refines that choice, using all clicks so far and the last answer's logits. The mask is
+        returned whatever its score. A click that fails leaves the object unchanged.
         """
         result: Segmentation = self._run(self._session.click(x, y, positive))
         return result
 
     def undo(self) -> Segmentation:
-        """Take the last click back and return the earlier answer, empty before the first click."""
+        """Undo the last click and return the previous result, empty before the first click."""
         result: Segmentation = self._run(self._session.undo())
         return result
 
     def reset(self) -> Segmentation:
-        """Forget all clicks, to start on another object, and return an empty result."""
+        """Clear all clicks, to start on another object, and return an empty result."""
         result: Segmentation = self._run(self._session.reset())
         return result
 
     def close(self) -> None:
-        """Refuse further prompts. The server lets go of the image by itself."""
+        """Reject further prompts. The image expires on the server by itself."""
         self._session.closed = True
 
     def __enter__(self) -> "View":

@@ -57,13 +57,13 @@ async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
         async with await client.open(coins) as view:
             assert view.size == (384, 303)
             await view.click(60, 200)
-        await awaited.close()
-        with pytest.raises(ClientUnusable, match="view is closed"):
-            await awaited.click(110, 80)
             assert len(await view.reset()) == 0
             np.testing.assert_array_equal((await view.click(110, 80)).logits, first.logits)
             assert len(await view.segment(boxes=BOXES, threshold=-1)) == 2
             assert len(await view.undo()) == 0
+        await awaited.close()
+        with pytest.raises(ClientUnusable, match="view is closed"):
+            await awaited.click(110, 80)
     np.testing.assert_array_equal(again.logits, first.logits)
 
 
@@ -292,7 +292,7 @@ async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pi
                 await client.segment(coins, POINTS)
             except ClientUnusable as error:
                 await client.close()
-                os._exit(7 if "made before a fork" in str(error) else 1)
+                os._exit(7 if "created before a fork" in str(error) else 1)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -255,16 +255,20 @@ def test_masks_without_a_pixel_are_left_out(
     [
         (step(), {}, r"^there is nothing to segment: give points, boxes or both"),
         (step(points=[]), {}, r"^there is nothing to segment"),
-        (step(points=[{"x": 320}]), {}, r"^point {'x': 320} has no y"),
+        (step(points=[{"x": 320}]), {}, r"^point {'x': 320} is missing 'y'"),
         (step(points="$inputs.clicks"), {}, r"^points is '\$inputs.clicks', which has no value: "),
-        (step(boxes="$steps.a.predictions"), {"a": 1}, r"give inputs={'\$steps.a.predictions': …}"),
+        (step(boxes="$steps.a.predictions"), {"a": 1}, r"pass inputs={'\$steps.a.predictions': …}"),
         (step(points="320,240"), {}, r"a string must be a selector such as '\$inputs.points'"),
         (step(points=[(1, 2)], threshold="0.5"), {}, r"^threshold is '0.5': a string must be a"),
         (step(points=[(1, 2)], threshold=True), {}, r"^threshold must be a number, got True"),
         (step(points=[(1, 2)], threshold=None), {}, r"^threshold must be a number, got None"),
         (step(points=[(1, 2)], multimask_output=3), {}, r"^multimask_output must be true or false"),
-        ({"type": "roboflow_core/sam3@v1"}, {}, r"type is 'roboflow_core/sam3@v1', and only 'rob"),
-        ({"version": "1.0", "steps": [step()]}, {}, r"a whole workflow: pass its one step of type"),
+        ({"type": "roboflow_core/sam3@v1"}, {}, r"type is 'roboflow_core/sam3@v1', but only 'rob"),
+        (
+            {"version": "1.0", "steps": [step()]},
+            {},
+            r"whole workflow: pass only its step of type",
+        ),
     ],
 )
 def test_wrong_steps(
@@ -281,7 +285,7 @@ def test_wrong_steps(
 
 def test_a_client_that_does_not_wait_is_told_apart(image: NDArray[np.uint8]) -> None:
     client: Any = AsyncClient("http://127.0.0.1:9")
-    with pytest.raises(TypeError, match="give a Client, not an AsyncClient"):
+    with pytest.raises(TypeError, match="pass a Client, not an AsyncClient"):
         run_block(client, step(points=[(1, 2)]), image)
 
 
@@ -298,13 +302,13 @@ def test_without_supervision_nothing_is_asked(
 def test_images_come_from_somewhere(segmenter: Boxes) -> None:
     with pytest.raises(PromptError, match=r"^images is '\$inputs.image', which has no value"):
         run_block(segmenter, step(points=[(1, 2)]))
-    with pytest.raises(PromptError, match=r"^the step has no 'images', and none were given"):
+    with pytest.raises(PromptError, match=r"^the step has no 'images', and none were passed"):
         run_block(segmenter, {"type": BLOCK_TYPE, "points": [(1, 2)]})
 
 
 def test_boxes_must_match_the_images(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
     definition = step(boxes="$inputs.boxes")
-    with pytest.raises(PromptError, match=r"^there are boxes for 1 images, and 2 images: give one"):
+    with pytest.raises(PromptError, match=r"^got boxes for 1 images, but 2 images: pass one"):
         run_block(segmenter, definition, [image] * 2, {"boxes": [detections("cat")]})
     with pytest.raises(PromptError, match=r"^there is nothing to segment"):
         run_block(segmenter, definition, [image] * 2, {"boxes": [detections("cat"), None]})

@@ -96,7 +96,10 @@ def test_shared_memory_is_one_option(url: str, photo: Path) -> None:
             "there is no folder 'no' to write 'x.png'",
         ),
         (["segment", "PHOTO", *POINT, "--timeout", "inf"], "timeout must be a finite number"),
-        (["segment-dir", "FOLDER", "-o", "FOLDER", *POINT], "cannot go among the images"),
+        (
+            ["segment-dir", "FOLDER", "-o", "FOLDER", *POINT],
+            "cannot go into the folder of the images",
+        ),
         (["segment-dir", "FOLDER", "-o", "PHOTO", *POINT], "the results need a folder"),
         (["segment", "PHOTO", *POINT, "--threshold", "nan"], "threshold must be a number"),
         (["segment", "PHOTO", *POINT, "--header", "token"], "header 'token' is not NAME:VALUE"),
@@ -125,7 +128,7 @@ def test_bad_input_is_one_sentence_and_exit_2(
 def test_a_url_that_is_none_is_bad_input(photo: Path) -> None:
     result = invoke("segment", photo, *POINT, url="localhost:8001")
     assert result.exit_code == BAD_INPUT
-    assert "is not a server's URL" in result.stderr
+    assert "is not a server URL" in result.stderr
 
 
 def test_no_server_is_exit_1(photo: Path) -> None:

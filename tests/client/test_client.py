@@ -370,5 +370,5 @@ def test_a_forked_child_is_sent_to_a_client_of_its_own_and_harms_no_other(
         [*FORKS, script], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    told = f"this client of {url} was made before a fork; make one in each"
+    told = f"this client of {url} was created before a fork; create one in each"
     assert [line[: len(told)] for line in done.stdout.splitlines()] == [told] * 3

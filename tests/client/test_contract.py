@@ -42,9 +42,8 @@ def test_the_ensemble_takes_and_gives_what_the_client_declares() -> None:
 def test_the_decoder_takes_and_gives_what_a_click_needs() -> None:
     served = config(contract.DECODER)
     inputs = tensors(served.input)
-    assert {name: inputs.get(name) for name in declared(contract.DECODER_INPUTS)} == declared(
-        contract.DECODER_INPUTS
-    )
+    of_a_click = declared((contract.IMAGE_ID, *contract.PROMPTS))
+    assert {name: inputs.get(name) for name in of_a_click} == of_a_click
     assert tensors(served.output) == declared(contract.OUTPUTS)
 
 

@@ -8,7 +8,7 @@ import pytest
 import trustme
 
 from triton_sam3 import AsyncClient, Client, endpoint
-from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, checked_headers
+from triton_sam3.endpoint import DEFAULT_URL, TLS, Endpoint, validate_headers
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_url(url: str, address: str, is_grpc: bool, secure: bool) -> None:
     ],
 )
 def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is not a server's URL; give grpc://") as caught:
+    with pytest.raises(ValueError, match=r"is not a server URL; use grpc://") as caught:
         Endpoint.parse(url)
     assert repr(url) in str(caught.value)
 
@@ -66,7 +66,7 @@ def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
     ["grpc://me:secret@host:1", "http://me:sec/ret@host", "ftp://secret@host", "https://[secret@"],
 )
 def test_a_password_in_a_url_is_refused_and_not_quoted(url: str) -> None:
-    with pytest.raises(ValueError, match="takes no user name and no password") as caught:
+    with pytest.raises(ValueError, match="must not contain a user name or a password") as caught:
         Endpoint.parse(url)
     assert "sec" not in str(caught.value)
 
@@ -87,14 +87,14 @@ def pem(tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_pem_files_without_tls_are_a_mistake(scheme: str, pem: dict[str, Path]) -> None:
     tls = TLS(root_certificates=pem["chain"])
-    with pytest.raises(ValueError, match=f"write {scheme}s://"):
+    with pytest.raises(ValueError, match=f"use {scheme}s://"):
         Endpoint.parse(f"{scheme}://host", tls)
 
 
 def test_half_an_identity_is_a_mistake(pem: dict[str, Path]) -> None:
     TLS(private_key=pem["key"], certificate_chain=pem["chain"])
     for half in ({"private_key": pem["key"]}, {"certificate_chain": pem["chain"]}):
-        with pytest.raises(ValueError, match="give both or neither"):
+        with pytest.raises(ValueError, match="pass both or neither"):
             TLS(**half)
 
 
@@ -133,8 +133,8 @@ def test_authorities_in_a_folder_are_taken_from_the_file_beside_it(
 
 def test_headers_that_both_protocols_carry() -> None:
     headers = {"Authorization": "Bearer a b~", "x-sam3.tenant_1": ""}
-    assert checked_headers(headers) == headers
-    assert checked_headers(None) == {}
+    assert validate_headers(headers) == headers
+    assert validate_headers(None) == {}
 
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
@@ -147,6 +147,6 @@ def test_a_value_that_no_header_can_have_is_named_and_not_quoted(make: Any, valu
 
 @pytest.mark.parametrize("name", ["", "x y", "x:y", "grpc-timeout", "x-Bin", "ü", "x\n", 5])
 def test_a_name_that_no_header_can_have_is_quoted(name: Any) -> None:
-    with pytest.raises(ValueError, match="is no header's name") as caught:
-        checked_headers({name: "value"})
+    with pytest.raises(ValueError, match="is not a valid header name") as caught:
+        validate_headers({name: "value"})
     assert repr(name) in str(caught.value)

@@ -331,5 +331,5 @@ def test_multimask_output_is_on_or_off(switch: Any) -> None:
 
 @pytest.mark.parametrize("images", [-1, 1.5, "3", None])
 def test_remembered_images_are_a_whole_number(images: Any) -> None:
-    with pytest.raises(ValueError, match="remember_images must be a whole number"):
+    with pytest.raises(ValueError, match="remember_images must be a non-negative integer"):
         Engine(Retries(0, 1.0), images, None, threading.Lock)

@@ -35,5 +35,5 @@ def test_prompts_name_images_in_the_folder_alone(tmp_path: Path, name: str) -> N
 def test_results_do_not_go_among_the_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     check_output(tmp_path / "in", tmp_path / "in" / "masks")
-    with pytest.raises(ValueError, match="cannot go among the images"):
+    with pytest.raises(ValueError, match="cannot go into the folder of the images"):
         check_output(tmp_path / "in", tmp_path / "in" / ".." / "in")

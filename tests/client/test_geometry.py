@@ -19,7 +19,7 @@ from sam3.model.sam3_image_processor import Sam3Processor
 from torchvision.transforms import Resize, ToTensor
 
 from triton_sam3.errors import ImageError
-from triton_sam3.geometry import SMALL_PIXELS, load_image, resize, to_fractions
+from triton_sam3.geometry import MIN_STRIPED_PIXELS, load_image, resize, to_fractions
 
 ORIENTATION = 0x0112
 """EXIF tag; 1 upright … 8."""
@@ -150,9 +150,7 @@ def test_32_bit_integers_that_may_be_8_bit_are_refused(largest: int) -> None:
 
 @pytest.mark.parametrize("data", ["iVBORw0KGgo" * 400, "\0" * 300])
 def test_an_images_data_as_text_is_told_from_a_path(data: str) -> None:
-    with pytest.raises(
-        ImageError, match=r"there is no file .*; if it is an image's data"
-    ) as caught:
+    with pytest.raises(ImageError, match=r"there is no file .*; if this is image data") as caught:
         load_image(data)
     assert len(str(caught.value)) < 500
 
@@ -237,7 +235,7 @@ def test_postscript_is_not_run(
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
     path = tmp_path / "photo.jpg"
     Image.fromarray(photo).save(path, "EPS")
-    told = pytest.raises(ImageError, match="is PostScript, a program, which is not run")
+    told = pytest.raises(ImageError, match="is PostScript, a program that would have to be run")
     with told:
         load_image(path)
     with told, Image.open(path) as image:
@@ -324,7 +322,7 @@ def test_resize_in_strips_comes_to_the_same_as_in_one(
     height: int, width: int, side: int, off: int
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert height * width >= SMALL_PIXELS
+    assert height * width >= MIN_STRIPED_PIXELS
     whole = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
     ours = resize(image, side)
     assert ours.shape == (side, side, 3)

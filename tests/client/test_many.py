@@ -43,7 +43,7 @@ def test_a_detectors_boxes_may_be_an_images_prompts() -> None:
 
 
 def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
-    with pytest.raises(PromptError, match="prompts for 2 images, and 3 images"):
+    with pytest.raises(PromptError, match="prompts for 2 images, but 3 images"):
         jobs(["a", "b", "c"], [POINT, POINT], 1)
     with pytest.raises(PromptError, match="one entry per image, got 5"):
         jobs(["a.png"], 5, 1)
@@ -56,7 +56,7 @@ def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
     ["a.jpg", Path("a.jpg"), b"data", np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))],
 )
 def test_a_single_image_is_no_list_of_images(image: Any) -> None:
-    with pytest.raises(ImageError, match="must be a list of images, even of one"):
+    with pytest.raises(ImageError, match="wrap a single image in a list"):
         jobs(image, POINT, 1)
 
 
@@ -66,13 +66,13 @@ def test_an_array_of_images_is_a_list_of_them() -> None:
 
 def test_prompts_that_run_out_are_noticed() -> None:
     work = jobs(iter(["a", "b", "c"]), iter([POINT, POINT]), 1)
-    with pytest.raises(PromptError, match="prompts for 2 images, and more images"):
+    with pytest.raises(PromptError, match="prompts for 2 images, but more images"):
         list(work)
 
 
 def test_unknown_keys_are_the_images_own_error() -> None:
     (job,) = jobs(["a"], [{"point": [(1, 1)]}], 1)
-    with pytest.raises(PromptError, match="keys are points and boxes"):
+    with pytest.raises(PromptError, match="an unknown key; use 'points' and 'boxes'"):
         job.prompts()
 
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from triton_sam3 import masks as masks_module
-from triton_sam3.masks import finish_masks, hole_area, mask_areas, mask_boxes
+from triton_sam3.masks import finish_masks, mask_areas, mask_boxes, max_hole_area
 
 SIDE = 288
 """SAM 3's mask grid, where the reference's figure of 256 px holds."""
@@ -33,6 +33,16 @@ def speck() -> NDArray[np.float32]:
     """An object smaller than the holes that are filled."""
     y, x = np.mgrid[:SIDE, :SIDE]
     return np.asarray(7.5 - np.hypot(x - 100, y - 61), np.float32)[None]
+
+
+def finished(
+    logits: NDArray[Any], width: int, height: int, limit: float | None
+) -> NDArray[np.bool_]:
+    """Masks with holes of up to `limit` pixels filled; None is the limit of the served model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if limit is not None:
+            patch.setattr(masks_module, "max_hole_area", lambda _: limit)
+        return finish_masks(logits, width, height)
 
 
 def differing(ours: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
@@ -68,13 +78,13 @@ def test_holes_are_filled_as_the_reference_does(reference: Any) -> None:
     ours = finish_masks(logits, SIDE, SIDE)
     np.testing.assert_array_equal(ours, (expected[0] > 0).numpy())
     assert int((~ours).sum()) == 257
-    assert int((~finish_masks(logits, SIDE, SIDE, max_hole_area=0)).sum()) == 256 + 257 + 9
-    assert finish_masks(logits, SIDE, SIDE, max_hole_area=257).all()
+    assert int((~finished(logits, SIDE, SIDE, 0)).sum()) == 256 + 257 + 9
+    assert finished(logits, SIDE, SIDE, 257).all()
 
 
-def test_hole_area_is_the_references_figure_on_its_grid() -> None:
-    assert hole_area(SIDE) == 256
-    assert hole_area(SIDE // 4) == 16
+def test_max_hole_area_is_the_references_figure_on_its_grid() -> None:
+    assert max_hole_area(SIDE) == 256
+    assert max_hole_area(SIDE // 4) == 16
 
 
 def test_input_is_left_alone() -> None:
@@ -91,7 +101,7 @@ def test_upsampling_is_torchs(size: tuple[int, int]) -> None:
     up = F.interpolate(
         torch.from_numpy(plane)[None], (height, width), mode="bilinear", align_corners=False
     )[0].numpy()
-    ours = finish_masks(plane, width, height, max_hole_area=0)
+    ours = finished(plane, width, height, 0)
     wrong = ours != (up > 0)
     assert wrong.mean() < 1e-6
     assert np.abs(up[wrong]).max(initial=0) < 1e-4
@@ -121,7 +131,7 @@ def test_strips_change_no_pixel(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks_module, "ROWS_AT_ONCE", rows)
-        ours = finish_masks(logits, width, height, max_hole_area=0)
+        ours = finished(logits, width, height, 0)
     np.testing.assert_array_equal(ours, whole)
 
 
@@ -188,7 +198,7 @@ def plainly_filled(plane: NDArray[Any], limit: float) -> NDArray[np.float32]:
     count, labels = cv2.connectedComponents((wide <= 0).astype(np.uint8), connectivity=8)
     for label in range(1, count):
         if (labels == label).sum() <= limit:
-            wide[labels == label] = masks_module.FILLED
+            wide[labels == label] = masks_module.FILL_LOGIT
     return wide
 
 
@@ -210,7 +220,7 @@ def test_few_holes_and_many_are_filled_as_one_by_one(
     logits.flags.writeable = layout != "read-only"
     # At the logits' own size nothing is between two of them.
     size = logits.shape[-1], logits.shape[-2]
-    ours = finish_masks(logits, *size, max_hole_area=limit)
+    ours = finished(logits, *size, limit)
     expected = np.stack([plainly_filled(plane, limit) > 0 for plane in logits])
     np.testing.assert_array_equal(ours, expected)
 
@@ -238,8 +248,8 @@ def test_finished_as_filled_one_by_one_and_upsampled_whole(
 ) -> None:
     logits: NDArray[Any] = (clouds(seed, 3, side, grain) + level).astype(dtype)
     before = logits.copy()
-    ours = finish_masks(logits, width, height, max_hole_area=limit)
-    area = hole_area(side) if limit is None else limit
+    ours = finished(logits, width, height, limit)
+    area = max_hole_area(side) if limit is None else limit
     filled = [plainly_filled(plane, area) for plane in logits]
     expected = np.stack([two_passes(plane, width, height) > 0 for plane in filled])
     np.testing.assert_array_equal(ours, expected)
@@ -250,10 +260,10 @@ def test_finished_as_filled_one_by_one_and_upsampled_whole(
 def test_regions_beyond_what_16_bits_number(side: int) -> None:
     logits = np.full((1, side, side), 5, np.float32)
     logits[0, ::2, ::2] = -5  # as many regions as there can be, 65025 or more
-    assert finish_masks(logits, side, side, max_hole_area=1).all()
-    np.testing.assert_array_equal(finish_masks(logits, side, side, max_hole_area=0), logits > 0)
+    assert finished(logits, side, side, 1).all()
+    np.testing.assert_array_equal(finished(logits, side, side, 0), logits > 0)
     logits[0, 300, 301] = -5  # two become one
-    filled = finish_masks(logits, side, side, max_hole_area=2)
+    filled = finished(logits, side, side, 2)
     assert np.argwhere(~filled[0]).tolist() == [[300, 300], [300, 301], [300, 302]]
 
 

@@ -14,6 +14,7 @@ from triton_sam3.errors import PromptError
 from triton_sam3.parsing import Box, Point, parse_box, parse_class_id, parse_mask, parse_points
 
 A_POINT = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
+IN_A_LIST = f"wrap a single one in a list: {A_POINT}"
 A_BOX = (
     "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
     "centre as x, y and its width and height, in pixels"
@@ -93,21 +94,21 @@ def test_no_points() -> None:
         ([(5,)], f"(5,) is not a point: {A_POINT}"),
         ([(1, 2, 1, 0)], f"(1, 2, 1, 0) is not a point: {A_POINT}"),
         (["ab"], f"'ab' is not a point: {A_POINT}"),
-        ((320, 240), f"points must be a list, even of one, got (320, 240): {A_POINT}"),
+        ((320, 240), f"points must be a list of points, got (320, 240); {IN_A_LIST}"),
         (
             {"x": 1, "y": 2},
-            f"points must be a list, even of one, got {{'x': 1, 'y': 2}}: {A_POINT}",
+            f"points must be a list of points, got {{'x': 1, 'y': 2}}; {IN_A_LIST}",
         ),
         (
             [{"x": 1, "y": 2, "label": 0}],
-            "point {'label': 0, 'x': 1, 'y': 2} has 'label', and no positive",
+            "point {'label': 0, 'x': 1, 'y': 2} has the unknown key 'label'; use 'positive'",
         ),
         (
-            [{"x": 1, "y": 2, "postive": False}],
-            "point {'postive': False, 'x': 1, 'y': 2} has 'postive', and no positive",
+            [{"x": 1, "y": 2, "postive": 0}],
+            "point {'postive': 0, 'x': 1, 'y': 2} has the unknown key 'postive'; use 'positive'",
         ),
-        (np.array(4), f"points must be a list, even of one, got 4: {A_POINT}"),
-        ("ab", f"points must be a list, even of one, got 'ab': {A_POINT}"),
+        (np.array(4), f"points must be a list of points, got 4; {IN_A_LIST}"),
+        ("ab", f"points must be a list of points, got 'ab'; {IN_A_LIST}"),
     ],
 )
 def test_wrong_points_are_quoted(given_points: Any, message: str) -> None:
@@ -154,7 +155,7 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
         ([1, 2, 3, False], "box [1, 2, 3, False]: coordinates must be numbers, got False"),
         ([1, 2, 3], f"[1, 2, 3] is not a box: {A_BOX}"),
         (7, f"7 is not a box: {A_BOX}"),
-        ({"x": 1, "y": 2}, f"box {{'x': 1, 'y': 2}} has no width and no height: {A_BOX}"),
+        ({"x": 1, "y": 2}, f"box {{'x': 1, 'y': 2}} is missing 'width', 'height': {A_BOX}"),
     ],
 )
 def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
@@ -165,7 +166,7 @@ def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
 
 def test_long_values_are_quoted_in_short() -> None:
     detection = {"x": 1, "points": [{"x": 1.0, "y": 2.0}] * 5000, "note": "n" * 5000}
-    with pytest.raises(PromptError, match=r"has no y and no width and no height") as caught:
+    with pytest.raises(PromptError, match=r"is missing 'y', 'width', 'height'") as caught:
         parse_box(detection)
     assert len(str(caught.value)) < 700
 
@@ -245,7 +246,7 @@ def test_class_ids(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [True, "3", 3.5, math.nan, math.inf, None])
 def test_wrong_class_ids(value: Any) -> None:
-    with pytest.raises(PromptError, match="class_id must be a whole number, got "):
+    with pytest.raises(PromptError, match="class_id must be an integer, got "):
         parse_class_id(value)
 
 
@@ -265,5 +266,5 @@ class Foreign:
 
 @pytest.mark.parametrize("mask", [[[1.0, 2.0], [3.0]], Foreign()])
 def test_masks_that_are_no_array(mask: Any) -> None:
-    with pytest.raises(PromptError, match=r"logits \[M, M\].* is no array: "):
+    with pytest.raises(PromptError, match=r"logits \[M, M\].* cannot be converted to an array: "):
         parse_mask(mask)

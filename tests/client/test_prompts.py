@@ -104,7 +104,7 @@ def test_empty_boxes(empty: Any) -> None:
 
 @pytest.mark.parametrize("boxes", [[1, 2, 3, 4], {"x": 1}, "box", 5, (1.5, 2, 3, 4)])
 def test_boxes_that_are_no_list(boxes: Any) -> None:
-    with pytest.raises(PromptError, match=r"^boxes must be a list, even of one, got "):
+    with pytest.raises(PromptError, match=r"^boxes must be a list of boxes, got "):
         parse_boxes(boxes)
 
 
@@ -132,7 +132,7 @@ def test_prompts_are_frozen_and_replaceable() -> None:
 
 
 def test_a_prompt_needs_something() -> None:
-    with pytest.raises(PromptError, match="needs points, a box or a mask, and this one has none"):
+    with pytest.raises(PromptError, match="needs points, a box or a mask, but this one has none"):
         Prompt(points=[], class_name="cup")
 
 
@@ -142,7 +142,7 @@ def test_pack_places_the_box_before_the_points_and_pads_the_end() -> None:
         Prompt(box=(64, 48, 128, 96), points=[(80, 60), (90, 70, False)]),
         Prompt(box=(0, 0, WIDTH, HEIGHT)),
     ]
-    packed = pack(prompts, WIDTH, HEIGHT)
+    packed = pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
     assert packed.point_coords.shape == (3, 4, 2)
     assert packed.point_coords.dtype == np.float32
     assert packed.point_labels.dtype == np.int32
@@ -179,7 +179,7 @@ def test_pack_refuses_a_mask_of_another_size() -> None:
 
 
 def test_boxes_that_overshoot_are_clipped() -> None:
-    packed = pack([Prompt(box=(-50, -0.5, 1e6, 480.5))], WIDTH, HEIGHT)
+    packed = pack([Prompt(box=(-50, -0.5, 1e6, 480.5))], WIDTH, HEIGHT, MASK_SIDE)
     np.testing.assert_array_equal(packed.point_coords[0], [[0, 0], [1, 1]])
 
 
@@ -188,13 +188,13 @@ def test_boxes_that_overshoot_are_clipped() -> None:
 )
 def test_boxes_outside_are_errors(box: Any) -> None:
     with pytest.raises(PromptError, match=r"^box \(.*\) lies entirely outside the 640×480 image"):
-        pack([Prompt(box=box)], WIDTH, HEIGHT)
+        pack([Prompt(box=box)], WIDTH, HEIGHT, MASK_SIDE)
 
 
 @pytest.mark.parametrize("point", [(640.5, 3), (3, 481), (-0.25, 3), (3, -1)])
 def test_points_outside_are_errors(point: tuple[float, float]) -> None:
     with pytest.raises(PromptError) as caught:
-        pack([Prompt(points=[(1, 1), point])], WIDTH, HEIGHT)
+        pack([Prompt(points=[(1, 1), point])], WIDTH, HEIGHT, MASK_SIDE)
     assert str(caught.value) == (
         f"point ({float(point[0])}, {float(point[1])}) is outside the image: "
         "x must be within 0…640, y within 0…480"
@@ -202,7 +202,7 @@ def test_points_outside_are_errors(point: tuple[float, float]) -> None:
 
 
 def test_points_on_the_far_edge_are_inside() -> None:
-    packed = pack([Prompt(points=[(WIDTH, HEIGHT)])], WIDTH, HEIGHT)
+    packed = pack([Prompt(points=[(WIDTH, HEIGHT)])], WIDTH, HEIGHT, MASK_SIDE)
     np.testing.assert_array_equal(packed.point_coords[0, 0], [1, 1])
 
 
@@ -225,7 +225,7 @@ def some_prompts(draw: st.DrawFn) -> list[Prompt]:
 
 @given(some_prompts())
 def test_packed_tokens_read_back_as_the_prompts(prompts: list[Prompt]) -> None:
-    packed = pack(prompts, WIDTH, HEIGHT)
+    packed = pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
     assert ((packed.point_coords >= 0) & (packed.point_coords <= 1)).all()
     size = np.array([WIDTH, HEIGHT])
     for prompt, coords, labels in zip(
@@ -250,8 +250,8 @@ def test_packed_tokens_read_back_as_the_prompts(prompts: list[Prompt]) -> None:
 @given(some_prompts(), st.integers(0, 5))
 def test_a_prompts_tokens_do_not_depend_on_its_neighbours(prompts: list[Prompt], pick: int) -> None:
     row = pick % len(prompts)
-    alone = pack([prompts[row]], WIDTH, HEIGHT)
-    together = pack(prompts, WIDTH, HEIGHT)
+    alone = pack([prompts[row]], WIDTH, HEIGHT, MASK_SIDE)
+    together = pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
     tokens = alone.point_labels.shape[1]
     np.testing.assert_array_equal(together.point_labels[row, :tokens], alone.point_labels[0])
     np.testing.assert_array_equal(together.point_coords[row, :tokens], alone.point_coords[0])
@@ -267,7 +267,7 @@ def test_a_prompts_tokens_do_not_depend_on_its_neighbours(prompts: list[Prompt],
     ],
 )
 def test_a_box_may_be_a_line_or_a_dot(box: Any, corners: list[list[float]]) -> None:
-    packed = pack([Prompt(box=box)], WIDTH, HEIGHT)
+    packed = pack([Prompt(box=box)], WIDTH, HEIGHT, MASK_SIDE)
     np.testing.assert_allclose(packed.point_coords[0], corners)
 
 
@@ -303,13 +303,13 @@ def test_as_many_names_as_boxes() -> None:
 def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:
     prompts = [Prompt(points=[(1, 1)]), Prompt(box=(700, 0, 800, 9))]
     with pytest.raises(PromptError, match=r"^objects\[1\]: box .* lies entirely outside"):
-        pack(prompts, WIDTH, HEIGHT)
+        pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
     with pytest.raises(PromptError, match=r"^objects\[257\]: box .* lies entirely outside"):
-        pack(prompts[1:], WIDTH, HEIGHT, first=257)
+        pack(prompts[1:], WIDTH, HEIGHT, MASK_SIDE, first=257)
 
 
 def test_more_tokens_than_the_server_takes() -> None:
     prompt = Prompt(points=[(1, 1)] * 3, box=(0, 0, 5, 5))
-    assert pack([prompt], WIDTH, HEIGHT, max_tokens=5).point_labels.shape == (1, 5)
-    with pytest.raises(PromptError, match=r"has 5 tokens \(1 a point, 2 a box\), .* at most 4"):
-        pack([prompt], WIDTH, HEIGHT, max_tokens=4)
+    assert pack([prompt], WIDTH, HEIGHT, MASK_SIDE, max_tokens=5).point_labels.shape == (1, 5)
+    with pytest.raises(PromptError, match=r"has 5 tokens \(1 per point, 2 per box\), .* at most 4"):
+        pack([prompt], WIDTH, HEIGHT, MASK_SIDE, max_tokens=4)

@@ -20,6 +20,7 @@ from triton_sam3.protocol import (
 )
 
 S, M = 56, 16
+CLICK_INPUTS = (contract.IMAGE_ID, *contract.PROMPTS)
 IMAGE = np.zeros((S, S, 3), np.uint8)
 POINT = Prompt(points=[(10, 20)])
 BOX = Prompt(box=(0, 0, 30, 40))
@@ -39,7 +40,7 @@ def test_every_input_has_the_declared_type_and_axes(
     flags = Flags(multimask_output, keep_image)
     for request, allowed in (
         (image_request(IMAGE, "d", packed(*prompts), flags), contract.INTERACTIVE_INPUTS),
-        (click_request(b"id", "d", packed(*prompts), flags), contract.DECODER_INPUTS),
+        (click_request(b"id", "d", packed(*prompts), flags), CLICK_INPUTS),
     ):
         declared = {tensor.name: tensor for tensor in allowed}
         for name, array in request.inputs.items():

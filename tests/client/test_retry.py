@@ -199,7 +199,7 @@ def test_a_timeout_is_a_finite_number_of_seconds(timeout: Any) -> None:
 
 @pytest.mark.parametrize("attempts", [-1, 1.5, "2", None, True])
 def test_attempts_are_a_whole_number(attempts: Any) -> None:
-    with pytest.raises(ValueError, match="retries must be a whole number, 0 or more, got"):
+    with pytest.raises(ValueError, match="retries must be a non-negative integer, got"):
         Retries(attempts, 1.0)
 
 

@@ -181,7 +181,7 @@ def test_what_closing_gave_up_is_taken_back_by_a_later_client_of_the_same_proces
             pass  # it takes a moment itself
         (given_up,) = regions(server)
         with monkeypatch.context() as impatient:
-            impatient.setattr(shared_memory, "_FAREWELL", 0.001)
+            impatient.setattr(shared_memory, "_CLOSE_TIMEOUT", 0.001)
             client.close()
         assert asked.exception() is not None
     assert regions(server) == [given_up]
@@ -304,7 +304,7 @@ def test_a_server_that_does_not_answer_is_asked_for_one_lost_region_not_for_each
     silent = answering(DeadlineExceeded("late"), to="unregister")
     for _ in range(3):
         by_hand(an_image(memory), silent)
-        memory._forsake_all()
+        memory._mark_all_lost()
     asked = [str(request) for request in by_hand(an_image(memory), silent)]
     assert sum("unregister" in request for request in asked) == 1
     left = by_hand(memory.close(Retries(0, 9.0)), silent)

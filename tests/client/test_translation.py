@@ -138,7 +138,7 @@ def test_the_page_of_a_proxy_is_not_quoted(send: Send) -> None:
 @both
 @pytest.mark.parametrize("body", [b"# HELP nv_inference_count", b"[]", b"null", b"\xff{}"])
 def test_an_answer_that_triton_does_not_give(send: Send, body: bytes) -> None:
-    told = pytest.raises(ServerError, match=r"does not answer as Triton does.* speak http")
+    told = pytest.raises(ServerError, match=r"does not respond like Triton.* speak http")
     with misbehaving.http((200, body)) as (url, _), told:
         send(url)
 

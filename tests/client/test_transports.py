@@ -221,14 +221,15 @@ def test_an_unknown_authority_is_not_trusted(
     other = tmp_path / "other.pem"
     trustme.CA().cert_pem.write_to_path(other)
     for trusted in (None, other):
-        unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate.*; root_certificates")
+        unsure = pytest.raises(ServerUnreachable, match=r"(?i)certificate.*; set root_certificates")
         with Client(secured.url, retries=0, root_certificates=trusted) as client, unsure:
             client.segment(coins, points=[(110, 80)])
 
 
 def test_another_hosts_certificate_is_not_trusted(secured: Secured, coins: Pixels) -> None:
     elsewhere = secured.url.replace("localhost", "127.0.0.1")
-    unsure = pytest.raises(ServerUnreachable, match=r"(?i)(host|not valid).*; root_certificates")
+    says = r"(?i)(host|not valid).*; set root_certificates"
+    unsure = pytest.raises(ServerUnreachable, match=says)
     with Client(elsewhere, retries=0, root_certificates=secured.authority) as client, unsure:
         client.segment(coins, points=[(110, 80)])
 

@@ -57,7 +57,7 @@ def refusal(ask: Ask, model: str, **arrays: NDArray[Any]) -> str:
 
 def file_inputs(data: bytes, prompts: Sequence[Prompt]) -> dict[str, NDArray[Any]]:
     """A file's bytes and prompts in its pixels, as sam3_image_reader takes them."""
-    labels = pack(prompts, 1 << 20, 1 << 20).point_labels
+    labels = pack(prompts, 1 << 20, 1 << 20, mask_side=0).point_labels
     points = np.zeros((*labels.shape, 2), np.float32)
     for row, prompt in zip(points, prompts, strict=True):
         box = [prompt.box[:2], prompt.box[2:]] if prompt.box else []
