@@ -65,7 +65,7 @@ def cache_full(bench: Bench, title: str) -> Result:
         Stand(repository, bench.folder(), wrapper=inside) as stand,
     ):
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(lambda: stand.container.triton().kill())
+            trial.inject(lambda: stand.container.triton().kill())
             trial.recover()
         trial.remark = _told(stand)
         return trial.result()

@@ -24,7 +24,7 @@ PT2 = f"{DECODER}/1/decoder.pt2"
 CONFIG = f"{DECODER}/config.pbtxt"
 FAILED_STARTS = 2
 HOLE_BYTES = 4096
-LONGEST_SENTENCE = 240
+MAX_SENTENCE = 240
 NEW_NAMES = {
     "tracker.sam_": "tracker.model.interactive_sam_",
     ".sam2_convs.": ".interactive_convs.",
@@ -46,11 +46,11 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
             stand.container.triton().kill()
 
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(harm)
+            trial.inject(harm)
             _wait_for(lambda: len(stand.statuses) > FAILED_STARTS)
             refused, said = stand.statuses[1:], stand.refusal()
             path.write_bytes(whole)
-            trial.mended()
+            trial.cleared()
             trial.recover(within=120.0)
         told = Path(file).name in said or Path(file).parts[0] in said
         if not told or 0 in refused:
@@ -71,7 +71,7 @@ def sentence(text: str) -> str:
     """Short enough for a table, without the folders of this run."""
     flat = re.sub(r"/\S*/(?=sam3)", "", " ".join(text.split())).replace("|", "/")
     flat = re.sub(r"^\W+loading the checkpoint \S+ ", "", flat)
-    return flat if len(flat) <= LONGEST_SENTENCE else flat[: LONGEST_SENTENCE - 1] + "…"
+    return flat if len(flat) <= MAX_SENTENCE else flat[: MAX_SENTENCE - 1] + "…"
 
 
 def wrong_generation(bench: Bench, title: str) -> Result:

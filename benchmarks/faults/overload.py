@@ -72,7 +72,7 @@ def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: st
     flood, among = _flood(caller, asked, FACTOR * capacity)
     waves: list[Wave] = []
     with Trial(title, stand, asked, callers=[caller], timeout=TIMEOUT) as trial:
-        trial.strike(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
+        trial.inject(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
         trial.recover()
         for wave in waves:
             trial.others.extend(wave.outcomes)

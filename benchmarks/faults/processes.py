@@ -21,7 +21,7 @@ def killed(model: str, bench: Bench, title: str) -> Result:
     """SIGKILL to the process of a model. Triton 2.51 goes on without it; the watch does not."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(lambda: _signal(stand, model, signal.SIGKILL))
+        trial.inject(lambda: _signal(stand, model, signal.SIGKILL))
         trial.recover()
     return trial.result()
 
@@ -30,7 +30,7 @@ def server_killed(bench: Bench, title: str) -> Result:
     """SIGKILL to tritonserver."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(lambda: stand.container.triton().kill())
+        trial.inject(lambda: stand.container.triton().kill())
         trial.recover()
     return trial.result()
 
@@ -39,7 +39,7 @@ def stuck(bench: Bench, title: str) -> Result:
     """The decoder's process stops and never goes on by itself."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=5.0) as trial:
-        trial.strike(lambda: _signal(stand, DECODER, signal.SIGSTOP))
+        trial.inject(lambda: _signal(stand, DECODER, signal.SIGSTOP))
         trial.recover(within=90.0)
     return trial.result()
 
@@ -50,13 +50,13 @@ def slow(bench: Bench, title: str) -> Result:
     with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
         over = threading.Event()
         doing = threading.Thread(target=_slow_down, args=(stand, over))
-        trial.strike(doing.start)
+        trial.inject(doing.start)
         try:
             time.sleep(SLOW_SECONDS)
         finally:
             over.set()
             doing.join()
-            trial.mended()
+            trial.cleared()
         trial.recover()
     return trial.result()
 

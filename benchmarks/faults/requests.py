@@ -29,7 +29,7 @@ from triton_sam3.contract import DECODER
 
 SECONDS = 6.0
 """How long a fault goes on."""
-LEAST_CALM, CALM_REQUESTS, TIMES = 0.7, 4.0, 5
+MIN_CALM, CALM_REQUESTS, TIMES = 0.7, 4.0, 5
 OPENERS = 12
 VIEWS, VIEWS_SECONDS = 10_000, 450.0
 """How many are never closed, and what they may take; the other faults take five of the suite's
@@ -53,7 +53,7 @@ def client_gone(bench: Bench, title: str) -> Result:
             left += 3
 
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(leave_for_a_while)
+        trial.inject(leave_for_a_while)
         trial.recover()
     trial.remark = f"{left} callers left"
     return trial.result()
@@ -127,12 +127,12 @@ def _through_relays(
 
             def harm_for_a_while() -> None:
                 took = [one.ended - one.began for one in trial.load.outcomes]
-                calm = max(LEAST_CALM, CALM_REQUESTS * float(np.median(took)))
+                calm = max(MIN_CALM, CALM_REQUESTS * float(np.median(took)))
                 until = time.monotonic() + max(SECONDS, TIMES * calm)
                 while time.monotonic() < until:
                     harm(http, grpc, calm)
 
-            trial.strike(harm_for_a_while)
+            trial.inject(harm_for_a_while)
             trial.recover()
         trial.remark = remark((http, grpc))
     return trial.result()
@@ -192,7 +192,7 @@ def poisoned(bench: Bench, title: str) -> Result:
             with ThreadPoolExecutor(2) as threads:
                 list(threads.map(send, range(2)))
 
-        trial.strike(send_all)
+        trial.inject(send_all)
         trial.recover()
     refused = sum(one.kind is Kind.CLEAR for one in trial.others)
     trial.remark = f"{refused} of {len(trial.others)} poisoned refused with a sentence"
@@ -221,7 +221,7 @@ def kept_limit(bench: Bench, title: str) -> Result:
         kept: list[int] = []
         callers = [Caller(stand.grpc), Caller(stand.http), Caller(stand.grpc)]
         with Trial(title, stand, asked, callers=callers) as trial:
-            trial.strike(lambda: _sample(stand, kept, 2 * SECONDS))
+            trial.inject(lambda: _sample(stand, kept, 2 * SECONDS))
             trial.recover()
         trial.remark = told_of_kept(kept, bound)
         return trial.result()
@@ -240,7 +240,7 @@ def views_never_closed(bench: Bench, title: str) -> Result:
             _open_all(stand, asked, 2 * full, until, trial)
             trial.forget_sizes()
             rest = VIEWS - _opened(trial)
-            trial.strike(lambda: _open_all(stand, asked, rest, until, trial))
+            trial.inject(lambda: _open_all(stand, asked, rest, until, trial))
             trial.recover()
             kept: list[int] = []
             _sample(stand, kept, 2.0)
@@ -290,7 +290,7 @@ def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
     url = f"http://127.0.0.1:{stand.container.metrics_port}/metrics"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        told = decoding.numbers(url).get("sam3_kept_images_bytes")
+        told = decoding.read_metrics(url).get("sam3_kept_images_bytes")
         if told is not None:
             kept.append(int(told))
         time.sleep(0.2)

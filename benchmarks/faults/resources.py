@@ -58,7 +58,7 @@ def shm_full(bench: Bench, title: str) -> Result:
                 filler.unlink(missing_ok=True)
 
         with Trial(title, stand, asked, callers=callers) as trial:
-            trial.strike(fill_and_ask)
+            trial.inject(fill_and_ask)
             trial.recover()
         return trial.result()
 
@@ -123,7 +123,7 @@ def clock_jump(bench: Bench, title: str) -> Result:
                 time.sleep(3)
 
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(jump)
+            trial.inject(jump)
             trial.recover()
         stubs = stand.container.stubs(DECODER)
         if not all("libfaketime" in Path(f"/proc/{s.pid}/maps").read_text() for s in stubs):

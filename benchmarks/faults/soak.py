@@ -24,7 +24,7 @@ KEPT_IMAGES = 64
 WARM_UP = 0.2
 """Share of the time before memory is judged."""
 THIRDS = 3
-MOST_GROWTH = 1.0 * MIB
+MAX_GROWTH = 1.0 * MIB
 """For 10,000 requests: a leak of a hundred bytes in each comes to it."""
 ERRORS = 3
 """Standard errors by which the growth has to be beyond that, to be told from noise."""
@@ -43,7 +43,7 @@ class Soak:
     def grows(self) -> bool:
         """Whether memory or /dev/shm did not stay flat."""
         slopes = (slope(self.sizes, of) for of in (_private, _shm))
-        return any(one and one.growth - ERRORS * one.error > MOST_GROWTH for one in slopes)
+        return any(one and one.growth - ERRORS * one.error > MAX_GROWTH for one in slopes)
 
     def table(self) -> str:
         """Memory at the beginning and at the end of what was judged, and its slope."""

@@ -17,7 +17,7 @@ WATCH = ("--watch-seconds=1", "--watch-timeout=3")
 REFUSAL = re.compile(r"^failed to load '|^Poll failed for model directory")
 """How Triton says in its log which model it cannot serve."""
 KEPT_BYTES = re.compile(r'(?<=key: "kept_images_bytes" value: { string_value: ")\d+')
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 60.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 60.0
 STEADY_SECONDS = 10.0
 """Docker's `restart: unless-stopped`: pauses double until a container ran for this long."""
 
@@ -82,7 +82,7 @@ class Stand:
                 continue
             self.statuses.append(status)
             steady = time.monotonic() - self._started > STEADY_SECONDS
-            pause = FIRST_PAUSE if steady else min(2 * pause, LONGEST_PAUSE)
+            pause = FIRST_PAUSE if steady else min(2 * pause, MAX_PAUSE)
             if self._stop.wait(pause):
                 return
             self._start()

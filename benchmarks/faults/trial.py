@@ -24,7 +24,7 @@ GAP_SECONDS = 2.0
 """No right answer to anybody for so long is an outage, even if no request failed."""
 CALM_SECONDS = 2.0
 """Right answers only, for so long after an outage: it is over."""
-LEAST_SECONDS = 3.0
+MIN_SECONDS = 3.0
 """To look for an outage at least: it may take a while to begin."""
 NEARBY_SECONDS = 0.75
 """What is shortly before or after a verdict."""
@@ -102,22 +102,22 @@ class Trial:
         self.unasked: list[Outcome] = []
         """Those of them that asked for no mask: counted only where they failed."""
         self.remark = ""
-        self.struck: float | None = None
-        self._over = 0.0
+        self.injected: float | None = None
+        self._cleared = 0.0
         self._verdicts: list[Verdict] = []
         self._sizes: list[Size] = []
         self._starts = stand.starts
         self._open = ExitStack()
 
-    def strike(self, harm: Callable[[], object]) -> None:
+    def inject(self, fault: Callable[[], object]) -> None:
         """Do the harm; what notices it is timed from here."""
-        self.struck = time.monotonic()
-        harm()
-        self.mended()
+        self.injected = time.monotonic()
+        fault()
+        self.cleared()
 
-    def mended(self) -> None:
+    def cleared(self) -> None:
         """The fault itself is over: what recovers is timed from here."""
-        self._over = time.monotonic()
+        self._cleared = time.monotonic()
 
     @property
     def sizes(self) -> list[Size]:
@@ -134,7 +134,7 @@ class Trial:
         while time.monotonic() < began + within:
             time.sleep(0.1)
             now = time.monotonic()
-            if now > began + LEAST_SECONDS and now - self._trouble(now) > CALM_SECONDS:
+            if now > began + MIN_SECONDS and now - self._trouble(now) > CALM_SECONDS:
                 return
 
     def result(self) -> Result:
@@ -149,7 +149,7 @@ class Trial:
             {kind: sum(one.kind is kind for one in everything) for kind in Kind},
             noticed=self._noticed(),
             recovered=recovered,
-            never_recovered=self.struck is not None and recovered is None,
+            never_recovered=self.injected is not None and recovered is None,
             truth=truth(self._verdicts, outcomes),
             private=slope(self._sizes, lambda size: size.private),
             shm=slope(self._sizes, lambda size: size.shm),
@@ -180,26 +180,26 @@ class Trial:
             self._sizes.append(size)
 
     def _noticed(self) -> float | None:
-        if self.struck is None:
+        if self.injected is None:
             return None
-        noes = (v.ended for v in self._verdicts if not v.ready and v.ended > self.struck)
+        noes = (v.ended for v in self._verdicts if not v.ready and v.ended > self.injected)
         first = next(noes, None)
-        return None if first is None else first - self.struck
+        return None if first is None else first - self.injected
 
     def _recovered(self) -> float | None:
         """Zero where there was no outage after the fault; None where it did not end."""
-        if self.struck is None:
+        if self.injected is None:
             return None
         outcomes = self.load.outcomes
-        trouble = last_trouble(outcomes, self.struck, outcomes[-1].ended)
-        if trouble <= self._over:
+        trouble = last_trouble(outcomes, self.injected, outcomes[-1].ended)
+        if trouble <= self._cleared:
             return 0.0
         rights = (one.ended for one in outcomes if one.kind is Kind.RIGHT and one.ended > trouble)
         first = next(rights, None)
-        return None if first is None else first - self._over
+        return None if first is None else first - self._cleared
 
     def _trouble(self, now: float) -> float:
-        return last_trouble(self.load.outcomes, self.struck or now, now)
+        return last_trouble(self.load.outcomes, self.injected or now, now)
 
 
 def usual(stand: Stand) -> list[Caller]:

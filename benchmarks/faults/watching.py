@@ -15,8 +15,8 @@ from benchmarks.faults.container import Container
 from docker.entrypoint.probes import ProbeFailed, Target, ready
 
 PROBE_SECONDS = 3.0
-FEWEST_SAMPLES = 8
-FEWEST_REQUESTS = 100
+MIN_SAMPLES = 8
+MIN_REQUESTS = 100
 """Requests between first and last sample for a slope to be worth telling."""
 
 
@@ -121,7 +121,7 @@ def shm_bytes(container: Container) -> int:
 def slope(sizes: Sequence[Size], of: Callable[[Size], int]) -> Slope | None:
     """A line through the sizes of the last server; None where there are too few."""
     same = [size for size in sizes if size.server == sizes[-1].server]
-    if len(same) < FEWEST_SAMPLES or same[-1].requests - same[0].requests < FEWEST_REQUESTS:
+    if len(same) < MIN_SAMPLES or same[-1].requests - same[0].requests < MIN_REQUESTS:
         return None
     requests = np.array([size.requests for size in same], float)
     values = np.array([of(size) for size in same], float)

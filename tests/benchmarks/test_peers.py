@@ -111,7 +111,7 @@ def test_callers_share_processes_and_none_is_forgotten() -> None:
 
 
 def test_another_photo_has_the_same_pixels_in_other_places(everything: Stage) -> None:
-    other = load.another(everything.photo, 3)
+    other = load.shifted(everything.photo, 3)
     assert other.shape == everything.photo.shape
     assert not np.array_equal(other, everything.photo)
     assert other.sum() == everything.photo.sum()
