@@ -18,7 +18,7 @@ SLOW_SECONDS = 10.0
 
 
 def killed(model: str, bench: Bench, title: str) -> Result:
-    """SIGKILL to the process of a model. Triton 2.51 goes on without it; the watch does not."""
+    """Send SIGKILL to a model's process. Triton 2.51 carries on without it; the watch does not."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
         trial.inject(lambda: _signal(stand, model, signal.SIGKILL))
@@ -27,7 +27,7 @@ def killed(model: str, bench: Bench, title: str) -> Result:
 
 
 def server_killed(bench: Bench, title: str) -> Result:
-    """SIGKILL to tritonserver."""
+    """Send SIGKILL to tritonserver."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
         trial.inject(lambda: stand.container.triton().kill())
@@ -36,7 +36,7 @@ def server_killed(bench: Bench, title: str) -> Result:
 
 
 def stuck(bench: Bench, title: str) -> Result:
-    """The decoder's process stops and never goes on by itself."""
+    """Stop the decoder's process with SIGSTOP; it never continues."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=5.0) as trial:
         trial.inject(lambda: _signal(stand, DECODER, signal.SIGSTOP))
@@ -45,7 +45,7 @@ def stuck(bench: Bench, title: str) -> Result:
 
 
 def slow(bench: Bench, title: str) -> Result:
-    """The decoder's process runs one fifth of the time. Nothing may be restarted for it."""
+    """Let the decoder's process run a fifth of the time. This must not trigger a restart."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
         over = threading.Event()

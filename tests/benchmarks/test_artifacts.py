@@ -14,9 +14,9 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "export" / "encoder.py"
 
 
-def test_what_other_sources_built_goes_when_it_is_built_anew(sources: Path) -> None:
+def test_what_older_sources_built_is_deleted_on_a_rebuild(sources: Path) -> None:
     first = artifacts._folder("demo", ())
-    first.mkdir(parents=True)  # by a process that has ended
+    first.mkdir(parents=True)  # by a process that has exited
     other = artifacts._folder("full-size", ())
     other.mkdir()
     assert artifacts._folder("demo", ()) == first
@@ -39,7 +39,9 @@ def test_what_a_running_process_measures_stays(sources: Path) -> None:
         assert first.exists()
 
 
-def test_other_packages_build_anew(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_package_versions_trigger_a_rebuild(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = artifacts._folder("demo", ())
     monkeypatch.setattr(artifacts, "versions", lambda: "onnxscript 99")
     assert artifacts._folder("demo", ()) != first

@@ -82,7 +82,7 @@ def test_tables_have_a_row_for_every_figure() -> None:
 
 
 def test_a_reason_with_brackets_is_shown_as_it_is() -> None:
-    """Rich would take them for its own, and end over one that it does not know."""
+    """Rich would take them for markup, and raise on a tag that it does not know."""
     console = Console(width=200, record=True)
     console.print(
         rich_table("title", [FigureSpec("name", "ms").missing("no [/usr/lib/x.so] [1, 2]")])

@@ -1,4 +1,4 @@
-"""perf_analyzer's input files against the configs that the server reads."""
+"""perf_analyzer's input files against the server's configs."""
 
 from __future__ import annotations
 
