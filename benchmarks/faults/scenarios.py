@@ -53,9 +53,9 @@ def every() -> Sequence[Fault]:
 
 
 def run(
-    repository: Path, names: Sequence[str], told: Callable[[str, Result | None], None]
+    repository: Path, names: Sequence[str], progress: Callable[[str, Result | None], None]
 ) -> list[Result]:
-    """Run the named faults, or all if none are; `told` is called before and after each."""
+    """Run the named faults, or all if none are; `progress` is called before and after each."""
     results = []
     with (
         TemporaryDirectory(prefix="triton-sam3-faults-") as folder,
@@ -64,9 +64,9 @@ def run(
         for fault in every():
             if names and fault.name not in names:
                 continue
-            told(fault.title, None)
+            progress(fault.title, None)
             results.append(_result(fault, bench))
-            told(fault.title, results[-1])
+            progress(fault.title, results[-1])
     return results
 
 

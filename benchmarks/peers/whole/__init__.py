@@ -23,7 +23,7 @@ def write_repository(folder: Path, checkpoint: Path, device: str = "cpu") -> Pat
     version = folder / MODEL / "1"
     version.mkdir(parents=True)
     shutil.copy(SOURCES / "model.py", version)
-    # Triton's stub ignores PYTHONPATH and looks for packages beside the model.
+    # Triton's stub ignores PYTHONPATH and looks for packages next to the model.
     for package in PACKAGES:
         (version / package).symlink_to(ROOT / package)
     parameters = {"checkpoint": str(checkpoint.resolve()), "device": device}
