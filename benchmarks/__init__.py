@@ -1,10 +1,10 @@
-"""Measurements of what is served, beside its peers; benchmarks/RESULTS.md names every command."""
+"""Benchmarks of the served models and their peers; benchmarks/RESULTS.md names every command."""
 
 import logging
 import warnings
 
-import export  # noqa: F401 - before ONNX Runtime, which it keeps from reporting
+import export  # noqa: F401 - before ONNX Runtime, whose telemetry it turns off
 
-# About calls of their own, which nobody here can do anything about.
+# Warnings about these libraries' own calls, which cannot be fixed here.
 warnings.filterwarnings("ignore", module=r"(sam3|torch|onnxscript|timm)\b")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""python -m benchmarks: measure ours beside its peers in one run, and rewrite RESULTS.md."""
+"""python -m benchmarks: measure our server and its peers in one run, and rewrite RESULTS.md."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def main(
     only: Annotated[
         Part | None,
         typer.Option(
-            help="One part: of the CPU's benchmark full-size, demo or anatomy, shown but not "
-            "written; of the GPU's in-process or served."
+            help="Run one part: full-size, demo or anatomy on a CPU, shown but not written; "
+            "in-process or served on a GPU."
         ),
     ] = None,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's sections.")] = True,
 ) -> None:
-    """Measure ours beside its peers in one run, and rewrite benchmarks/RESULTS.md."""
+    """Measure our server and its peers in one run, and rewrite benchmarks/RESULTS.md."""
     if only and (only in CUDA_PARTS) != (device is Device.CUDA):
-        raise typer.BadParameter(f"{only.value} is no part of the benchmark on {device.value}")
+        raise typer.BadParameter(f"{only.value} is not part of the benchmark on {device.value}")
     if device is Device.CUDA:
         for part in [only] if only else CUDA_PARTS:
             _cuda(part, write)

@@ -1,4 +1,4 @@
-"""What an encoder is worth: the masks behind it against those behind Meta's modules in FP32."""
+"""Accuracy of an encoder: masks decoded from its embeddings against those from Meta's in FP32."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from export.architecture import InteractiveModel
 from export.check import Candidates, Features, Prompt
 
 GATE_TRAINED = 0.995
-"""Worst mask IoU that is accepted with trained weights."""
+"""Lowest accepted mask IoU with trained weights."""
 GATE_RANDOM = 0.98
 """The same with random weights, whose logits crowd around zero."""
 
 
 def worst_mask_iou(model: InteractiveModel, ours: Features, theirs: Features) -> float:
-    """Smallest mask IoU over all prompts' answers, both embeddings decoded in FP32."""
+    """The lowest mask IoU over all prompts, with both sets of embeddings decoded in FP32."""
 
     def candidates(features: Features, prompt: Prompt) -> Candidates:
         wide = (features[0].float(), features[1].float(), features[2].float())

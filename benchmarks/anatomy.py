@@ -1,7 +1,7 @@
 """Where each millisecond of a request goes, from the caller's call to the returned mask.
 
-The client's own spans and Triton's trace share one clock (CLOCK_MONOTONIC), so both lie on one
-line:
+The client's own spans and Triton's trace share one clock (CLOCK_MONOTONIC), so they fit on one
+timeline:
 
     call ── prepare ─┬─ wire ─┬─ per model: queue · input · compute · output ─┬─ wire ─┬─ finish
                   client    server                                         server    client
@@ -31,12 +31,12 @@ MODEL_PHASES = (
     ("compute", "COMPUTE_INPUT_END"),
     ("output from the model", "COMPUTE_OUTPUT_START"),
 )
-"""What a model does with a request, and Triton's name of the moment it begins."""
+"""The phases of a request in a model, and Triton's name for the timestamp at which each begins."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of a request: who was at work, on what, and for how long on the median."""
+    """One phase of a request: where it ran, what was done, and its median duration."""
 
     where: str
     what: str
@@ -49,7 +49,7 @@ class Anatomy:
 
     title: str
     milliseconds: float
-    """Of whole requests, on the median, which is not the sum of the phases' medians."""
+    """Median of whole requests, which is not the sum of the phases' medians."""
     phases: tuple[Phase, ...]
 
     def table(self) -> Table:
@@ -64,7 +64,7 @@ class Anatomy:
 
 
 class TimedTransport:
-    """Notes when each inference left and came back, in nanoseconds of CLOCK_MONOTONIC."""
+    """Records when each inference was sent and answered, in nanoseconds of CLOCK_MONOTONIC."""
 
     def __init__(self, inner: Transport) -> None:
         self._inner = inner
@@ -82,10 +82,10 @@ class TimedTransport:
 
 
 def tracing(folder: Path) -> tuple[str, ...]:
-    """Arguments that make tritonserver write every request's moments to a file of its own."""
+    """Arguments that make tritonserver write each request's timestamps to a separate file."""
     settings = (
         *("level=TIMESTAMPS", "rate=1", "count=-1"),
-        # At its end the server would be killed before it has written anything.
+        # Without a frequency it would write at shutdown, and be killed before it could.
         *(f"triton,file={folder / TRACE_SUFFIX}", "triton,log-frequency=1"),
     )
     return tuple(word for setting in settings for word in ("--trace-config", setting))
@@ -94,7 +94,7 @@ def tracing(folder: Path) -> tuple[str, ...]:
 def dissect(
     repository: Path, photo: Any, place: tuple[float, float], folder: Path
 ) -> list[Anatomy]:
-    """Trace clicks and one-shot requests on a server of their own; `folder` must be empty."""
+    """Trace clicks and one-shot requests on a dedicated server; `folder` must be empty."""
     with (
         TritonServer(repository, extra_args=tracing(folder)) as server,
         Client(server.grpc_url, timeout=600, remember_images=0) as client,
@@ -113,12 +113,12 @@ def dissect(
 
 
 Moments = dict[str, dict[str, int]]
-"""Triton's moments in nanoseconds: by model, then by name."""
+"""Triton's timestamps in nanoseconds, by model and then by name."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One request: the client's four moments, and the server's."""
+    """One request: the client's four timestamps, and the server's."""
 
     called: int
     sent: int
@@ -127,7 +127,7 @@ class Recording:
     server: Moments
 
     def phases(self) -> list[tuple[str, str, int]]:
-        """Who, what, and how many nanoseconds, in order; together the whole request."""
+        """Where, what, and how many nanoseconds, in order; together they are the whole request."""
         edge = self.server[""]
         served = [(name, moments) for name, moments in self.server.items() if name]
         served.sort(key=lambda item: item[1]["QUEUE_START"])
@@ -138,7 +138,7 @@ class Recording:
         ]
         for number, (model, moments) in enumerate(served):
             if number:
-                # A model's books are closed after its outputs have gone on to the next.
+                # COMPUTE_END is recorded after the outputs have been passed to the next model.
                 ended = min(served[number - 1][1]["COMPUTE_END"], moments["QUEUE_START"])
                 starts.append(("server", "between the models", ended))
             starts += [(model, what, moments[name]) for what, name in MODEL_PHASES]
@@ -163,7 +163,7 @@ def _record(transport: TimedTransport, folder: Path, request: Callable[[], objec
 
 
 def _wait_until_still(folder: Path) -> None:
-    """Until the traces of the canary and of the opening are written."""
+    """Wait until the traces of the canary and of opening the view have been written."""
     before: set[Path] = set()
     while (now := set(folder.iterdir())) != before or not now:
         before = now
@@ -171,7 +171,7 @@ def _wait_until_still(folder: Path) -> None:
 
 
 def _next_trace(folder: Path, after: set[Path]) -> Moments:
-    """The moments in the next file that Triton writes."""
+    """Read the timestamps in the next file that Triton writes."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for path in sorted(set(folder.iterdir()) - after):
@@ -184,7 +184,7 @@ def _next_trace(folder: Path, after: set[Path]) -> Moments:
 
 
 def read_trace(events: Sequence[dict[str, Any]]) -> Moments:
-    """Sort one request's trace by model; what the endpoint noted stands under the empty name."""
+    """Sort one request's trace by model; the endpoint's timestamps go under the empty name."""
     names = {event["id"]: event["model_name"] for event in events if "model_name" in event}
     parents = {event["parent_id"] for event in events if "parent_id" in event}
     moments: Moments = {"": {}}

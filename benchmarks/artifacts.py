@@ -1,7 +1,7 @@
-"""Checkpoints and model repositories that benchmarks measure, built from seeds and kept.
+"""Checkpoints and model repositories for benchmarks, built from seeds and cached.
 
-Everything goes to `build/benchmarks/`, under a key made of the sources it was built by and of what
-is installed: what changed is built anew, what did not costs nothing.
+Everything goes to `build/benchmarks/`, under a key derived from the sources that build it and from
+the installed versions: a change triggers a rebuild, and anything else comes from the cache.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ def full_size(
     """SAM 3 at its published size with seeded random weights."""
     folder = _folder("full-size", ())
     checkpoint = folder / "sam3.pt"
-    with _one_builder(folder):
+    with _build_lock(folder):
         if not checkpoint.exists():
             progress("seeding full-size weights")
-            _write_whole(checkpoint, lambda to: save_random_checkpoint(Architecture(), to, SEED))
+            _write_atomically(
+                checkpoint, lambda to: save_random_checkpoint(Architecture(), to, SEED)
+            )
     return _exported("full size", checkpoint, folder, dtype, None, progress, accelerator)
 
 
@@ -86,7 +88,7 @@ def _exported(
     chosen += [str(image_size)] if image_size else []
     chosen += [accelerator.value] if accelerator else []
     output = folder / "-".join(["models", *chosen])
-    with _one_builder(folder):
+    with _build_lock(folder):
         if not output.exists():
             progress(f"exporting the {name} model: {', '.join(chosen)}")
             _export(checkpoint, output, dtype, image_size, accelerator)
@@ -100,7 +102,7 @@ def _export(
     image_size: int | None,
     accelerator: Accelerator | None,
 ) -> None:
-    """As `python -m export`, without its check against PyTorch: benchmarks check for themselves."""
+    """Like `python -m export`, without the check against PyTorch: benchmarks have their own."""
     with repository.new_repository(output, overwrite=True) as folder:
         write_repository(folder, load(checkpoint, image_size), dtype, accelerator)
 
@@ -115,27 +117,27 @@ def _folder(name: str, inputs: Iterable[Path]) -> Path:
 
 
 @contextmanager
-def _one_builder(folder: Path) -> Iterator[None]:
-    """Of two runs at once, benchmarks or tests, the second waits for what the first builds.
+def _build_lock(folder: Path) -> Iterator[None]:
+    """Make a concurrent run, of benchmarks or tests, wait for what this one builds.
 
-    What others built under the same name goes, unless a process that has it still runs.
+    Older builds of the same name are deleted, unless a running process uses them.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILD / ".lock"):
         folder.mkdir(exist_ok=True)
         _hold(folder)
         for old in BUILD.glob(f"{folder.name.rpartition('-')[0]}-*"):
-            _delete_unless_held(old)
+            _delete_unless_in_use(old)
         yield
 
 
 @cache
 def _hold(folder: Path) -> None:
-    """Keep others from deleting a folder for as long as this process lives."""
+    """Keep other processes from deleting a folder for as long as this one lives."""
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
 
 
-def _delete_unless_held(folder: Path) -> None:
+def _delete_unless_in_use(folder: Path) -> None:
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,8 +148,8 @@ def _delete_unless_held(folder: Path) -> None:
         os.close(opened)
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """An interrupted run leaves no half a file under the real name."""
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name first, so that an interrupted run leaves no partial file."""
     partial = path.with_name(f".{path.name}")
     write(partial)
     partial.rename(path)

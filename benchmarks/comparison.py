@@ -1,4 +1,4 @@
-"""What every peer takes for the same two things."""
+"""How long every peer takes for the same two tasks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PAUSE = 0.3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds by peer: from a photo nobody has seen to its first mask, and of a click.
+    """Seconds by peer: from a new photo to its first mask, and for a click.
 
-    Clicks one after the other, and as a person makes them, a moment after all was still.
+    Clicks are timed back to back, and after a pause, as when a person makes them.
     """
 
     model: str
@@ -26,7 +26,7 @@ class Comparison:
 
     @property
     def click_columns(self) -> dict[str, Mapping[str, Sample]]:
-        """Clicks by heading."""
+        """The clicks' samples by column heading."""
         return {"click": self.clicks, f"click after {PAUSE} s of rest": self.clicks_after_pause}
 
     def markdown(self) -> str:

@@ -1,9 +1,9 @@
-"""The benchmark of a machine with an NVIDIA GPU: full size, 16 bit, correctness first.
+"""The benchmark for a machine with an NVIDIA GPU: full size, 16 bits, correctness first.
 
-What a machine lacks (a Triton server, ONNX Runtime with CUDA) takes away its figures and nothing
-else: they are listed as not measured, with the reason. Each figure is told as soon as it is had,
-and the two parts are runs of their own: on a machine that is lent for minutes, none is lost.
-`benchmarks.offline` carries all of it to a machine without a network.
+What a machine lacks (a Triton server, ONNX Runtime with CUDA) costs only its own figures: they are
+listed as not measured, with the reason. Each figure is reported as soon as it is measured, and the
+two parts run separately, so that nothing is lost on a machine that is available for minutes only.
+`benchmarks.offline` brings everything to a machine without a network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.accuracy import GATE_RANDOM, GATE_TRAINED
 from benchmarks.artifacts import Artifacts
 from benchmarks.comparison import PAUSE, Comparison
 from benchmarks.engine import Engine
-from benchmarks.figures import Asked, Target
+from benchmarks.figures import FigureSpec, Target
 from benchmarks.findings import Findings, Progress
 from benchmarks.stage import OURS, Stage, stage
 from benchmarks.timing import Meter, Sample, alternate
@@ -33,53 +33,55 @@ ENCODERS: dict[str, Accelerator | None] = {
     "tensorrt": Accelerator.TENSORRT,
     "pytorch": None,
 }
-"""What runs the encoder without a server, and what its graph is exported for."""
+"""The runtimes for the encoder without a server, and the accelerator each graph is exported for."""
 
-DEMO_ACCURACY = Asked(
+DEMO_ACCURACY = FigureSpec(
     "demo model, worst mask IoU of the 16-bit encoder against fp32",
     "",
     Target(GATE_TRAINED, 1.0, more_is_better=True),
 )
-ACCURACY = Asked(
+ACCURACY = FigureSpec(
     "full size, worst mask IoU of the 16-bit encoder against fp32, random weights",
     "",
     Target(GATE_RANDOM, 1.0, more_is_better=True),
 )
-ENCODE = Asked("encode one image, GPU time p50, 16-bit", "ms", Target(12, 10))
-SATURATION = Asked(
+ENCODE = FigureSpec("encode one image, GPU time p50, 16-bit", "ms", Target(12, 10))
+SATURATION = FigureSpec(
     "images per second per GPU at saturation", "1/s", Target(85, 100, more_is_better=True)
 )
-CLICK_P50 = Asked("click on a kept image, end to end, gRPC same host, p50", "ms", Target(2, 1.2))
-CLICK_P99 = Asked("click on a kept image, end to end, gRPC same host, p99", "ms", Target(5, 3))
-DECODE = Asked("click in process, without a server, p50", "ms")
-CLICKS = Asked(
+CLICK_P50 = FigureSpec(
+    "click on a kept image, end to end, gRPC same host, p50", "ms", Target(2, 1.2)
+)
+CLICK_P99 = FigureSpec("click on a kept image, end to end, gRPC same host, p99", "ms", Target(5, 3))
+DECODE = FigureSpec("click in process, without a server, p50", "ms")
+CLICKS = FigureSpec(
     "clicks per second per GPU, served", "1/s", Target(2_000, 8_000, more_is_better=True)
 )
-DECODES = Asked("clicks per second per GPU, in process, without a server", "1/s")
-MEMORY = Asked("kept images in 80 GB", "images", Target(7_000, 7_500, more_is_better=True))
+DECODES = FigureSpec("clicks per second per GPU, in process, without a server", "1/s")
+MEMORY = FigureSpec("kept images in 80 GB", "images", Target(7_000, 7_500, more_is_better=True))
 ENCODER_FIGURES = (ENCODE, SATURATION)
 IN_PROCESS_FIGURES = {
     "onnxruntime": (ACCURACY, *ENCODER_FIGURES, DECODE, DECODES, MEMORY),
     "tensorrt": (ACCURACY, *ENCODER_FIGURES),
     "pytorch": ENCODER_FIGURES,  # a peer: the same network without a server's runtime
 }
-"""By what runs the encoder; the decoder is the same with each."""
+"""By the encoder's runtime; the decoder is the same for all."""
 SERVED_FIGURES = (CLICK_P50, CLICK_P99, CLICKS)
 
 TOGETHER = [1, 2, 4, 8, 16, 32, 64]
-"""Clicks on as many images that reach the decoder at once."""
+"""Numbers of clicks, each on a different image, that reach the decoder at once."""
 KEPT = 256
-"""Images whose memory is measured: many times what the allocator takes at once."""
+"""Images whose memory is measured: many times what the allocator reserves at once."""
 CROWDS = [1, 16, 64]
 CROWD_SECONDS = 4.0
 AGREEMENT = 0.0
-"""Smallest mask IoU of the peers: told, not demanded. With random weights the best of three
-candidates hangs on the scores' last digits. How exact ours is has a figure of its own."""
+"""Minimum mask IoU of the peers: reported, not required. With random weights the best of three
+candidates depends on the scores' last digits. Our accuracy has a figure of its own."""
 TENSORRT_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.11")
 
 
 def run_in_process(progress: Progress) -> Findings:
-    """Build from seeds, check, and time encoder and decoder without a server."""
+    """Build from seeds, check, and time the encoder and decoder without a server."""
     found = Findings(progress)
     found.collect([DEMO_ACCURACY], lambda: _demo_accuracy(found))
     for encoder, accelerator in ENCODERS.items():
@@ -90,7 +92,7 @@ def run_in_process(progress: Progress) -> Findings:
 
 
 def run_served(progress: Progress) -> Findings:
-    """Clicks through Triton, beside the peers."""
+    """Clicks through Triton, compared with the peers."""
     found = Findings(progress)
     found.collect(SERVED_FIGURES, lambda: _served(found))
     return found
@@ -101,8 +103,8 @@ def _require_gpu() -> None:
         raise RuntimeError("this machine has no NVIDIA GPU")
 
 
-def _by(encoder: str, asked: Asked) -> Asked:
-    return Asked(f"{asked.name} ({encoder})", asked.unit, asked.target)
+def _by(encoder: str, asked: FigureSpec) -> FigureSpec:
+    return FigureSpec(f"{asked.name} ({encoder})", asked.unit, asked.target)
 
 
 def _demo_accuracy(found: Findings) -> None:
@@ -114,7 +116,7 @@ def _demo_accuracy(found: Findings) -> None:
 
 
 def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) -> None:
-    """Encoder and decoder without a server: what the GPU itself can do."""
+    """Time the encoder and decoder without a server: what the GPU itself can do."""
     _require_gpu()
     if encoder == Accelerator.TENSORRT.value:
         _load_tensorrt()
@@ -138,13 +140,13 @@ def _decoder(engine: Engine, encoder: str, found: Findings) -> None:
     found.add(_by(encoder, DECODE).measured(decodes[1].scaled(MILLISECONDS)))
     found.add(_by(encoder, DECODES).measured(_best_rate(decodes)))
     each = engine.keep(images=KEPT) / KEPT
-    note = f"{each / 2**20:.1f} MiB each, model not counted"
+    note = f"{each / 2**20:.1f} MiB each, not counting the model"
     found.add(_by(encoder, MEMORY).measured(Sample((BUDGET_BYTES // each,)), note))
     found.growths.append(growth.together("clicks decoded together", "images", decodes))
 
 
 def _load_tensorrt() -> None:
-    """Before minutes go into its graph. Raises RuntimeError."""
+    """Check for TensorRT before spending minutes on its graph. Raises RuntimeError."""
     for name in TENSORRT_LIBRARIES:
         try:
             ctypes.CDLL(name)
@@ -163,8 +165,8 @@ def _served(found: Findings) -> None:
 
 
 def _crowds(s: Stage, found: Findings) -> None:
-    """Clicks from processes of the callers' own: one caller, then more."""
-    found.progress("growing crowds")
+    """Time clicks from callers in separate processes: one caller, then more."""
+    found.progress("increasing the number of clickers")
     rates, latencies = growth.clients(s, [OURS], CROWDS, CROWD_SECONDS, found.progress)
     found.growths += [rates, latencies]
     alone = latencies.curves[OURS][1]
@@ -176,13 +178,13 @@ def _crowds(s: Stage, found: Findings) -> None:
 
 
 def _compare(s: Stage, found: Findings) -> None:
-    """All peers in turns, from one process."""
-    found.progress("clicks in turns")
+    """Time all peers alternately, from one process."""
+    found.progress("clicks, alternating between peers")
     clicks = measures.clicks(s, rounds=100)
     rested = measures.clicks(s, rounds=10, pause=PAUSE)
     first = measures.first_masks(s, rounds=10)
     found.comparisons.append(Comparison("full size", first, clicks, rested))
-    found.progress("growing objects")
+    found.progress("increasing the number of objects")
     found.growths.append(growth.objects(s, growth.OBJECTS, rounds=10))
 
 
@@ -195,6 +197,6 @@ def _repeat(meter: Meter, times: int) -> Sample:
 
 
 def _best_rate(samples: dict[int, Sample]) -> Sample:
-    """Per second, at the amount that does best."""
+    """The rate per second, at the amount with the highest."""
     amount = max(samples, key=lambda n: n / samples[n].median)
     return Sample(tuple(amount / seconds for seconds in samples[amount].values))

@@ -1,4 +1,4 @@
-"""The decoder's own account of its work, on the metrics endpoint of its server."""
+"""The decoder's metrics of its own work, from the server's metrics endpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import urllib.request
 from dataclasses import dataclass
 
 PERIOD = 1.2
-"""Seconds, a little more than the decoder's between two updates."""
+"""Seconds; slightly longer than the decoder's update interval."""
 SETTLING_SECONDS = 20.0
 _NUMBER = re.compile(r"^(sam3_\w+)\{.*\} (\S+)$", re.M)
 
 
-def numbers(url: str) -> dict[str, float]:
-    """What it says now, by metric; of a histogram's buckets the last."""
+def read_metrics(url: str) -> dict[str, float]:
+    """Current values by metric name; for a histogram, its last bucket."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=10) as answer:
         return {name: float(value) for name, value in _NUMBER.findall(answer.read().decode())}
@@ -29,9 +29,9 @@ class Decoded:
 
 
 def settled(url: str, launches: int = 0) -> Decoded:
-    """Once so many launches are told of, and no more come: it tells once a second.
+    """Wait until that many launches are reported and the count is stable; it updates once a second.
 
-    Raises RuntimeError when they are not told of.
+    Raises RuntimeError if it does not get there in time.
     """
     until = time.monotonic() + SETTLING_SECONDS
     last = _decoded(url)
@@ -41,9 +41,9 @@ def settled(url: str, launches: int = 0) -> Decoded:
         if now == last and now.launches >= launches:
             return now
         last = now
-    raise RuntimeError(f"{url} tells of {last.launches} launches, not of {launches}")
+    raise RuntimeError(f"{url} reports {last.launches} launches, expected {launches}")
 
 
 def _decoded(url: str) -> Decoded:
-    told = numbers(url)
-    return Decoded(int(told["sam3_decode_launches_total"]), told["sam3_decode_seconds_total"])
+    metrics = read_metrics(url)
+    return Decoded(int(metrics["sam3_decode_launches_total"]), metrics["sam3_decode_seconds_total"])

@@ -1,4 +1,4 @@
-"""The exported image encoder outside Triton, on whatever the machine has."""
+"""The exported image encoder outside Triton, on whatever device the machine has."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NUMPY_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8
 
 
 class OnnxRuntimeEncoder:
-    """`model.onnx` in ONNX Runtime, input and outputs bound where they are: nothing is copied.
+    """`model.onnx` in ONNX Runtime, with its input and outputs bound in place: nothing is copied.
 
     side: S of its input [B, S, S, 3].
-    tensorrt: let TensorRT compile it, for batches of 1 to MAX_BATCH; on a GPU alone.
+    tensorrt: let TensorRT compile it, for batches of 1 to MAX_BATCH; on a GPU only.
 
-    Raises RuntimeError where this ONNX Runtime has no provider for the device.
+    Raises RuntimeError if this ONNX Runtime has no provider for the device.
     """
 
     def __init__(self, path: Path, device: torch.device, side: int, *, tensorrt: bool) -> None:
@@ -37,9 +37,9 @@ class OnnxRuntimeEncoder:
         if provider not in ort.get_available_providers():
             raise RuntimeError(f"this onnxruntime was built without {provider}")
         if device.type == "cuda":
-            ort.preload_dlls()  # CUDA's libraries out of NVIDIA's packages
+            ort.preload_dlls()  # CUDA's libraries from NVIDIA's packages
         self._device = device
-        # One of its own: PyTorch's usual stream has the number 0, which says "none" here.
+        # A separate stream: PyTorch's default stream is number 0, which means "none" here.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         providers = _providers(side, device, self._stream, tensorrt=tensorrt)
         self._session = ort.InferenceSession(path, providers=providers)
@@ -57,7 +57,7 @@ class OnnxRuntimeEncoder:
         return features
 
     def _run(self, binding: ort.IOBinding) -> None:
-        """Between what PyTorch has queued and what it will, so that its events time the graph."""
+        """Run in order with PyTorch's current stream, so that its events time the graph."""
         if self._stream is None:
             self._session.run_with_iobinding(binding)
             return
@@ -95,7 +95,7 @@ def _providers(
 
 
 def pytorch_encoder(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Encoder:
-    """The same network run by PyTorch, in the arrangement that is exported."""
+    """The same network in PyTorch, in the form that is exported."""
     encoder = ImageEncoder(load(checkpoint), dtype).to(device)
 
     @torch.inference_mode()

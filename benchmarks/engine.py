@@ -1,7 +1,7 @@
-"""Our encoder and decoder without Triton, in a process of its own: what a server cannot beat.
+"""Our encoder and decoder without Triton, in a separate process: what a server cannot beat.
 
-The worker runs the very decoder of the model repository, found as Triton finds it (its folder on
-the module path), and times inside the process; the handle only says what to do.
+The worker runs the model repository's own decoder, imported as Triton imports it (its folder on the
+module path), and measures times inside the process; the handle only sends commands.
 
     with Engine(repository, "cpu") as engine:
         engine.decode(objects=1)          # seconds of one launch
@@ -21,16 +21,16 @@ from export.repository import DECODER
 
 
 class EngineError(RuntimeError):
-    """The worker could not do what it was asked; the message is its reason."""
+    """The worker failed; the message is its reason."""
 
 
 class Engine:
     """A worker process; a context manager.
 
-    encoder: "onnxruntime", "tensorrt" (compiled by it inside of ONNX Runtime) or "pytorch", which
+    encoder: "onnxruntime", "tensorrt" (which compiles it inside ONNX Runtime) or "pytorch", which
         needs `checkpoint`.
 
-    Raises EngineError, from every method, with the worker's reason.
+    Every method raises EngineError with the worker's reason.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Engine:
         self._receive()
 
     def encode(self, batch: int = 1) -> float:
-        """Seconds to encode a batch; on a GPU, of its own clock."""
+        """Seconds to encode a batch; on a GPU, measured by its own clock."""
         return self._ask("encode", batch=batch)
 
     def decode(self, objects: int = 1, images: int = 1) -> float:
-        """Seconds from prompts to masks for one click's objects, on each of a number of images."""
+        """Seconds from prompts to masks, for that many objects on each of that many images."""
         return self._ask("decode", objects=objects, images=images)
 
     def keep(self, images: int) -> float:
-        """Bytes of device memory that keeping a number of images takes."""
+        """Bytes of device memory taken by keeping that many images."""
         return self._ask("keep", images=images)
 
     def mask_iou(self) -> float:
-        """Worst mask IoU over prompts of every kind against Meta's FP32 modules."""
+        """The lowest mask IoU against Meta's FP32 modules, over prompts of every kind."""
         return self._ask("mask_iou")
 
     def __enter__(self) -> Engine:
@@ -88,7 +88,7 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise EngineError(f"the worker ended with status {self._process.wait()}")
+            raise EngineError(f"the worker exited with status {self._process.wait()}")
         answer = json.loads(line)
         if isinstance(answer, str):
             raise EngineError(answer)

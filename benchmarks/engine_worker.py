@@ -32,7 +32,7 @@ from export.repository import DECODER, ENCODER, read_config
 
 
 class Worker:
-    """Encoder and decoder of one repository on one device."""
+    """The encoder and decoder of one repository on one device."""
 
     def __init__(self, repository: Path, device: str, encoder: str, checkpoint: str) -> None:
         self._device = torch.device(device)
@@ -42,8 +42,8 @@ class Worker:
         self._decoder = Decoder(repository / DECODER / "1" / "decoder.pt2", self._device)
         self._encode = self._make_encoder(repository, encoder)
         black = torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8)
-        self._features = self._embed(black).clone()  # as a click finds them
-        # As the server does at its start: what comes after is no longer held to the traced shapes.
+        self._features = self._embed(black).clone()  # in the form in which a click finds them
+        # As the server does at startup: later shapes are no longer checked against the traced ones.
         shapes = {n: tuple(t.shape) for n, t in self._features._asdict().items()}
         self._decoder.prepare(shapes, self._features.image_embed.dtype)
         self._limits = Limits(1024, 1024, self._features.high_res_feats_0.shape[-1])
@@ -57,7 +57,7 @@ class Worker:
         coords = torch.rand(objects, 1, 2).numpy()
         labels = torch.ones(objects, 1, dtype=torch.int32).numpy()
         prompts = parse_prompts(coords, labels, None, self._limits)
-        # Separate tuples: images that are not one and the same to the decoder.
+        # Separate tuples, so that the decoder treats them as different images.
         jobs = [Job(Features(*self._features), prompts, best_only=True) for _ in range(images)]
         self._synchronize()
         started = time.perf_counter()
@@ -73,7 +73,7 @@ class Worker:
         return float(self._taken() - before)
 
     def _taken(self) -> int:
-        """What is lost to others, the gaps between tensors included."""
+        """Memory unavailable to others, including gaps between tensors."""
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
 
@@ -119,7 +119,7 @@ class Worker:
 
 
 def main() -> None:
-    # What libraries print must not mix with the answers.
+    # Keep what libraries print out of the answers.
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         try:

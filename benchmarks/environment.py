@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured: what makes it worth reading later."""
+"""Where and with what a figure was measured, so that it is still meaningful later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
     "openvino",
     "numpy",
 )
-TELLING_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+RELEVANT_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Provenance:
     def markdown(self) -> str:
         return "\n".join(
             (
-                f"`{self.command}` at commit {self.commit}, load when it began {self.load}  ",
+                f"`{self.command}` at commit {self.commit}, load at the start {self.load}  ",
                 f"{self.machine}  ",
                 f"{self.versions}",
             )
@@ -47,13 +47,13 @@ class Provenance:
 
 
 def provenance(command: str) -> Provenance:
-    """Describe this run; `command` is what to type to repeat it."""
+    """Describe this run; `command` repeats it."""
     load = f"{os.getloadavg()[0]:.1f}"
     return Provenance(command, commit(), machine(), versions(), load)
 
 
 def commit(root: Path = ROOT) -> str:
-    """Short hash of the checkout, with a word about changes that are not in it."""
+    """Short hash of the checkout, with a note if there are uncommitted changes."""
     head = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
     if not head:
         return "unknown (not a git checkout)"
@@ -62,11 +62,11 @@ def commit(root: Path = ROOT) -> str:
 
 
 def machine() -> str:
-    """Processor, memory and GPU in one line."""
+    """Processor, memory and GPU on one line."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info)
     flags = set(re.findall(r"\w+", next(iter(re.findall(r"flags\s*: (.*)", info)), "")))
-    telling = [flag for flag in TELLING_CPU_FLAGS if flag in flags]
+    telling = [flag for flag in RELEVANT_CPU_FLAGS if flag in flags]
     memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
     parts = [
         f"{os.cpu_count()} × {model[1] if model else platform.processor()}",
@@ -78,14 +78,14 @@ def machine() -> str:
 
 
 def gpu() -> str:
-    """Name, memory and driver of the first GPU, empty if there is none."""
+    """Name, memory and driver of the first GPU; empty if there is none."""
     query = "--query-gpu=name,memory.total,driver_version"
     lines = _output("nvidia-smi", query, "--format=csv,noheader").splitlines()
     return lines[0] if lines else ""
 
 
 def versions() -> str:
-    """Installed versions of the packages that matter."""
+    """Installed versions of the relevant packages."""
     found = []
     for name in PACKAGES:
         try:

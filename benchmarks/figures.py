@@ -1,4 +1,4 @@
-"""Figures: what was measured, beside what was asked for; as a table and as Markdown."""
+"""Figures: measured values next to their targets, as a table and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Target:
     more_is_better: bool = False
 
     def verdict(self, value: float) -> str:
-        """In words: which of the two is met, or by how much the lesser one is missed."""
+        """Which of the two is met, in words, or by how much the lesser one is missed."""
         if self._reaches(value, self.aim):
             return "aim met"
         if self._reaches(value, self.must):
@@ -35,8 +35,8 @@ class Target:
 class Figure:
     """One line of the results.
 
-    `sample` is None for what could not be measured; `note` then says why, and may otherwise say
-    what the reader should know.
+    `sample` is None if it could not be measured; `note` then says why. Otherwise `note` may hold
+    whatever else the reader should know.
     """
 
     name: str
@@ -75,8 +75,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A figure that is asked for, whether or not it can be had."""
+class FigureSpec:
+    """A figure to be measured, whether or not that succeeds."""
 
     name: str
     unit: str
@@ -93,7 +93,7 @@ HEADER = ("figure", "measured, median (quartiles)", "must", "aim", "verdict", "n
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three significant digits with a unit; ratios far below one as 1/n."""
+    """Format with three significant digits and a unit; ratios far below one as 1/n."""
     if unit == "ratio":
         return f"1/{1 / value:.0f}" if 0 < value < 0.02 else f"{value:.2f}"
     digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What a run of the benchmark found, told and kept figure by figure."""
+"""The results of a benchmark run, reported and collected figure by figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.comparison import Comparison
-from benchmarks.figures import Asked, Figure, reason
+from benchmarks.figures import Figure, FigureSpec, reason
 from benchmarks.growth import Growth
 
 Progress = Callable[[str], None]
@@ -15,7 +15,7 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Findings:
-    """All that one run found, so far."""
+    """The results of one run so far."""
 
     progress: Progress
     figures: list[Figure] = field(default_factory=list)
@@ -23,23 +23,23 @@ class Findings:
     growths: list[Growth] = field(default_factory=list)
 
     def add(self, figure: Figure) -> None:
-        """Keep a figure, and tell it at once."""
+        """Add a figure and report it at once."""
         self.figures.append(figure)
         name, measured, _, _, verdict, note = figure.cells()
         self.progress(", ".join(filter(None, (f"{name}: {measured}", verdict, note))))
 
-    def collect(self, asked: Sequence[Asked], measure: Callable[[], None]) -> None:
-        """Measure; of the figures asked for, those it did not add are listed with the reason.
+    def collect(self, asked: Sequence[FigureSpec], measure: Callable[[], None]) -> None:
+        """Run `measure`, then list the requested figures that it did not add, with the reason.
 
-        `measure` adds to these findings. What it raises costs what it had not added, nothing else.
+        `measure` adds to these findings. If it raises, only the figures not added yet are lost.
         """
-        why = "it was not looked at"
+        why = "measuring it was skipped"
         try:
             measure()
         except Exception as error:
             traceback.print_exc()
             why = reason(error)
-        told = {figure.name for figure in self.figures}
+        added = {figure.name for figure in self.figures}
         for one in asked:
-            if one.name not in told:
+            if one.name not in added:
                 self.add(one.missing(why))

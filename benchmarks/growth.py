@@ -51,14 +51,14 @@ def _milliseconds(curve: Mapping[int, Sample]) -> dict[int, Sample]:
 
 
 def together(title: str, work: str, seconds: Mapping[int, Sample]) -> Growth:
-    """What a number of pieces of work take that are done at once, and each of them."""
+    """The time for several pieces of work done together, and for each of them."""
     each = {n: s.scaled(1 / n) for n, s in seconds.items()}
     curves = {"together": _milliseconds(seconds), "each": _milliseconds(each)}
     return Growth(title, work, "ms", curves)
 
 
 def objects(stage: Stage, counts: list[int], rounds: int) -> Growth:
-    """One request with a number of objects on a kept image, without finishing masks."""
+    """One request with a number of objects on a kept image, without finishing the masks."""
     kept = stage.keep_photo()
     meters = {n: stopwatch(partial(stage.wire.click, kept, objects=n)) for n in counts}
     title = f"{stage.artifacts.name}: objects in a request"
@@ -90,7 +90,7 @@ def photo_side(stage: Stage, sides: list[int], rounds: int) -> Growth:
 
 
 def model_side(build: Callable[[int], Artifacts], sides: list[int], rounds: int) -> Growth:
-    """Encoder and decoder without a server on a CPU, exported for other image sizes."""
+    """The encoder and decoder without a server on a CPU, exported for several image sizes."""
     encode: dict[int, Sample] = {}
     decode: dict[int, Sample] = {}
     for side in sides:
@@ -111,11 +111,11 @@ def clients(
 ) -> list[Growth]:
     """Clicks per second, and the latency of a click, as more people click at once.
 
-    Each has a photo of their own, so `names` must not hold WHOLE: its server keeps the last photo
-    alone, and would answer everyone about that.
+    Everyone has a different photo, so `names` must not include WHOLE: its server keeps only the
+    last photo, and would answer everyone about that one.
 
-    A peer that fails under a crowd has an empty curve, and the reason is told. Raises RuntimeError
-    where ours fails.
+    A peer that fails under this load gets an empty curve, and the reason is reported. Raises
+    RuntimeError if ours fails.
     """
     rates: dict[str, dict[int, Sample]] = {}
     latencies: dict[str, dict[int, Sample]] = {}
@@ -127,7 +127,7 @@ def clients(
         except RuntimeError as error:
             if name == OURS:
                 raise
-            progress(f"{name}, a crowd: not measured, {reason(error)}")
+            progress(f"{name}, concurrent clickers: not measured, {reason(error)}")
         rates[name] = {n: Sample((t.per_second,)) for n, t in found.items()}
         latencies[name] = _milliseconds({n: t.latency for n, t in found.items()})
     model = stage.artifacts.name

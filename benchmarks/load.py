@@ -1,7 +1,7 @@
-"""Clicks per second with a number of people clicking at once, each on an image of their own.
+"""Clicks per second with a number of people clicking at once, each on a different image.
 
-The callers run in processes of their own, so that what they cost is not the benchmark's; a process
-holds several callers in threads.
+The callers run in separate processes, so that their cost does not slow the benchmark down; each
+process runs several callers in threads.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from benchmarks.peers import Click, Peer, Photo
 from benchmarks.timing import Sample
 
 CALLERS_PER_PROCESS = 8
-"""More would wait for each other's turn in Python rather than for the server."""
+"""With more, they would wait for Python's GIL rather than for the server."""
 CALLER_SECONDS = 300.0
-"""On top of the time they click: to start, and to open a photo each."""
+"""In addition to the time they click: to start, and to open a photo each."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a number of concurrent clickers got."""
+    """The throughput that a number of concurrent clickers achieved."""
 
     per_second: float
     latency: Sample
-    """Seconds of every click."""
+    """Seconds, of every click."""
 
 
 def measure(
@@ -64,7 +64,7 @@ def measure(
             process.kill()
     failures = [report for report in reports if isinstance(report, str)]
     if failures:
-        # What broke, rather than that others waited for it in vain.
+        # Report the original failure, not the broken barrier that the others saw.
         told = min(failures, key=lambda failure: failure.startswith(BrokenBarrierError.__name__))
         raise RuntimeError(f"a caller failed: {told}")
     latencies = [value for report in reports for value in report]
@@ -72,7 +72,7 @@ def measure(
 
 
 def _shares(clients: int) -> list[int]:
-    """How many callers each process holds."""
+    """How many callers each process runs."""
     most = max(1, (os.cpu_count() or 1) // 2)
     count = min(most, -(-clients // CALLERS_PER_PROCESS))
     return [len(part) for part in np.array_split(np.arange(clients), count)]
@@ -95,21 +95,23 @@ def _click_for(
     duration: float,
     barrier: Barrier,
 ) -> list[float]:
-    """Latencies of the clicks that ended within `duration`, all callers together."""
+    """Latencies of the clicks that finished within `duration`, of all callers together."""
     peer = make_peer()
-    clicks = [peer.open(another(photo, number)) for number in numbers]
+    clicks = [peer.open(shifted(photo, number)) for number in numbers]
     for click in clicks:
         click(1, 1)
     barrier.wait(timeout=600)
     deadline = time.perf_counter() + duration
     with ThreadPoolExecutor(len(clicks)) as executor:
-        spans = executor.map(lambda n, click: _until(deadline, click, photo, n), numbers, clicks)
+        spans = executor.map(
+            lambda n, click: _click_until(deadline, click, photo, n), numbers, clicks
+        )
         latencies = [value for span in spans for value in span]
     peer.close()
     return latencies
 
 
-def _until(deadline: float, click: Click, photo: Photo, seed: int) -> list[float]:
+def _click_until(deadline: float, click: Click, photo: Photo, seed: int) -> list[float]:
     places = np.random.default_rng(seed)
     latencies: list[float] = []
     while True:
@@ -122,6 +124,6 @@ def _until(deadline: float, click: Click, photo: Photo, seed: int) -> list[float
         latencies.append(ended - started)
 
 
-def another(photo: Photo, number: int) -> Photo:
-    """The photo shifted sideways: other pixels, so that nothing takes it for the same image."""
+def shifted(photo: Photo, number: int) -> Photo:
+    """Shift the photo sideways, so that its pixels differ and no cache takes it for the same."""
     return np.ascontiguousarray(np.roll(photo, 7 * number, axis=1))

@@ -1,4 +1,4 @@
-"""What is measured of a stage: one function for each question, all peers in turns."""
+"""What is measured on a stage: one function per question, alternating between peers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ONE_SHOT = "one-shot request"
 
 
 def clicks(stage: Stage, rounds: int, *, pause: float = 0.0) -> dict[str, Sample]:
-    """Seconds of a click on an opened photo, from call to mask, by peer."""
+    """Seconds for a click on an opened photo, from call to mask, by peer."""
     meters = {name: stopwatch(partial(click, *PLACE)) for name, click in stage.clicks.items()}
     return alternate(meters, rounds, pause=pause)
 
 
 def first_masks(stage: Stage, rounds: int) -> dict[str, Sample]:
-    """Seconds from a photo that nobody has seen to its first mask, by peer."""
+    """Seconds from a new photo to its first mask, by peer."""
 
     def open_and_click(peer: Peer) -> object:
         return peer.open(stage.photo)(*PLACE)
@@ -43,10 +43,10 @@ def first_masks(stage: Stage, rounds: int) -> dict[str, Sample]:
 
 
 def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
-    """Seconds from photo to embeddings: ours over gRPC and returned, and Meta's `set_image`; and
-    of our request that brings the photo along, is answered with a mask and keeps nothing.
+    """Seconds from photo to embeddings, for ours over gRPC and back and for Meta's `set_image`; and
+    seconds for our request that includes the photo, returns a mask and keeps nothing.
 
-    budget: seconds after which no further round begins.
+    budget: seconds after which no new round starts.
     """
     meta = stage.peers[IN_PROCESS]
     assert isinstance(meta, InProcess)
@@ -59,7 +59,7 @@ def encoding(stage: Stage, rounds: int, budget: float) -> dict[str, Sample]:
 
 
 def boxes_together(stage: Stage, rounds: int, count: int = 32) -> Sample:
-    """Ratio: `count` boxes in one request to as many requests of one box each."""
+    """Ratio of one request with `count` boxes to as many requests with one box each."""
     boxes = _boxes(stage, count)
     with stage.ours.client.open(stage.photo) as view:
         samples = alternate(
@@ -80,11 +80,11 @@ def _boxes(stage: Stage, count: int) -> NDArray[np.float32]:
 
 
 def server_cost(stage: Stage, blocks: int, clicks: int = 30) -> dict[str, Sample]:
-    """Seconds: a click as the wire sees it, what of it the decoder decoded, and the rest; the
-    means of each block of clicks.
+    """Seconds for a click over the wire, the part of it that the decoder spent decoding, and the
+    rest; means over each block of clicks.
 
-    "trip" is there and back without decoding, after a rest as long as that: whatever a request
-    passes through sleeps by then.
+    "trip" is a round trip without decoding, after a pause as long as decoding takes: by then
+    everything that a request passes through is asleep.
     """
     kept = stage.keep_photo()
     click = partial(stage.wire.click, kept)
@@ -92,7 +92,7 @@ def server_cost(stage: Stage, blocks: int, clicks: int = 30) -> dict[str, Sample
         click()
     pairs = [_block(stage.metrics_url, click, clicks) for _ in range(blocks)]
     whole, compute = (Sample(values) for values in zip(*pairs, strict=True))
-    trips = {"trip": stopwatch(stage.wire.refused_click)}
+    trips = {"trip": stopwatch(stage.wire.rejected_click)}
     trip = alternate(trips, clicks, warmup=3, pause=compute.median)
     parts = {"click": whole, "compute": compute, "server": difference(whole, compute)}
     return {**parts, **trip}

@@ -1,18 +1,18 @@
-"""Carry the GPU benchmark to a machine without a network, in parts of any size.
+"""Transfer the GPU benchmark to a machine without a network, in parts of any size.
 
     python -m benchmarks.offline pack build/offline --python 3.12 --gpu 90          here
     python3 -m benchmarks.offline unpack build/offline /tmp/env                     there
 
-The machine has this checkout, its own Python of that version, PyTorch for CUDA, torchvision, and
-what a machine for PyTorch usually has: onnx, onnxscript, scikit-image, timm, typer, grpcio, pytest.
-The rest travels: `python`, with which models are exported, tested and timed in process, and
-`server`, each a tar.xz in numbered parts. Of ONNX Runtime's kernels only those go that this encoder
-may want on GPUs of one architecture, a twentieth. Parts may come one by one; `unpack` takes the
-packs that are whole, says what others lack, and again takes those that came since. It makes an
-environment in which the packs go before the machine's own packages, and prints what to set in the
-shell. pip is not needed there.
+The machine has this checkout, a Python of that version, PyTorch for CUDA, torchvision, and what a
+machine for PyTorch usually has: onnx, onnxscript, scikit-image, timm, typer, grpcio, pytest. The
+rest is packed: `python`, for exporting, testing and timing models in process, and `server`, each a
+tar.xz in numbered parts. It includes only those of ONNX Runtime's kernels that this encoder may
+need on GPUs of one architecture, a twentieth of them. Parts may arrive one by one: `unpack`
+installs the packs that are complete, says what the others lack, and can be rerun when more have
+arrived. It creates an environment in which the packs take precedence over the machine's own
+packages, and prints what to set in the shell. pip is not needed there.
 
-Of the tests, those marked gpu go there by their files; others import what does not travel:
+Run the tests marked gpu by file; other test files import packages that are not packed:
 
     python3 -m pytest -m gpu tests/model_repository/sam3_prompt_decoder/test_gpu.py \\
         tests/client/test_shared_memory.py
@@ -43,27 +43,27 @@ PYTHON = (
     *("geventhttpclient", "zope.event", "zope.interface", "sam3", "pycocotools", "ftfy", "wcwidth"),
     *("iopath", "nvidia-pytriton"),
 )
-"""In the versions that are installed here."""
+"""Packed in the versions that are installed here."""
 ONNXRUNTIME = "onnxruntime-gpu==1.30.0"
 """For CUDA 13, whose libraries come with the machine's PyTorch."""
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 5)),
-    "manylinux2014_x86_64",  # the older names are tags of their own
+    "manylinux2014_x86_64",  # the older names are separate tags
     "manylinux2010_x86_64",
     "manylinux1_x86_64",
 )
 TRITON = ("pytriton/__init__.py", "pytriton/tritonserver/", "nvidia_pytriton")
 SERVER = ("pytriton/", "nvidia_pytriton.libs/")
 CUDA_PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
-NEEDLESS_FILES = (
+UNNEEDED_FILES = (
     *("onnxruntime/transformers/", "onnxruntime/tools/", "onnxruntime/quantization/"),
     "onnxruntime/capi/libonnxruntime.so",  # for other languages than Python
 )
-NEEDLESS_KERNELS = re.compile(
+UNNEEDED_KERNELS = re.compile(
     r"moe_|fp4|xqa|masked_multihead|fmha_sm(50|70|75)|flash_fwd(?!_(split_)?hdim64_fp16_sm80_cu)"
 )
-"""Mixtures of experts, language models' own attention, and flash attention but in FP16 with heads
-of 64: by far the most."""
+"""Mixtures of experts, attention for language models, and flash attention other than in FP16 with
+heads of 64: by far the most kernels."""
 CHECK = """
 import warnings; warnings.filterwarnings("ignore")
 import numpy, onnx, onnxruntime, skimage.data, torch, torchvision, tritonclient.grpc
@@ -78,16 +78,16 @@ print("# GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "
 
 
 def pack(folder: Path, python: str, gpu: int, part_bytes: int) -> None:
-    """Download both packs' wheels for a Python and a GPU, and write them as parts into a folder."""
+    """Download the wheels for a Python and a GPU, and write both packs as parts into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     installed = [f"{name}=={metadata.version(name)}" for name in PYTHON]
     with TemporaryDirectory() as scratch:
         for requirement in (*installed, ONNXRUNTIME):
             _fetch(requirement, python, Path(scratch) / "wheels")
         tree = _unpacked(sorted((Path(scratch) / "wheels").glob("*.whl")), python, Path(scratch))
-        fat_binaries.prune(tree / CUDA_PROVIDER, gpu, lambda n: bool(NEEDLESS_KERNELS.search(n)))
-        for name, is_servers in (("python", False), ("server", True)):
-            _write(folder, name, _archive(tree, is_servers), part_bytes)
+        fat_binaries.prune(tree / CUDA_PROVIDER, gpu, lambda n: bool(UNNEEDED_KERNELS.search(n)))
+        for name, for_server in (("python", False), ("server", True)):
+            _write(folder, name, _archive(tree, for_server), part_bytes)
 
 
 def _write(folder: Path, name: str, archive: bytes, part_bytes: int) -> None:
@@ -100,7 +100,7 @@ def _write(folder: Path, name: str, archive: bytes, part_bytes: int) -> None:
 
 
 def _fetch(requirement: str, python: str, folder: Path) -> None:
-    """A wheel for that Python; what PyPI has as source alone must be of Python alone."""
+    """Fetch a wheel for that Python; packages that PyPI has only as source must be pure Python."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
     target = ["--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
@@ -111,7 +111,7 @@ def _fetch(requirement: str, python: str, folder: Path) -> None:
 
 
 def _unpacked(wheels: list[Path], python: str, scratch: Path) -> Path:
-    """What of the wheels goes into site-packages there."""
+    """Extract the part of the wheels that goes into site-packages."""
     tree = scratch / "tree"
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as content:
@@ -122,26 +122,27 @@ def _unpacked(wheels: list[Path], python: str, scratch: Path) -> Path:
     return tree
 
 
-def _archive(tree: Path, is_servers: bool) -> bytes:
-    """The server's files or all others, as a tar.xz."""
+def _archive(tree: Path, for_server: bool) -> bytes:
+    """The server's files, or all others, as a tar.xz."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as archive:
         for path in sorted(path for path in tree.rglob("*") if path.is_file()):
             name = str(path.relative_to(tree))
-            if name.startswith(SERVER) is is_servers:
+            if name.startswith(SERVER) is for_server:
                 archive.add(path, name)
     return buffer.getvalue()
 
 
 def wanted(name: str, python: str) -> bool:
-    """Of nvidia-pytriton the server and one Python's stub; of ONNX Runtime what runs graphs.
+    """Whether to pack a file: the server and one Python's stub of nvidia-pytriton, and the parts of
+    ONNX Runtime that run graphs.
 
-    Its distribution's record goes with the other packages: benchmarks tell its version.
+    nvidia-pytriton's metadata is in the Python pack: benchmarks report its version.
     """
     if name.startswith(("pytriton/", "nvidia_pytriton")):
         stub = "python_backend_stubs/" not in name or f"/{python}/" in name
         return name.startswith(TRITON) and stub and "/libpython3-" not in name
-    return not name.startswith(NEEDLESS_FILES)
+    return not name.startswith(UNNEEDED_FILES)
 
 
 def split(content: bytes, size: int) -> list[bytes]:
@@ -149,34 +150,34 @@ def split(content: bytes, size: int) -> list[bytes]:
 
 
 def join(folder: Path, name: str) -> bytes:
-    """A pack of its parts. Raises ValueError with what is missing or damaged."""
+    """Join a pack's parts. Raises ValueError with what is missing or damaged."""
     count, digest = (folder / f"{name}.txt").read_text().split()
     paths = [folder / f"{name}.tar.xz.{number:02}" for number in range(int(count))]
     if missing := [path.name for path in paths if not path.exists()]:
-        raise ValueError(f"{name} is not whole yet: bring {', '.join(missing)}")
+        raise ValueError(f"{name} is incomplete: copy {', '.join(missing)} too")
     content = b"".join(path.read_bytes() for path in paths)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(
-            f"{name} is damaged: its parts are of another pack, or were cut; pack anew"
+            f"{name} is damaged: parts are truncated or belong to another pack; pack it again"
         )
     return content
 
 
 def unpack(folder: Path, environment: Path) -> None:
-    """Make or extend the environment, check it, and print what the shell needs."""
+    """Create or extend the environment, check it, and print what to set in the shell."""
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python3"
     packages = next((environment / "lib").glob("python3*/site-packages"))
-    machines = Path(sysconfig.get_paths()["purelib"])
-    (packages / "machine.pth").write_text(f"import site; site.addsitedir({str(machines)!r})\n")
+    system = Path(sysconfig.get_paths()["purelib"])
+    (packages / "machine.pth").write_text(f"import site; site.addsitedir({str(system)!r})\n")
     for name in sorted(path.stem for path in folder.glob("*.txt")):
         try:
             with tarfile.open(fileobj=io.BytesIO(join(folder, name))) as archive:
                 archive.extractall(packages, filter="tar")
         except ValueError as error:
             print(f"# {error}")
-    # ONNX Runtime looks for CUDA's libraries beside itself, Triton for the driver by this name.
-    for link, target in ((packages / "nvidia", machines / "nvidia"), *_driver(environment)):
+    # ONNX Runtime looks for CUDA's libraries next to itself; Triton for the driver by this name.
+    for link, target in ((packages / "nvidia", system / "nvidia"), *_driver(environment)):
         if target.exists() and not link.exists():
             link.symlink_to(target)
     lines = [
@@ -189,7 +190,7 @@ def unpack(folder: Path, environment: Path) -> None:
 
 
 def _driver(environment: Path) -> Iterator[tuple[Path, Path]]:
-    """The GPU's driver where it has no name without a version."""
+    """A link to the GPU's driver under its name without a version, and the link's target."""
     folder = environment / "driver"
     folder.mkdir(exist_ok=True)
     try:
@@ -206,11 +207,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing, unpacking = commands.add_parser("pack"), commands.add_parser("unpack")
     for command in (packing, unpacking):
-        command.add_argument("folder", type=Path, help="of the parts")
-    packing.add_argument("--python", default="3.12", help="version there")
-    packing.add_argument("--gpu", type=int, default=90, help="architecture there, as 90 for sm_90")
+        command.add_argument("folder", type=Path, help="folder of the parts")
+    packing.add_argument("--python", default="3.12", help="Python version on the machine")
+    packing.add_argument(
+        "--gpu", type=int, default=90, help="GPU architecture, such as 90 for sm_90"
+    )
     packing.add_argument("--part-mib", type=int, default=45)
-    unpacking.add_argument("environment", type=Path, help="folder to make")
+    unpacking.add_argument("environment", type=Path, help="folder to create")
     given = parser.parse_args()
     if given.command == "pack":
         pack(given.folder, given.python, given.gpu, given.part_mib * 2**20)

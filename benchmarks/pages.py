@@ -1,4 +1,4 @@
-"""From what a run found to the results page: sections in Markdown, with their pictures."""
+"""Publish a run's results on the results page: sections in Markdown, with plots."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ FIGURES = {
     "cuda-in-process": "Figures on a GPU, without a server",
     "cuda-served": "Figures on a GPU, served",
 }
-"""Titles by the runs that sections are named after."""
+"""Titles by run; sections are named after the run."""
 
 
 def publish_figures(run: str, figures: Sequence[Figure], origin: Provenance) -> None:
-    """The one table: measured beside asked."""
-    meant = "Must and aim are this project's own targets, set before anything was measured."
-    _publish(f"{run}-figures", FIGURES[run], origin, meant, figures_markdown(figures))
+    """The main table: measured values next to their targets."""
+    legend = "Must and aim are this project's own targets, set before anything was measured."
+    _publish(f"{run}-figures", FIGURES[run], origin, legend, figures_markdown(figures))
 
 
 def publish_comparison(run: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
-    """Every peer's first mask and click, by model."""
+    """Times to the first mask and for a click, by model and peer."""
     parts = []
     for comparison in comparisons:
         picture = plots.PLOTS / f"{run}-clicks-{comparison.model.replace(' ', '-')}.png"
@@ -60,8 +60,8 @@ def publish_anatomy(run: str, anatomies: Sequence[Anatomy], origin: Provenance) 
         largest = anatomy.largest
         share = largest.milliseconds / anatomy.milliseconds
         sentence = (
-            f"{anatomy.title.capitalize()}: {anatomy.milliseconds:.1f} ms on the median. Longest "
-            f"is {largest.where}: {largest.what}, whose median is {share:.0%} of that."
+            f"{anatomy.title.capitalize()}: median {anatomy.milliseconds:.1f} ms. The longest "
+            f"phase is {largest.where}: {largest.what}, with a median of {share:.0%} of that."
         )
         parts += [sentence, _image(picture, anatomy.title)]
     _publish(f"{run}-anatomy", "Where a request's time goes", origin, *parts)

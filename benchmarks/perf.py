@@ -1,4 +1,4 @@
-"""`make perf`: NVIDIA's perf_analyzer against the demo model, its own words on the results page."""
+"""`make perf`: run NVIDIA's perf_analyzer on the demo model, and publish its output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from benchmarks.environment import provenance
 from benchmarks.figures import markdown_table
 from benchmarks.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, find
 from benchmarks.results import write_section
+from export import check
 from server import TritonServer
 
 SECTION = "perf-analyzer"
 FOLDER = Path("build/perf")
 STABLE_PERCENT = 50
-"""How much windows may differ; perf_analyzer's 10 % is never reached on a shared machine."""
+"""How much windows may differ; perf_analyzer's default of 10 % is never met on a shared machine."""
 WINDOW_MILLISECONDS = 2000
 OUTPUT_BYTES = 32 << 20
 """Room for each output in shared memory."""
@@ -41,7 +42,7 @@ class Case:
     clients: int = 1
 
     def arguments(self, grpc_address: str, http_address: str, report: Path) -> list[str]:
-        """perf_analyzer's command line, without its name."""
+        """perf_analyzer's arguments."""
         address = http_address if self.transport == HTTP else grpc_address
         words = [
             *("-m", self.model, "-b", "1"),
@@ -57,7 +58,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Encoder, ensemble and decoder over every transport they take; then a crowd that clicks."""
+    """Encoder, ensemble and decoder over every transport they accept; then concurrent clicks."""
     encode = ("encode", "sam3_image_encoder", perf_inputs.ENCODER)
     cold = ("cold: image with every request", "sam3_interactive", perf_inputs.ENSEMBLE)
     cold_shared = (cold[0], cold[1], perf_inputs.ALL_INPUTS)
@@ -77,7 +78,7 @@ def cases() -> list[Case]:
 
 @dataclass(frozen=True)
 class Run:
-    """A case, the words typed for it, and what perf_analyzer answered."""
+    """A case, its command line, and perf_analyzer's output."""
 
     case: Case
     command: str
@@ -85,7 +86,7 @@ class Run:
     per_second: float
     p50: float
     p99: float
-    """Milliseconds, as p50."""
+    """Milliseconds, like p50."""
 
     def row(self) -> list[str]:
         case = self.case
@@ -128,9 +129,9 @@ def section(runs: list[Run], origin: str, version: str) -> str:
         [
             "## perf_analyzer",
             origin,
-            f"{version}; the demo model. {len(perf_inputs.PHOTOS)} photos, or one where embeddings "
-            "are sent, and prompts of every kind in turns (points, a box, two objects); input "
-            "files by `python -m benchmarks.perf_inputs`.",
+            f"{version}; the demo model. {len(check.PHOTOS)} photos, or one where embeddings are "
+            "sent, cycling through prompts of every kind (points, a box, two objects); input files "
+            "from `python -m benchmarks.perf_inputs`.",
             markdown_table(HEADER, [run.row() for run in runs]),
             *details,
         ]

@@ -1,7 +1,7 @@
-"""Finding NVIDIA's perf_analyzer, or putting one under `build/`.
+"""Find NVIDIA's perf_analyzer, or install it under `build/`.
 
 The newest that runs on glibc 2.36 is in tritonclient 2.51.0's wheel; it needs two libraries that
-lie, under other names, beside nvidia-pytriton.
+nvidia-pytriton ships under other names.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from benchmarks.environment import ROOT
 TRITONCLIENT = "2.51.0"
 FOLDER = ROOT / "build" / "perf_analyzer"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
-"""What perf_analyzer asks for, and what nvidia-pytriton calls it."""
+"""The names perf_analyzer looks for, and nvidia-pytriton's names for them."""
 
 
 class PerfAnalyzerError(Exception):
-    """No perf_analyzer runs here, or a run of it failed; the message says why."""
+    """perf_analyzer cannot run here, or a run failed; the message says why."""
 
 
 @dataclass(frozen=True)
 class PerfAnalyzer:
-    """An executable and what its environment needs on top of the caller's."""
+    """An executable and the environment variables it needs in addition to the caller's."""
 
     executable: str
     version: str
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, arguments: list[str], timeout: float = 300) -> str:
-        """Its output; raises PerfAnalyzerError, with the output, when it fails or takes longer."""
+        """Return its output; raise PerfAnalyzerError with the output if it fails or times out."""
         try:
             done = subprocess.run(
                 [self.executable, *arguments],
@@ -50,28 +50,28 @@ class PerfAnalyzer:
             )
         except subprocess.TimeoutExpired as error:
             said = (error.stdout or b"").decode(errors="replace").strip()[-1000:]
-            raise PerfAnalyzerError(f"no end within {timeout:g} s: {said}") from error
+            raise PerfAnalyzerError(f"timed out after {timeout:g} s: {said}") from error
         if done.returncode:
             raise PerfAnalyzerError(f"status {done.returncode}: {done.stdout.strip()[-1000:]}")
         return done.stdout
 
 
 def find() -> PerfAnalyzer:
-    """The one on PATH if it runs, else the one under `build/`, installed if need be."""
+    """The one on PATH if it runs, otherwise the one under `build/`, installed if necessary."""
     on_path = shutil.which("perf_analyzer")
     if on_path:
         try:
             return _checked(on_path, {})
         except PerfAnalyzerError:
-            pass  # built for a newer glibc, or without its libraries
+            pass  # built for a newer glibc, or missing its libraries
     return installed()
 
 
 def installed() -> PerfAnalyzer:
-    """The one under `build/`, put there if it is not. Raises PerfAnalyzerError."""
+    """The one under `build/`, installed if it is missing. Raises PerfAnalyzerError."""
     executable = FOLDER / "bin" / "perf_analyzer"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with FileLock(FOLDER / ".lock"):  # two tests at once may want it
+    with FileLock(FOLDER / ".lock"):  # two tests may need it at once
         if not executable.exists():
             _install()
             executable.chmod(0o755)

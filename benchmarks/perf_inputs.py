@@ -7,14 +7,14 @@
     ensemble-all-inputs.json the same with every optional input         sam3_interactive
     decoder-warm.json        ids of kept images with prompts            sam3_prompt_decoder
     decoder-embeddings.json  embeddings with prompts                    sam3_prompt_decoder
-    decoder-mixed.json       the two in turns                           sam3_prompt_decoder
+    decoder-mixed.json       alternately the previous two               sam3_prompt_decoder
 
-Through shared memory perf_analyzer takes no model whose optional inputs are left out. The ensemble
-can be given all of its inputs; the decoder cannot, it accepts an id or embeddings, not both.
+With shared memory, perf_analyzer does not support omitting a model's optional inputs. The ensemble
+can be given all of its inputs; the decoder cannot: it accepts an id or embeddings, not both.
 
-An id is issued by a running server and cannot be made up; so this keeps the photos on the server
-it is given and writes the ids down. They are good until the server forgets them (restart, or
-`kept_images_idle_seconds` without a click): write the files anew before a run.
+Ids are issued by a running server and cannot be made up, so this keeps the photos on the given
+server and writes their ids to the files. They are valid until the server evicts the images (a
+restart, or `kept_images_idle_seconds` without a click): regenerate the files before a run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks.wire import Wire
+from export.check import PHOTOS
 from triton_sam3 import Prompt
 from triton_sam3.geometry import load_image, resize
 from triton_sam3.prompts import PackedPrompts, pack
@@ -39,15 +40,13 @@ from triton_sam3.prompts import PackedPrompts, pack
 Tensors = Mapping[str, NDArray[Any]]
 """One request's inputs by name, without the batch axis."""
 
-PHOTOS = ("coffee", "astronaut", "chelsea", "coins")
-"""Pictures inside scikit-image's wheel."""
 PROMPTS: tuple[tuple[Prompt, ...], ...] = (
     (Prompt(points=[(45, 55)]),),
     (Prompt(box=(25, 20, 80, 75)),),
     (Prompt(points=[(45, 55), (60, 40), (10, 90, False)]),),
     (Prompt(points=[(50, 50, True)], box=(25, 20, 80, 75)), Prompt(points=[(20, 30)])),
 )
-"""Of one request each, in hundredths of the picture; the last asks about two objects."""
+"""The prompts of each request, in hundredths of the picture; the last has two objects."""
 HUNDRED = 100
 ENCODER, ENSEMBLE, ALL_INPUTS, WARM, EMBEDDINGS, MIXED = (
     "encoder.json",
@@ -65,7 +64,7 @@ def encoder(images: Sequence[NDArray[np.uint8]]) -> list[Tensors]:
 
 
 def with_prompts(subjects: Sequence[Tensors], mask_side: int) -> list[Tensors]:
-    """A request for each subject (an image, its id, or its embeddings) and each set of prompts."""
+    """A request for every pair of subject (an image, its id, or its embeddings) and prompts."""
     return [
         {**subject, **_inputs(pack(prompts, HUNDRED, HUNDRED, mask_side))}
         for subject in subjects
@@ -77,7 +76,7 @@ def with_all_inputs(request: Tensors, mask_side: int) -> Tensors:
     """The same request with every optional input of the ensemble, each at its default."""
     objects = len(request["point_labels"])
     return {
-        # A plane of NaN: this object has no mask.
+        # A plane of NaN means that the object has no mask.
         "mask_input": np.full((objects, mask_side, mask_side), np.nan, np.float16),
         "multimask_output": np.ones(1, np.bool_),
         "keep_image": np.zeros(1, np.bool_),
@@ -86,7 +85,7 @@ def with_all_inputs(request: Tensors, mask_side: int) -> Tensors:
 
 
 def in_turns(first: Sequence[Tensors], second: Sequence[Tensors]) -> list[Tensors]:
-    """One of each, until the shorter sequence ends."""
+    """Alternate between two sequences until the shorter one ends."""
     return [request for pair in zip(first, second, strict=False) for request in pair]
 
 
@@ -112,7 +111,7 @@ def _value(tensor: NDArray[Any]) -> dict[str, Any]:
 
 
 def write(url: str, folder: Path) -> list[Path]:
-    """Write all files for the server at `url`; returns their paths."""
+    """Write all files for the server at `url` and return their paths."""
     wire = Wire(url)
     images = [resize(load_image(getattr(skimage.data, name)()), wire.side) for name in PHOTOS]
     ids = [{"image_id": wire.keep(image)[0]} for image in images]
@@ -138,7 +137,7 @@ def write(url: str, folder: Path) -> list[Path]:
 
 def main(
     url: Annotated[str, typer.Argument(help="The running server: grpc://host:port.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files go.")] = Path("build/perf"),
+    folder: Annotated[Path, typer.Argument(help="Where to write the files.")] = Path("build/perf"),
 ) -> None:
     """Write perf_analyzer's input files for a running server."""
     console = Console(highlight=False, soft_wrap=True)

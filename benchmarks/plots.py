@@ -1,4 +1,4 @@
-"""Pictures of results: small PNG files beside the page."""
+"""Plots of results: small PNG files next to the page."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HIGHLIGHT, OTHER = "#2a6f4e", "#9aa5b1"
 
 
 def bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[str, Sample]]) -> None:
-    """Horizontal bars with quartiles by name, from zero, the first name's highlighted.
+    """Horizontal bars with quartiles, one per name, starting at zero; the first is highlighted.
 
-    series: the measurements by name, of which each has a bar for every name, each series paler.
+    series: measurements by name; each series adds a bar per name, paler than the one before.
     """
     names = list(next(iter(series.values())))
     height = 0.8 / len(series)
@@ -56,7 +56,7 @@ def bars(path: Path, title: str, unit: str, series: Mapping[str, Mapping[str, Sa
 
 
 def curves(path: Path, growths: Sequence[Growth]) -> None:
-    """One small panel for each kind of work."""
+    """One small panel per kind of work."""
     columns = 2
     rows = -(-len(growths) // columns)
     picture, panels = plt.subplots(rows, columns, figsize=(10, 3.2 * rows), squeeze=False)
@@ -84,7 +84,7 @@ def _panel(axes: Axes, growth: Growth) -> None:
 
 
 def waterfall(path: Path, anatomy: Anatomy) -> None:
-    """A request's phases one below the other, each where the one before it ends."""
+    """A request's phases below one another, each starting where the previous one ends."""
     phases = anatomy.phases
     picture, axes = plt.subplots(figsize=(9, 0.32 * len(phases) + 1.2))
     start = 0.0

@@ -1,4 +1,4 @@
-"""A checkpoint of any size with seeded random weights, in the official layout."""
+"""Checkpoints of any size with seeded random weights, in the official layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Meta's own predictor, whole and unchanged, for parity tests and as a peer in the benchmark.
+"""Meta's own predictor, complete and unchanged, for parity tests and as a peer in the benchmark.
 
 `SAM3InteractiveImagePredictor` on Meta's tracker and backbone classes, on any device and at any
-size: nothing of `export` but the sizes takes part in the computation.
+size: nothing from `export` but the sizes takes part in the computation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from export import checkpoint
 from export.architecture import Architecture, build_mask_decoder, build_trunk
 
 HOLE_SIDE_FRACTION = 18
-"""Meta fills holes up to 256 = (288/18)² mask pixels; the same share is filled at other sizes."""
+"""Meta fills holes of up to 256 = (288/18)² mask pixels; other sizes use the same share."""
 
 
 def meta_predictor(
     checkpoint_file: Path, device: torch.device | str = "cpu"
 ) -> SAM3InteractiveImagePredictor:
-    """Load a checkpoint in the official layout into Meta's predictor: FP32, on a GPU BF16."""
+    """Load a checkpoint in the official layout into Meta's predictor: FP32, or BF16 on a GPU."""
     weights = checkpoint.read(checkpoint_file)
     architecture = Architecture.from_weights(weights)
     tracker = _tracker(architecture)
@@ -39,7 +39,7 @@ def meta_predictor(
         tracker, max_hole_area=size**2 // HOLE_SIDE_FRACTION**2
     )
     if torch.device(device).type == "cuda":
-        # As the predictor that Meta builds, whose `Sam3TrackerPredictor` enters it for good.
+        # As in the predictor that Meta builds: its `Sam3TrackerPredictor` enters it permanently.
         bf16 = torch.autocast("cuda", torch.bfloat16)
         predictor.set_image, predictor.predict = bf16(predictor.set_image), bf16(predictor.predict)
     predictor._bb_feat_sizes = [(size, size), (size // 2, size // 2), (size // 4, size // 4)]
@@ -67,7 +67,7 @@ def _tracker(architecture: Architecture) -> Sam3TrackerBase:
 
 
 def _load(tracker: Sam3TrackerBase, weights: dict[str, Tensor]) -> None:
-    """Meta's layout has the backbone under the detector, and the heads under the tracker."""
+    """Load weights in Meta's layout: the backbone under the detector, heads under the tracker."""
     renamed = {
         key.replace("detector.backbone.", "backbone.").removeprefix("tracker."): value.float()
         if value.is_floating_point()

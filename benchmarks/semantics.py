@@ -1,7 +1,7 @@
-"""python -m benchmarks.semantics: what a request means, rule by rule, each held against a reading
-that is not ours; as a table.
+"""python -m benchmarks.semantics: what a request means, rule by rule, each checked against a
+reference other than our own code; as a table.
 
-A rule is a test marked `semantic(area, rule, reading)`: this runs those tests and nothing else.
+A rule is a test marked `semantic(area, rule, reading)`: this runs only those tests.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from benchmarks.figures import markdown_table
 from benchmarks.results import write_section
 
 SECTION = "semantics"
-COLUMNS = ("", "rule", "held against", "checks", "")
+COLUMNS = ("", "rule", "checked against", "checks", "")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What must hold, and what says so besides our own code."""
+    """What must hold, and what it is checked against other than our own code."""
 
     area: str
     text: str
@@ -34,7 +34,7 @@ class Rule:
 
 @dataclass
 class Outcome:
-    """How the checks of one rule ended."""
+    """The outcomes of one rule's checks."""
 
     passed: int = 0
     failed: int = 0
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """`fail` as soon as one check failed; a rule of which nothing ran is `not run`."""
+        """`fail` if any check failed, `not run` if one was skipped or none ran, else `pass`."""
         if self.failed:
             return "**fail**"
         return "pass" if self.passed and not self.skipped else "not run"
@@ -59,7 +59,7 @@ class Collector:
     _rules: dict[str, Rule] = field(default_factory=dict)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note each test's rule, in the order in which the table shows them."""
+        """Record each test's rule, in the order of the table."""
         for item in session.items:
             for mark in item.iter_markers("semantic"):
                 rule = Rule(*mark.args)
@@ -67,13 +67,13 @@ class Collector:
                 self.outcomes.setdefault(rule, Outcome())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count the call, or the setup that kept it from being called."""
+        """Count the call, or the setup that prevented it."""
         rule = self._rules.get(report.nodeid)
         if rule and (report.when == "call" or not report.passed):
             self.outcomes[rule].count(report.outcome)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Area, rule, reading, number of checks, verdict; rules of one area stand together."""
+        """Area, rule, reading, number of checks, verdict; grouped by area."""
         areas = list(dict.fromkeys(rule.area for rule in self.outcomes))
         for rule, outcome in sorted(
             self.outcomes.items(), key=lambda entry: areas.index(entry[0].area)
@@ -88,8 +88,8 @@ def markdown(rows: list[tuple[str, ...]], origin: str) -> str:
     return (
         "## What a request means, rule by rule\n\n"
         f"{origin}\n\n"
-        f"{passed} of {len(rows)} rules pass. Every check runs against the real tritonserver where "
-        "a server has a part in it.\n\n"
+        f"{passed} of {len(rows)} rules pass. Every check that involves a server runs against the "
+        "real tritonserver.\n\n"
         f"{markdown_table(COLUMNS, rows)}"
     )
 
@@ -99,7 +99,7 @@ def main(
 ) -> None:
     """Check every rule of interactive segmentation and print the table; status 1 if one fails.
 
-    SAM 3's own size takes many minutes of it.
+    The rules at SAM 3's own size take many minutes.
     """
     origin = provenance("python -m benchmarks.semantics").markdown()
     collector = Collector()

@@ -1,4 +1,4 @@
-"""One model, served in every way that is compared, all at once."""
+"""One model served at once in every way to be compared."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS = (
 )
 PEERS = (OURS, EMBEDDINGS, WHOLE, HTTP, IN_PROCESS)
 AGREEMENT = 0.97
-"""Smallest mask IoU with Meta's predictor: resizing and rounding may move a border by a pixel."""
+"""Minimum mask IoU with Meta's predictor: resizing and rounding may move a border by a pixel."""
 PLACE = (300.0, 200.0)
 """Where single clicks go, in pixels of the photo."""
 
 
 class Disagreement(Exception):
-    """Two ways to click gave different masks: their times must not be compared."""
+    """Two peers gave different masks, so their times must not be compared."""
 
 
 def load_photo() -> Photo:
-    """RGB [400, 600, 3], out of scikit-image's wheel."""
+    """RGB [400, 600, 3], from scikit-image's wheel."""
     photo: NDArray[np.uint8] = np.ascontiguousarray(skimage.data.coffee())
     return photo
 
@@ -58,9 +58,9 @@ class Stage:
     photo: Photo
     wire: Wire
     metrics_url: str
-    """Of our server."""
+    """The metrics endpoint of our server."""
     makers: dict[str, Callable[[], Peer]]
-    """How to make another caller of the same servers; picklable, but for the one in process."""
+    """How to make another caller of the same servers; picklable, except for the one in process."""
     peers: dict[str, Peer]
     clicks: dict[str, Click]
     agreement: dict[str, float]
@@ -74,7 +74,7 @@ class Stage:
         return peer
 
     def keep_photo(self) -> dict[str, NDArray[Any]]:
-        """Have our server keep the photo; the input that stands for it."""
+        """Have our server keep the photo, and return the input that refers to it."""
         return {contract.IMAGE_ID.name: self.wire.keep(resize(self.photo, self.wire.side))}
 
 
@@ -87,9 +87,9 @@ def stage(
     progress: Callable[[str], None] = lambda _: None,
     agreement: float = AGREEMENT,
 ) -> Iterator[Stage]:
-    """Start what `names` need, open the photo with each, and check that their masks agree.
+    """Start what the peers in `names` need, open the photo with each, and check that masks agree.
 
-    Raises Disagreement where a mask's IoU with Meta's predictor's is below `agreement`.
+    Raises Disagreement if a mask's IoU with the one of Meta's predictor is below `agreement`.
     """
     with ExitStack() as cleanup:
         progress(f"{artifacts.name}: starting servers")
@@ -130,10 +130,12 @@ def _opened(
     return clicks
 
 
-def _check_agreement(clicks: dict[str, Click], least: float) -> dict[str, float]:
+def _check_agreement(clicks: dict[str, Click], min_iou: float) -> dict[str, float]:
     reference = clicks[IN_PROCESS](*PLACE)
     ious = {name: iou(click(*PLACE), reference) for name, click in clicks.items()}
     for name, agreement in ious.items():
-        if agreement < least:
-            raise Disagreement(f"{name}: mask IoU {agreement:.3f} with Meta's predictor's")
+        if agreement < min_iou:
+            raise Disagreement(
+                f"{name}: mask IoU with Meta's predictor is {agreement:.3f}, expected {min_iou}"
+            )
     return ious

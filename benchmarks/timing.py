@@ -1,4 +1,4 @@
-"""Times of things that take turns, so that a noisy machine is as unkind to one as to the other."""
+"""Alternating measurements, so that a noisy machine affects all candidates equally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Sample:
-    """Repeated measurements of one quantity, in the order they were made."""
+    """Repeated measurements of one quantity, in order."""
 
     values: tuple[float, ...]
 
@@ -29,12 +29,12 @@ class Sample:
 
     @property
     def low(self) -> float:
-        """Lower quartile; of fewer than four values, the smallest."""
+        """Lower quartile; with fewer than four values, the smallest."""
         return self._quartiles[0]
 
     @property
     def high(self) -> float:
-        """Upper quartile; of fewer than four values, the largest."""
+        """Upper quartile; with fewer than four values, the largest."""
         return self._quartiles[1]
 
     def percentile(self, percent: float) -> float:
@@ -43,11 +43,11 @@ class Sample:
         return sorted(self.values)[int(rank)]
 
     def scaled(self, factor: float) -> Sample:
-        """Every measurement times `factor`: another unit, or a share of each."""
+        """Every measurement times `factor`: in another unit, or a share of each."""
         return Sample(tuple(value * factor for value in self.values))
 
     def plus(self, amount: float) -> Sample:
-        """Every measurement and `amount` more, in the same unit."""
+        """Every measurement plus `amount`, in the same unit."""
         return Sample(tuple(value + amount for value in self.values))
 
     @property
@@ -59,13 +59,13 @@ class Sample:
 
 
 def ratio(ours: Sample, theirs: Sample) -> Sample:
-    """Round by round: what was measured side by side is compared, drift between rounds is not."""
+    """Ratio round by round, so that drift between rounds cancels out."""
     pairs = zip(ours.values, theirs.values, strict=True)
     return Sample(tuple(a / b for a, b in pairs))
 
 
 def difference(ours: Sample, theirs: Sample) -> Sample:
-    """Round by round, as `ratio`."""
+    """Difference round by round, like `ratio`."""
     pairs = zip(ours.values, theirs.values, strict=True)
     return Sample(tuple(a - b for a, b in pairs))
 
@@ -78,11 +78,11 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 Meter = Callable[[], float]
-"""Performs something once and returns what was measured, usually seconds."""
+"""Does something once and returns the measurement, usually in seconds."""
 
 
 def stopwatch(call: Callable[[], object]) -> Meter:
-    """A meter for a call of this process."""
+    """A meter that times a call in this process."""
     return lambda: seconds(call)
 
 
@@ -94,11 +94,11 @@ def alternate(
     pause: float = 0.0,
     budget: float = math.inf,
 ) -> dict[Key, Sample]:
-    """Read every meter once a round, in an order that is shuffled each time, the same every run.
+    """Read every meter once per round, in an order shuffled each round, but the same every run.
 
-    Were one always read after the same other, it alone would bear what that one leaves behind:
-    threads that still spin, caches full of its own. `warmup` rounds come first and are not counted;
-    `pause`, in seconds, comes before each reading. After `budget` seconds no further round begins.
+    If one were always read after the same other, it alone would suffer what that one leaves behind:
+    threads still spinning, caches full of its data. The first `warmup` rounds are not counted;
+    `pause`, in seconds, precedes each reading. After `budget` seconds no new round starts.
     """
     started = time.monotonic()
     names = list(meters)

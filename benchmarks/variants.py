@@ -1,7 +1,7 @@
-"""python -m benchmarks.variants: narrower encoders on a CPU, and what they cost in masks.
+"""python -m benchmarks.variants: narrower encoders on a CPU, and what they cost in mask quality.
 
-The demo model's weights are trained, so its masks tell what rounding does to real ones; a variant
-within the gate may be served, the others are listed with what they would gain.
+The demo model's weights are trained, so its masks show how rounding affects real ones. A variant
+within the gate may be served; the others are listed with the time they would save.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from export.repository import ENCODER
 SECTION = "cpu-variants"
 ROUNDS = 30
 PAUSE = 0.05
-"""Seconds before each reading: one library's threads still spin when another's turn comes. Without
-it FP16 seemed to take 0.68 of FP32's time, which it does not beside FP32 alone (1.03 to 1.06)."""
+"""Seconds before each reading: one library's threads still spin when it is another's turn. Without
+it FP16 appeared to take 0.68 of FP32's time; next to FP32 alone it takes 1.03 to 1.06."""
 HEADER = ("encoder", "worst mask IoU", f"gate, {GATE_TRAINED}", "time / fp32")
 
 Run = Callable[[NDArray[np.uint8]], Features]
@@ -64,7 +64,7 @@ def fp16(_: Path) -> Run:
 
 
 def int8(folder: Path) -> Run:
-    """Weights by channel, activations by tensor and at run time."""
+    """Weights per channel; activations per tensor, at run time."""
     path = folder / "int8.onnx"
     quantize_dynamic(
         _graph(artifacts.demo()),
@@ -77,7 +77,7 @@ def int8(folder: Path) -> Run:
 
 
 def int8_blocks(folder: Path) -> Run:
-    """Weights and activations in blocks of 32, each with a scale of its own."""
+    """Weights and activations in blocks of 32, each with its own scale."""
     path = folder / "int8-blocks.onnx"
     options = {"bits": 8, "block_size": 32, "is_symmetric": True, "accuracy_level": 4}
     quantizer = MatMulNBitsQuantizer(str(_graph(artifacts.demo())), **options)
@@ -87,7 +87,7 @@ def int8_blocks(folder: Path) -> Run:
 
 
 def openvino_bf16(_: Path) -> Run:
-    """`pip install openvino`. It knows no ONNX Runtime operators: the graph is TensorRT's."""
+    """`pip install openvino`. It has no ONNX Runtime operators, so it gets the TensorRT graph."""
     import openvino  # noqa: PLC0415 - optional
 
     graph = _graph(artifacts.demo(accelerator=Accelerator.TENSORRT))
@@ -113,13 +113,13 @@ VARIANTS: dict[str, Callable[[Path], Run]] = {
 
 
 def measure(folder: Path) -> list[tuple[str, ...]]:
-    """A row for each variant; one that this machine cannot run says why."""
+    """A row per variant; one that this machine cannot run says why."""
     runs: dict[str, Run] = {}
     missing: dict[str, str] = {}
     for name, make in VARIANTS.items():
         try:
             runs[name] = make(folder)
-        except Exception as error:  # the others are wanted all the same
+        except Exception as error:  # carry on with the others
             missing[name] = reason(error)
     ious, times = _worst_ious(runs), _times(runs)
     rows: list[tuple[str, ...]] = []
@@ -155,7 +155,7 @@ def main(
     write: Annotated[bool, typer.Option(help="Rewrite the results page's section.")] = True,
 ) -> None:
     """Measure narrower encoders of the demo model on this CPU."""
-    logging.disable(logging.WARNING)  # quantizer and exporter tell every node
+    logging.disable(logging.WARNING)  # the quantizer and the exporter log every node
     origin = provenance("python -m benchmarks.variants").markdown()
     with TemporaryDirectory(prefix="triton-sam3-variants-") as folder:
         table = markdown_table(HEADER, measure(Path(folder)))
@@ -163,8 +163,8 @@ def main(
     if write:
         text = (
             "Worst mask IoU against Meta's modules in FP32, over prompts of every kind on "
-            f"{len(check.PHOTOS)} photos, with the demo model's trained weights; time of one image "
-            "beside FP32's, in turns. What misses the gate is not exported."
+            f"{len(check.PHOTOS)} photos, with the demo model's trained weights; time for one "
+            "image relative to FP32, measured alternately. What misses the gate is not exported."
         )
         write_section(SECTION, f"## Narrower encoders on a CPU\n\n{origin}\n\n{text}\n\n{table}")
 

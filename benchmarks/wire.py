@@ -1,4 +1,4 @@
-"""Requests as they travel, without the client library around them: what the server alone costs."""
+"""Requests without the client library around them, to measure the server alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MASKS = (contract.LOW_RES_MASKS.name, contract.IOU_PREDICTIONS.name)
 
 
 def tensor(name: str, array: NDArray[Any]) -> triton.InferInput:
-    """An array as a request's input."""
+    """Wrap an array as a request's input."""
     value = triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
     value.set_data_from_numpy(array)
     return value
 
 
 def click_inputs(x: float = 0.5, y: float = 0.5, objects: int = 1) -> dict[str, NDArray[Any]]:
-    """One positive point for each of a number of objects, as fractions; the best mask of three."""
+    """One positive point, in fractions, for each of the objects; the best of three masks."""
     return {
         contract.POINT_COORDS.name: np.full((1, objects, 1, 2), (x, y), np.float32),
         contract.POINT_LABELS.name: np.ones((1, objects, 1), np.int32),
@@ -54,17 +54,17 @@ class Wire:
         return self._infer(contract.INTERACTIVE, inputs, (name,))[name]
 
     def click(self, image: dict[str, NDArray[Any]], **prompt: Any) -> dict[str, NDArray[Any]]:
-        """Masks and scores on an image given by its id or by its embeddings."""
+        """Masks and scores for an image given by its id or its embeddings."""
         return self._infer(contract.DECODER, {**image, **click_inputs(**prompt)}, MASKS)
 
-    def refused_click(self) -> None:
-        """A click on an image that nobody keeps: there and back, with nothing decoded."""
+    def rejected_click(self) -> None:
+        """Click on an image that is not kept: a round trip with nothing decoded."""
         nobody = {contract.IMAGE_ID.name: np.array([["nobody's"]], np.object_)}
         try:
             self.click(nobody)
         except InferenceServerException:
             return
-        raise RuntimeError("a click on an image that nobody keeps was answered")
+        raise RuntimeError("a click on an image that is not kept was answered")
 
     def close(self) -> None:
         self._client.close()

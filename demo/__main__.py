@@ -33,7 +33,7 @@ from triton_sam3 import Client, Prompt, SAM3Error
 CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
 OUTPUT = Path("build/demo")
 SCENE_SEED = 907
-"""A picture training never saw (demo/pictures.py), nor the 500 of demo/measure.py."""
+"""A picture used neither in training (demo/pictures.py) nor among the 500 of demo/measure.py."""
 SCENE_SIDE = 448
 
 console = Console(highlight=False, soft_wrap=True)
@@ -41,7 +41,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, what is asked about it, and the true masks where they are known."""
+    """A picture, its prompts, and the true masks if they are known."""
 
     name: str
     image: NDArray[np.uint8]
@@ -54,11 +54,11 @@ class ExportFailed(Exception):
 
 
 def main() -> int:
-    """Export, serve, segment and draw; the server ends with this program, however it ends."""
+    """Export, serve, segment and draw; the server stops with this program, however it exits."""
     argparse.ArgumentParser(
         prog="python -m demo",
-        description=f"Export the small trained model, serve it, and draw what it finds in pictures "
-        f"to {OUTPUT}. A few minutes; it takes no arguments.",
+        description=f"Export the small trained model, serve it, and draw what it segments into "
+        f"pictures in {OUTPUT}. Takes a few minutes and no arguments.",
     ).parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -90,7 +90,7 @@ def _export(models: Path) -> None:
     )
 
     try:
-        # Triton may see a GPU that torch does not, as with an older driver.
+        # Triton may see a GPU that torch does not, for instance with an older driver.
         fixed = None if torch.cuda.is_available() else Accelerator.CPU
         export_repository(CHECKPOINT, models, accelerator=fixed, overwrite=True)
     except (*BAD_INPUT, *BAD_EXPORT) as error:
@@ -101,7 +101,7 @@ def _export(models: Path) -> None:
 def _running(models: Path) -> Iterator[TritonServer]:
     server = TritonServer(models, log=OUTPUT / "tritonserver.log")
     try:
-        with _step("starting tritonserver, until it has answered once"):
+        with _step("starting tritonserver and waiting for its first answer"):
             server.start()
         yield server
     finally:
@@ -133,12 +133,12 @@ def _examples() -> list[Example]:
 
 
 COIN_BOXES = ((20, 32, 68, 78), (303, 13, 365, 76), (181, 165, 243, 224), (246, 93, 299, 144))
-"""Around four coins of the photo, as a detector would give them."""
+"""Boxes around four coins of the photo, as a detector would return them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is told about one example."""
+    """What is reported about one example."""
 
     path: Path
     objects: int
@@ -177,7 +177,7 @@ def _report(rows: list[Row]) -> None:
             f"{tools}/python -m server {OUTPUT / 'models'}",
         ),
         (
-            "segment a picture of yours",
+            "segment a picture of your own",
             f"{tools}/triton-sam3 segment PHOTO --point X,Y --output out.png",
         ),
         (

@@ -1,4 +1,4 @@
-"""Training batches: pictures turned and recoloured, some of their objects, prompts for them."""
+"""Training batches: rotated and recoloured pictures, some of their objects, and their prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from demo.pictures import Pictures
 from export.architecture import Architecture
 
 BOX_ERROR = 0.06
-"""How far a drawn corner is off, at most, as a share of the box's side."""
+"""Maximum error of a drawn corner, as a share of the box's side."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Objects:
     """N objects of a batch of pictures."""
 
     owner: Tensor
-    """INT64 [N]: the picture of each."""
+    """INT64 [N]: the index of each object's picture."""
     clicks: Tensor
     """FP32 [N, 1, 2]: x, y of a pixel of the object, in input pixels."""
     boxes: Tensor
-    """FP32 [N, 2, 2]: x, y of the corners of its box, drawn a little off."""
+    """FP32 [N, 2, 2]: x, y of the corners of its box, drawn imprecisely."""
     truth: Tensor
-    """FP32 [N, M, M]: the share of every cell that the object covers."""
+    """FP32 [N, M, M]: the share of each cell that the object covers."""
 
     def __getitem__(self, index: Tensor | slice) -> Objects:
         return Objects(self.owner[index], self.clicks[index], self.boxes[index], self.truth[index])
@@ -40,25 +40,25 @@ class Objects:
         return len(self.owner)
 
     def points(self) -> Prompts:
-        """One positive click on each."""
+        """One positive click on each object."""
         return Prompts(self.clicks, torch.ones(len(self), 1, dtype=torch.int32))
 
     def drawn_boxes(self) -> Prompts:
-        """One box around each."""
-        return Prompts.of_boxes(self.boxes)
+        """One box around each object."""
+        return Prompts.from_boxes(self.boxes)
 
 
 def batches(
     pictures: Pictures, sizes: Architecture, count: int, objects: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Objects]]:
-    """Batches without end: FP32 [B, 3, S, S], and `objects` of each of B = `count` pictures.
+    """Endless batches: FP32 [B, 3, S, S], and `objects` of each of B = `count` pictures.
 
-    They come in turns: one object of every picture, then another of every picture, and so on.
-    Objects of one picture repeat where it has fewer.
+    Objects are interleaved: one of every picture, then another of every picture, and so on. A
+    picture with fewer objects repeats them.
     """
     while True:
         images, labels = pictures.batch(rng.integers(len(pictures), size=count))
-        images, labels = _turn(images, labels, rng)
+        images, labels = _rotate(images, labels, rng)
         images = images[..., rng.permutation(3)]
         chosen = [
             _object(owner, labels[owner] == number, sizes, rng)
@@ -90,10 +90,10 @@ def correct(answer: Answer, asked: Prompts, objects: Objects, rng: np.random.Gen
     return asked.corrected(torch.tensor(clicks), torch.tensor(labels, dtype=torch.int32), logits)
 
 
-def _turn(
+def _rotate(
     images: NDArray[np.uint8], labels: NDArray[np.uint8], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Turn and mirror a batch: one of the square's eight symmetries."""
+    """Rotate and mirror a batch by one of the square's eight symmetries."""
     quarter, mirror = int(rng.integers(4)), rng.random() < 0.5
     images, labels = (np.rot90(a, quarter, (1, 2)) for a in (images, labels))
     return (images[:, ::-1], labels[:, ::-1]) if mirror else (images, labels)
@@ -102,7 +102,7 @@ def _turn(
 def _deal(
     labels: NDArray[np.uint8], count: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, int]]:
-    """`count` rounds through the pictures: picture and object number, repeating if need be."""
+    """Go through the pictures `count` times: picture and object number, repeating if necessary."""
     orders = []
     for picture in labels:
         numbers = rng.permutation(int(picture.max())) + 1

@@ -1,4 +1,4 @@
-"""What the demo model learns from: masks, their quality, and every pixel's own neighbourhood."""
+"""The demo model's losses: masks, their predicted quality, and masks from single pixels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from export.architecture import InteractiveModel
 
 BCE_WEIGHT = 4.0
 OTHER_CANDIDATES = 1.0
-"""What all multimask candidates' mean loss weighs beside the best one's. A prompt means one object
-here, so they have little to differ in; with 0.1 each was worse than the single-mask one, and the
-predicted IoU did not make up for it."""
+"""Weight of the multimask candidates' mean loss relative to the best one's. A prompt means one
+object here, so they have little reason to differ; with 0.1 each was worse than the single-mask one,
+and the predicted IoU did not make up for it."""
 
 
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross entropy and dice of FP32 [..., M, M] logits against coverage in [0, 1]: [...].
+    """Binary cross-entropy plus dice of FP32 [..., M, M] logits against coverage in [0, 1]: [...].
 
     Truth is the share of each cell that the object covers, hence the soft targets.
     """
@@ -40,7 +40,7 @@ def true_ious(logits: Tensor, truth: Tensor) -> Tensor:
 def answer_loss(answer: Answer, truth: Tensor) -> Tensor:
     """Loss of N objects' candidates; truth: FP32 [N, M, M].
 
-    The single-mask candidate always learns; of the three others the best one does twice over.
+    The single-mask candidate always learns; among the three others, the best one counts twice.
     """
     losses = mask_loss(answer.logits, truth[:, None])
     single, several = losses[:, 0], losses[:, 1:]
@@ -52,12 +52,12 @@ def answer_loss(answer: Answer, truth: Tensor) -> Tensor:
 def pixel_loss(
     model: InteractiveModel, features: Features, owner: Tensor, places: Tensor, truth: Tensor
 ) -> Tensor:
-    """Loss of masks made without the decoder's transformer, from one pixel's embedding each.
+    """Loss of masks made without the decoder's transformer, each from one pixel's embedding.
 
-    It is cheap, so many pixels have a say, and it teaches trunk, neck, upscaling and
+    It is cheap, so many pixels can contribute, and it trains the trunk, neck, upscaling and
     hypernetwork before a prompt token has learnt to look where it points.
-    owner: INT64 [N], which goes through the pictures in turns; places: FP32 [N, 2], x, y as
-    shares of the picture; truth: FP32 [N, M, M].
+    owner: INT64 [N], which cycles through the pictures; places: FP32 [N, 2], x, y as shares of the
+    picture; truth: FP32 [N, M, M].
     """
     image_embed, high_res_feats_0, high_res_feats_1 = features
     decoder = model.mask_decoder
@@ -72,7 +72,7 @@ def pixel_loss(
 
 
 def _sample(maps: Tensor, owner: Tensor, places: Tensor) -> Tensor:
-    """Read [B, C, H, W] maps at N places of their pictures, bilinearly: [N, C]."""
+    """Sample [B, C, H, W] maps bilinearly at N places of their pictures: [N, C]."""
     height, width = maps.shape[-2:]
     x = (places[:, 0] * width - 0.5).clamp(0, width - 1)
     y = (places[:, 1] * height - 0.5).clamp(0, height - 1)

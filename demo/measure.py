@@ -1,8 +1,8 @@
 """python -m demo.measure: how well a demo checkpoint segments pictures it has never seen.
 
-Every object of every picture is asked for by one click at its most interior pixel, then by
-corrective clicks at the most interior pixel of the largest error, and by its box. Of the three
-candidates the one with the highest predicted IoU counts, as for the client.
+Every object of every picture is prompted with one click at its most interior pixel, then with
+corrective clicks at the most interior pixel of the largest error, and with its box. Of the three
+candidates, the one with the highest predicted IoU counts, as in the client.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ious = dict[str, list[float]]
 
 
 def measure(model: InteractiveModel, seeds: range, progress: bool = False) -> Ious:
-    """The IoU of every object of the pictures of `seeds`, by kind of prompt."""
+    """The IoU of every object in the pictures of `seeds`, by kind of prompt."""
     ious: Ious = defaultdict(list)
     for seed in track(seeds, "measuring", disable=not progress):
         scene = generate(seed, model.architecture.image_size)
@@ -59,7 +59,7 @@ def _ask(model: InteractiveModel, scene: Scene) -> Iterator[tuple[str, list[floa
             yield SINGLE, _ious(_masks(single(model, answer), scene), truths)
         asked = _corrected(asked, best, predicted, truths)
     corners = torch.tensor([prompts.box(mask) for mask in truths]).view(-1, 2, 2)
-    answer = _decode(model, features, Prompts.of_boxes(corners))
+    answer = _decode(model, features, Prompts.from_boxes(corners))
     best = answer.candidate(answer.best)
     yield BOX, _ious(_masks(best, scene), truths)
 
@@ -77,7 +77,7 @@ def _decode(model: InteractiveModel, features: Features, asked: Prompts) -> Answ
 def _corrected(
     asked: Prompts, logits: Tensor, predicted: prompts.Mask, truths: prompts.Mask
 ) -> Prompts:
-    """The prompts with one more click each, and the last answer as the mask prompt."""
+    """Add one click per object, and the last answer as the mask prompt."""
     clicks, labels = [], []
     for mask, truth in zip(predicted, truths, strict=True):
         region, missing = prompts.correction(mask, truth)
@@ -87,7 +87,7 @@ def _corrected(
 
 
 def _masks(logits: Tensor, scene: Scene) -> prompts.Mask:
-    """Logits [N, M, M] to boolean masks [N, S, S] at the picture's size."""
+    """Convert logits [N, M, M] to boolean masks [N, S, S] at the picture's size."""
     size = scene.labels.shape
     full = functional.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)
     return np.asarray(full[:, 0].numpy() > 0)
@@ -100,7 +100,7 @@ def _ious(predicted: prompts.Mask, truths: prompts.Mask) -> list[float]:
 def main(
     path: Annotated[Path, typer.Argument(help="checkpoint")] = Path("demo/checkpoint.pt"),
     pictures: Annotated[int, typer.Option(help="held-out pictures")] = 500,
-    threads: Annotated[int, typer.Option(help="torch's threads")] = 2,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
 ) -> None:
     """Print the mean IoU by kind of prompt."""
     torch.set_num_threads(threads)

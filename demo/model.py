@@ -1,7 +1,7 @@
-"""The demo model's sizes, its start, and how it is asked: Meta's modules, called in batches.
+"""The demo model's sizes, initialisation and inference: Meta's modules, called in batches.
 
 features = encode(model, images)
-answer = decode(model, features, owner, prompts)      owner: the picture of each object
+answer = decode(model, features, owner, prompts)      owner: the index of each object's picture
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sam3.sam.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.architecture import Architecture, InteractiveModel
+from export.architecture import LOGIT_LIMIT, Architecture, InteractiveModel
 
 ARCHITECTURE = Architecture(
     image_size=224,
@@ -30,8 +30,6 @@ ARCHITECTURE = Architecture(
     decoder_mlp_dim=512,
 )
 
-LOGIT_LIMIT = 32.0
-"""Logits that come back as a mask prompt are clamped to this, as the served ones are."""
 
 Features = tuple[Tensor, Tensor, Tensor]
 """image_embed, high_res_feats_0 and high_res_feats_1 of B pictures (`InteractiveModel.encode`)."""
@@ -49,12 +47,12 @@ class Prompts:
     """FP32 [N, 1, M, M]: logits of an earlier answer."""
 
     @classmethod
-    def of_boxes(cls, corners: Tensor) -> Prompts:
-        """One box each: FP32 [N, 2, 2]."""
+    def from_boxes(cls, corners: Tensor) -> Prompts:
+        """One box per object: FP32 [N, 2, 2]."""
         return cls(corners, torch.tensor([[2, 3]], dtype=torch.int32).repeat(len(corners), 1))
 
     def corrected(self, clicks: Tensor, labels: Tensor, logits: Tensor) -> Prompts:
-        """With one more click each, FP32 [N, 2] and INT32 [N], and the last answer's [N, M, M]."""
+        """Add a click per object, FP32 [N, 2] and INT32 [N], and the last answer's [N, M, M]."""
         return Prompts(
             torch.cat([self.coords, clicks[:, None]], 1),
             torch.cat([self.labels, labels[:, None]], 1),
@@ -68,7 +66,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the decoder says of N objects; candidate 0 is the single-mask one."""
+    """The decoder's output for N objects; candidate 0 is the single-mask one."""
 
     logits: Tensor
     """FP32 [N, 4, M, M]"""
@@ -81,17 +79,17 @@ class Answer:
         return self.ious[:, 1:].argmax(1) + 1
 
     def candidate(self, chosen: Tensor) -> Tensor:
-        """FP32 [N, M, M]: of each object the candidate of that number, INT64 [N]."""
+        """FP32 [N, M, M]: the candidate of each object with the given number, INT64 [N]."""
         return self.logits[torch.arange(len(chosen)), chosen]
 
 
 def sized(image_size: int) -> Architecture:
-    """The demo model's architecture for input of another side."""
+    """The demo model's architecture for a different input size."""
     return replace(ARCHITECTURE, image_size=image_size, pretrain_image_size=image_size)
 
 
 def build(seed: int, image_size: int) -> InteractiveModel:
-    """An untrained demo model that starts where learning is quick."""
+    """An untrained demo model, initialised so that it learns quickly."""
     torch.manual_seed(seed)
     model = InteractiveModel(sized(image_size))
     model.trunk.use_act_checkpoint = False
@@ -105,10 +103,10 @@ def build(seed: int, image_size: int) -> InteractiveModel:
 
 @torch.no_grad()
 def _attend_by_position(transformer: TwoWayTransformer) -> None:
-    """Make the cross attentions look where a prompt points, from the first step on.
+    """Make the cross-attention look where a prompt points, from the first step on.
 
     Queries and keys carry the same Fourier encoding of position: C/2 sines, then their cosines.
-    Each head keeps some of those pairs in both, so that their product peaks at equal positions.
+    Each head passes some of those pairs on in both, so their product peaks at equal positions.
     """
     attentions: list[Attention] = [transformer.final_attn_token_to_image]
     for layer in transformer.layers:
@@ -125,7 +123,7 @@ def _attend_by_position(transformer: TwoWayTransformer) -> None:
 
 @torch.no_grad()
 def resized(model: InteractiveModel, image_size: int) -> InteractiveModel:
-    """The same weights for input of another side; the position embedding is interpolated."""
+    """The same weights for a different input size; the position embedding is interpolated."""
     other = InteractiveModel(sized(image_size))
     other.trunk.use_act_checkpoint = False
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("freqs_cis")}
@@ -140,10 +138,10 @@ def resized(model: InteractiveModel, image_size: int) -> InteractiveModel:
 
 
 @torch.no_grad()
-def start_from(model: InteractiveModel, images: NDArray[np.uint8]) -> None:
-    """Let the patch embedding start as the principal components of real patches.
+def init_patch_embedding(model: InteractiveModel, images: NDArray[np.uint8]) -> None:
+    """Initialise the patch embedding with the principal components of real patches.
 
-    images: UINT8 [B, S, S, 3]. Random filters see the grain; these see what patches are made of.
+    images: UINT8 [B, S, S, 3]. Random filters mostly see noise; these see what patches consist of.
     """
     patch = ARCHITECTURE.patch_size
     inputs = normalise(torch.from_numpy(np.array(images)))
@@ -157,9 +155,9 @@ def start_from(model: InteractiveModel, images: NDArray[np.uint8]) -> None:
 
 
 def encode(model: InteractiveModel, images: Tensor) -> Features:
-    """`model.encode` at a fraction of its cost: what is linear after the last GELU is one kernel.
+    """`model.encode` at a fraction of its cost: linear layers after the last GELU are fused.
 
-    images: FP32 [B, 3, S, S], normalised. Used in training; equal to `encode` up to rounding.
+    images: FP32 [B, 3, S, S], normalised. Used in training; equal to it up to rounding.
     """
     (tokens,) = model.trunk(images)
     fine, middle, coarse = model.neck
@@ -183,7 +181,7 @@ def _fused(level: nn.Sequential, tokens: Tensor, last: nn.Conv2d | None = None) 
     if last is not None:
         kernel = torch.einsum("om,mkij->okij", last.weight[:, :, 0, 0], kernel)
         bias = functional.linear(bias, last.weight[:, :, 0, 0], last.bias)
-    # The first bias is a channel of ones, so that the zero padding leaves it out at the border.
+    # The first bias becomes a channel of ones, so that zero padding excludes it at the border.
     entry = torch.cat([first.weight[:, :, 0, 0], first.bias[:, None]], 1)
     kernel = torch.einsum("okij,kc->ocij", kernel, entry)
     ones = torch.ones_like(tokens[:, :1])
@@ -191,7 +189,7 @@ def _fused(level: nn.Sequential, tokens: Tensor, last: nn.Conv2d | None = None) 
 
 
 def decode(model: InteractiveModel, features: Features, owner: Tensor, prompts: Prompts) -> Answer:
-    """Answer the prompts of N objects; owner: INT64 [N], the picture of each."""
+    """Answer the prompts of N objects; owner: INT64 [N], the index of each object's picture."""
     sparse, dense = model.prompt_encoder(
         points=(prompts.coords, prompts.labels), boxes=None, masks=prompts.masks
     )
@@ -208,5 +206,5 @@ def decode(model: InteractiveModel, features: Features, owner: Tensor, prompts: 
 
 
 def normalise(images: Tensor) -> Tensor:
-    """UINT8 [B, S, S, 3] to FP32 [B, 3, S, S] of mean and standard deviation 0.5."""
+    """UINT8 [B, S, S, 3] to FP32 [B, 3, S, S], normalised with mean and standard deviation 0.5."""
     return images.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1

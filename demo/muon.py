@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrix updates are orthogonalised, in FP32.
+"""Muon: momentum with orthogonalised matrix updates, in FP32.
 
-A transformer of this size learns in about half the steps AdamW needs. PyTorch's own Muon works in
-bfloat16, which most CPUs only emulate.
+A transformer of this size learns in about half the steps that AdamW needs. PyTorch's own Muon works
+in bfloat16, which most CPUs only emulate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimiser of matrices; `lr` is about the spectral norm of one update."""
+    """Optimiser for matrices; `lr` is roughly the spectral norm of one update."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix, roughly, whose singular values are all near 1."""
+    """Approximately the nearest matrix whose singular values are all close to 1."""
     a, b, c = NEWTON_SCHULZ
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / torch.linalg.matrix_norm(wide).clamp(min=1e-7)

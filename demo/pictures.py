@@ -1,6 +1,6 @@
 """Training pictures on disk: generated once, in chunks, by several processes; read as arrays.
 
-Seeds below `FIRST_TRAINING_SEED` are never trained on; `demo.measure` takes its pictures there.
+Seeds below `FIRST_TRAINING_SEED` are never trained on; `demo.measure` takes its pictures from them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from demo.scenes import generate
 
 FIRST_TRAINING_SEED = 1_000_000
 CHUNK = 500
-"""Pictures in one file."""
+"""Pictures per file."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Pictures:
 
 
 def prepare(folder: Path, count: int, size: int) -> Pictures:
-    """Generate what is missing of `count` pictures under `folder`, and open them all."""
+    """Generate whichever of `count` pictures are missing under `folder`, and open them all."""
     folder = folder / str(size)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(-(-count // CHUNK))
     absent = [i for i in numbers if not _path(folder, "labels", i).is_file()]
-    # Spawned, not forked: a fork of a process with threads (PyTorch's, gRPC's) may hang.
+    # Spawned, not forked: forking a process with threads (PyTorch's, gRPC's) may hang.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         made = pool.map(partial(_write, folder, size, CHUNK), absent)
         for _ in track(made, "generating pictures", len(absent), disable=not absent):
@@ -70,7 +70,7 @@ def _path(folder: Path, name: str, chunk: int) -> Path:
 
 
 def _write(folder: Path, size: int, count: int, chunk: int) -> None:
-    """Generate a chunk of `count`; its labels, written last and renamed, say it is complete."""
+    """Generate a chunk of `count`; its labels, renamed into place last, mark it as complete."""
     cv2.setNumThreads(1)
     first = FIRST_TRAINING_SEED + chunk * count
     scenes = [generate(seed, size) for seed in range(first, first + count)]

@@ -12,7 +12,7 @@ Point = tuple[float, float]
 
 
 def interior(mask: Mask) -> Point:
-    """The pixel of a mask that is farthest from its outside (the picture's border counts)."""
+    """The pixel of a mask farthest from its outside (beyond the picture's border is outside)."""
     padded = np.pad(mask.astype(np.uint8), 1)
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = divmod(int(depth.argmax()), mask.shape[1])
@@ -20,7 +20,7 @@ def interior(mask: Mask) -> Point:
 
 
 def anywhere(mask: Mask, rng: np.random.Generator) -> Point:
-    """A pixel of a mask, every one as likely."""
+    """A pixel of a mask, uniformly at random."""
     pixels = np.flatnonzero(mask)
     y, x = divmod(int(rng.choice(pixels)), mask.shape[1])
     return float(x), float(y)
@@ -33,12 +33,12 @@ def box(mask: Mask) -> tuple[float, float, float, float]:
 
 
 def correction(predicted: Mask, truth: Mask) -> tuple[Mask, bool]:
-    """The largest connected error, and whether it is missing (a positive click) or too much."""
+    """The largest connected error, and whether it is missing (a positive click) or superfluous."""
     wrong = (predicted != truth).astype(np.uint8)
     if not wrong.any():
         return truth, True
     _, regions, stats, _ = cv2.connectedComponentsWithStats(
-        # Missing and superfluous pixels that touch are two errors.
+        # Stacked, so that missing and superfluous pixels that touch are two errors.
         np.concatenate([wrong * truth, np.zeros_like(wrong[:1]), wrong * predicted]),
         connectivity=8,
     )
@@ -48,6 +48,6 @@ def correction(predicted: Mask, truth: Mask) -> tuple[Mask, bool]:
 
 
 def iou(predicted: Mask, truth: Mask) -> float:
-    """Intersection over union of two masks; two empty ones agree fully."""
+    """Intersection over union of two masks; 1 if both are empty."""
     union = (predicted | truth).sum()
     return float((predicted & truth).sum() / union) if union else 1.0

@@ -1,9 +1,9 @@
-"""Generated pictures with their true masks: what the demo model learns from and is measured on.
+"""Generated pictures with their true masks, which the demo model is trained and measured on.
 
     seed -> background -> objects, back to front -> light, blur, noise -> Scene
 
-Two kinds: a few objects of any shape that overlap, and many alike side by side, such as coins.
-The mask of an object is what can be seen of it: a click means the topmost object at that pixel.
+There are two kinds: a few overlapping objects of any shape, and many similar ones side by side,
+such as coins. An object's mask is its visible part: a click means the topmost object at that pixel.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from demo.textures import Field
 
 Window = tuple[slice, slice]
 SHADOW_REACH = 0.035
-"""How far a shadow falls at most, as a share of the picture's side."""
-LEAST_AREA = 0.004
-"""An object with less than this share of the picture visible is scenery, not an object."""
-LEAST_VISIBLE = 0.35
-"""So is one of which others hide all but this share."""
+"""Maximum reach of a shadow, as a share of the picture's side."""
+MIN_AREA = 0.004
+"""An object whose visible part covers less than this share of the picture is only scenery."""
+MIN_VISIBLE = 0.35
+"""So is an object of which less than this share is visible."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it."""
+    """A picture and the objects in it."""
 
     image: NDArray[np.uint8]
     """RGB, [S, S, 3]."""
     labels: NDArray[np.uint8]
-    """[S, S]: 0 where there is no object, else the number (from 1) of the topmost object."""
+    """[S, S]: the number (from 1) of the topmost object, or 0 where there is none."""
 
     @property
     def masks(self) -> NDArray[np.bool_]:
@@ -77,14 +77,14 @@ class _Canvas:
         visible = np.bincount(self.labels.ravel(), minlength=len(self.areas) + 1)
         numbers = np.zeros(len(self.areas) + 1, np.uint8)
         for number, area in enumerate(self.areas, start=1):
-            enough = max(LEAST_AREA * self.labels.size, LEAST_VISIBLE * area)
+            enough = max(MIN_AREA * self.labels.size, MIN_VISIBLE * area)
             if visible[number] >= enough:
                 numbers[number] = numbers.max() + 1
         return numbers[self.labels]
 
 
 def generate(seed: int, size: int) -> Scene:
-    """Make the picture of a seed, `size` pixels square; the same arguments give the same."""
+    """Generate a seed's picture, `size` pixels square; the same arguments give the same one."""
     rng = np.random.default_rng(seed)
     while True:
         canvas = _many_alike(rng, size) if rng.random() < 0.35 else _mixed(rng, size)
@@ -107,7 +107,7 @@ def _style(rng: np.random.Generator) -> _Style:
 
 
 def _mixed(rng: np.random.Generator, size: int) -> _Canvas:
-    """A few objects of every kind and size, which may hide one another."""
+    """A few objects of any kind and size, which may hide one another."""
     canvas = _Canvas(_background(rng, size))
     style = _style(rng)
     kinds = [*shapes.KINDS, shapes.LETTERS]
@@ -120,7 +120,7 @@ def _mixed(rng: np.random.Generator, size: int) -> _Canvas:
 
 
 def _many_alike(rng: np.random.Generator, size: int) -> _Canvas:
-    """Rows of objects of one kind and about one size and colour, mostly apart."""
+    """Rows of objects of one kind and of similar size and colour, mostly apart."""
     canvas = _Canvas(_background(rng, size))
     style = replace(_style(rng), relief=rng.choice([0.0, 1.0]))
     kind = str(rng.choice(["ellipse", "ellipse", "ellipse", "blob", "rounded", "polygon", "ring"]))
@@ -142,7 +142,7 @@ def _many_alike(rng: np.random.Generator, size: int) -> _Canvas:
 
 
 def _colour(rng: np.random.Generator, around: Field, contrast: float) -> Field:
-    """A colour that differs from another one visibly, in lightness alone or in hue too."""
+    """A colour visibly different from another, in lightness only or in hue too."""
     while True:
         step = rng.normal(0, contrast, 3) if rng.random() < 0.6 else rng.normal(0, contrast)
         colour = np.clip(around + step, 0.03, 0.97).astype(np.float32)
@@ -157,7 +157,7 @@ def _add(
     style: _Style,
     alike: Field | None = None,
 ) -> None:
-    """Paint one object, lit in the style's way, onto the canvas."""
+    """Paint one object, lit according to the style, onto the canvas."""
     size = len(alpha)
     if not (alpha > 0.5).any():
         return
@@ -179,7 +179,7 @@ def _add(
 
 
 def _window(alpha: Alpha, margin: int) -> Window:
-    """The part of the picture that a shape covers, and `margin` pixels around it."""
+    """The part of the picture that a shape covers, with `margin` pixels around it."""
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     return (
         slice(max(0, y - margin), y + height + margin),
@@ -188,7 +188,7 @@ def _window(alpha: Alpha, margin: int) -> Window:
 
 
 def _photograph(rng: np.random.Generator, colours: Field) -> NDArray[np.uint8]:
-    """Light the picture unevenly, blur it, make it grey at times, add noise, and quantise it."""
+    """Light the picture unevenly, blur it, sometimes make it grey, add noise, and quantise it."""
     size = len(colours)
     if rng.random() < 0.5:
         light = 1 + rng.uniform(0.05, 0.5) * textures.ramp(rng, size)

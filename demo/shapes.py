@@ -1,6 +1,6 @@
 """Outlines of generated objects: every function fills one shape into an alpha map.
 
-A shape is given in its own frame (centre 0, 0; about 1 from the centre to the rim), turned,
+A shape is defined in its own frame (centre 0, 0; about 1 from the centre to the rim), rotated,
 squeezed and scaled into the picture by `Pose`, and filled with antialiased edges.
 """
 
@@ -17,7 +17,7 @@ Points = NDArray[np.float64]
 Alpha = NDArray[np.float32]
 
 SUBPIXEL_BITS = 4
-"""Fixed-point fraction of the coordinates OpenCV fills polygons with."""
+"""Fractional bits of the fixed-point coordinates with which OpenCV fills polygons."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fill(outlines: list[Points], size: int) -> Alpha:
 
 
 def draw(kind: str, pose: Pose, rng: np.random.Generator, size: int) -> Alpha:
-    """Fill a random shape of a kind of `KINDS` or of `LETTERS` into float32 [S, S] in [0, 1]."""
+    """Fill a random shape of one of `KINDS` or of `LETTERS` into float32 [S, S] in [0, 1]."""
     if kind == LETTERS:
         return _letter(pose, rng, size)
     return fill([pose.place(outline) for outline in KINDS[kind](rng)], size)

@@ -19,14 +19,14 @@ def noise(rng: np.random.Generator, size: int, cells: int) -> Field:
 
 
 def ramp(rng: np.random.Generator, size: int) -> Field:
-    """A plane of random direction, [S, S], from -1 to 1 across the picture."""
+    """A gradient in a random direction, [S, S], from -1 to 1 across the picture."""
     angle = rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     return np.asarray(np.cos(angle) * axis[None] + np.sin(angle) * axis[:, None], np.float32)
 
 
 def pattern(rng: np.random.Generator, size: int) -> Field:
-    """A repeated or irregular pattern, [S, S], within [-1, 1]: what tells a surface."""
+    """A repeated or irregular pattern, [S, S], within [-1, 1], characteristic of a surface."""
     kind = rng.integers(6)
     if kind == 0:
         stripes = np.sin(ramp(rng, size) * min(rng.uniform(15, 70), size / 2))
@@ -47,7 +47,7 @@ def pattern(rng: np.random.Generator, size: int) -> Field:
 
 
 def surface(rng: np.random.Generator, size: int, colour: Field, contrast: float) -> Field:
-    """A surface about one colour ([3]): plain, shaded by a ramp, or patterned."""
+    """A surface around one colour ([3]): plain, shaded by a ramp, or patterned."""
     second = rng.normal(0, 1, 3).astype(np.float32) * contrast
     grey = np.float32(rng.normal(0, 1) * contrast)
     tint = second if rng.random() < 0.5 else np.full(3, grey, np.float32)

@@ -1,11 +1,11 @@
 """python -m demo.train: train the demo checkpoint on generated pictures, on a CPU.
 
-    pictures -> trunk, neck -> every pixel's own mask                 (from the start)
+    pictures -> trunk, neck -> masks from single pixels               (from the start)
                             -> decoder: click, box, two corrections   (from DECODER_FROM on)
 
-The first part of the run sees the pictures at half their side, where a step costs a quarter.
+The first part of the run uses pictures of half the side, where a step costs a quarter.
 
-Interrupted, it goes on from the last state under --work when the command is repeated.
+After an interruption, repeating the command resumes from the last state under --work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from demo import pictures
 from demo.batches import Objects, batches, correct
 from demo.losses import answer_loss, pixel_loss, true_ious
-from demo.model import ARCHITECTURE, Features, Prompts, build, decode, encode, resized, start_from
+from demo.model import (
+    ARCHITECTURE,
+    Features,
+    Prompts,
+    build,
+    decode,
+    encode,
+    init_patch_embedding,
+    resized,
+)
 from demo.muon import Muon
 from export import checkpoint
 from export.architecture import InteractiveModel
@@ -38,23 +47,24 @@ console = Console()
 
 BATCH = 16
 QUERIES = 12
-"""Objects of each picture that the pixel loss asks for."""
+"""Objects per picture for the pixel loss."""
 DECODED = 3
-"""Objects of each picture that the decoder is asked for."""
+"""Objects per picture for the decoder."""
 WARMUP, DECODER_FROM, DECAY_FROM, FULL_SIZE_FROM = 0.02, 0.12, 0.45, 0.72
-"""Shares of the run: rates are full, the decoder joins, rates fall, pictures have full size."""
+"""Shares of the run after which rates are full, the decoder joins, rates fall, and pictures have
+full size."""
 CORRECTED = 0.4
-"""Share of the steps at small size in which answers are corrected; at full size, all of them."""
+"""Share of the steps at small size in which answers are corrected; at full size all are."""
 SETTLING = 40
-"""Steps in which rates rise, at the start and again after the change of size."""
+"""Steps over which rates rise, at the start and again after the change of size."""
 SMALL = ARCHITECTURE.image_size // 2
 TRUNK_RATE, OTHER_RATE = 0.015, 1e-3
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 AVERAGE = 0.995
-"""Share that the averaged weights, the ones kept, hold on to at every step."""
+"""Decay of the moving average of the weights, which is what is saved."""
 STATE_EVERY = 100
-"""Steps between saved states and printed lines."""
+"""Steps between saving the state and printing a line."""
 
 
 @dataclass
@@ -66,7 +76,7 @@ class Run:
     optimisers: list[torch.optim.Optimizer]
     step: int = 0
     began: int = 0
-    """The step at which the present picture size came in."""
+    """The step at which the current picture size was introduced."""
     seconds: float = 0.0
     recent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -88,7 +98,7 @@ class Run:
         self.step, self.began, self.seconds = state["step"], state["began"], state["seconds"]
 
 
-def start(model: InteractiveModel) -> Run:
+def new_run(model: InteractiveModel) -> Run:
     """A run at step 0: Muon for the trunk's matrices, AdamW for everything else."""
     matrices = [p for p in model.trunk.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -104,8 +114,8 @@ def start(model: InteractiveModel) -> Run:
 
 
 def at_size(run: Run, image_size: int) -> Run:
-    """The same run with pictures of another side; the optimisers begin anew."""
-    grown = start(resized(run.model, image_size))
+    """The same run with pictures of a different size; the optimisers start afresh."""
+    grown = new_run(resized(run.model, image_size))
     grown.average = resized(run.average, image_size).requires_grad_(False)
     grown.step = grown.began = run.step
     grown.seconds = run.seconds
@@ -113,7 +123,7 @@ def at_size(run: Run, image_size: int) -> Run:
 
 
 def rate(progress: float) -> float:
-    """Share of the full learning rates: a short rise, a plain, a fall to nothing."""
+    """Share of the full learning rates: a short warm-up, a plateau, a decay to zero."""
     if progress < WARMUP:
         return 0.05 + 0.95 * progress / WARMUP
     if progress < DECAY_FROM:
@@ -196,7 +206,7 @@ def _report(run: Run, progress: float) -> None:
 
 
 def _keep_memory() -> None:
-    """Have glibc reuse large blocks: fetching them anew each step costs a third of the time."""
+    """Have glibc reuse large blocks: fetching new ones each step costs a third of the time."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_mmap_max, m_trim_threshold = -4, -1
@@ -206,7 +216,7 @@ def _keep_memory() -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says."""
+    """The command line's options."""
 
     output: Path
     work: Path
@@ -227,20 +237,20 @@ def main(
         "build/demo-training"
     ),
     first: Annotated[
-        Path | None, typer.Option("--start", help="begin with this checkpoint's weights")
+        Path | None, typer.Option("--start", help="start from this checkpoint's weights")
     ] = None,
     begin: Annotated[
-        float, typer.Option(help="share of the run that --start's weights have behind them")
+        float, typer.Option(help="share of the run already completed by --start's weights")
     ] = FULL_SIZE_FROM,
-    steps: Annotated[int, typer.Option(help="updates in all")] = 4000,
+    steps: Annotated[int, typer.Option(help="total updates")] = 4000,
     minutes: Annotated[
-        float, typer.Option(help="finish after this long instead, at whatever step; 0: no limit")
+        float, typer.Option(help="finish after this long instead, at any step; 0: no limit")
     ] = 0,
-    count: Annotated[int, typer.Option("--pictures", help="pictures to learn from")] = 8000,
-    threads: Annotated[int, typer.Option(help="torch's threads")] = 2,
+    count: Annotated[int, typer.Option("--pictures", help="pictures to train on")] = 8000,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 2,
     seed: int = 0,
 ) -> None:
-    """Train the demo model from nothing, or go on where an interrupted run stopped."""
+    """Train the demo model from scratch, or resume an interrupted run."""
     settings = Settings(output, work, first, begin, steps, minutes, count, threads, seed)
     _keep_memory()
     torch.set_num_threads(threads)
@@ -267,22 +277,22 @@ def _train(settings: Settings) -> None:
 
 
 def _resumed(settings: Settings, shown: pictures.Pictures) -> Run:
-    """The run as it was last saved, or a new one."""
+    """The last saved run, or a new one."""
     saved = settings.work / "state.pt"
     if not saved.is_file() and settings.start is not None:
-        return start(resized(checkpoint.load(settings.start), ARCHITECTURE.image_size))
+        return new_run(resized(checkpoint.load(settings.start), ARCHITECTURE.image_size))
     if not saved.is_file():
         model = build(settings.seed, SMALL)
-        start_from(model, np.stack([image[::2, ::2] for image in shown.images[0]]))
-        return start(model)
+        init_patch_embedding(model, np.stack([image[::2, ::2] for image in shown.images[0]]))
+        return new_run(model)
     state = torch.load(saved, weights_only=False)
-    if state["start"] != _beginning(settings):
+    if state["start"] != _origin(settings):
         raise typer.BadParameter(
-            f"{saved} is of a run that began with {state['start'] or 'nothing'}, and would go on; "
-            "give another --work, or delete it"
+            f"{saved} belongs to a run started from {state['start'] or 'scratch'}, which would be "
+            "resumed; give another --work, or delete it"
         )
     side = math.isqrt(state["model"]["trunk.pos_embed"].shape[1] - 1)
-    run = start(build(settings.seed, side * ARCHITECTURE.patch_size))
+    run = new_run(build(settings.seed, side * ARCHITECTURE.patch_size))
     run.restore(state)
     return run
 
@@ -295,12 +305,12 @@ def _progress(run: Run, settings: Settings) -> float:
     return begin + (1 - begin) * spent / limit
 
 
-def _beginning(settings: Settings) -> str:
+def _origin(settings: Settings) -> str:
     return "" if settings.start is None else str(settings.start.resolve())
 
 
 def _save(run: Run, state: Path, settings: Settings) -> None:
-    """Both beside their places first: whoever ends this program finds them whole."""
+    """Write both to temporary files first, so that an interruption leaves no partial file."""
     output = settings.output
     output.parent.mkdir(parents=True, exist_ok=True)
     full_size = resized(run.average, ARCHITECTURE.image_size)
@@ -308,7 +318,7 @@ def _save(run: Run, state: Path, settings: Settings) -> None:
     checkpoint.save(full_size, partial, dtype=torch.float16)
     partial.replace(output)
     partial = state.with_suffix(".partial")
-    torch.save({**run.state(), "start": _beginning(settings)}, partial)
+    torch.save({**run.state(), "start": _origin(settings)}, partial)
     partial.replace(state)
 
 

@@ -26,6 +26,9 @@ PROMPT_ENCODER = "tracker.sam_prompt_encoder."
 MASK_DECODER = "tracker.sam_mask_decoder."
 NO_MEM_EMBED = "tracker.no_mem_embed"
 
+LOGIT_LIMIT = 32.0
+"""An answer's logits are clamped to ±32 before they serve as a mask prompt, as by Meta."""
+
 
 class SizeError(ValueError):
     """Sizes that no SAM 3 model can have; the message says which."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.functional import interpolate
 
-from export.architecture import InteractiveModel
+from export.architecture import LOGIT_LIMIT, InteractiveModel
 from export.encoder import FEATURES
 from export.half_range import LARGEST_ACCEPTED, fp16_layers, record_largest
 from export.repository import ENCODER
@@ -339,7 +339,8 @@ def decode(prompt: Prompt, decoder: Decode, *, multimask: bool = True) -> Candid
         if not prompt.refine:
             return decoder(coords, labels, None, multimask=multimask)
         first, _ = decoder(coords, labels, None, multimask=True)
-        return decoder(coords, labels, first[0].clamp(-32, 32), multimask=multimask)
+        fed_back = first[0].clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        return decoder(coords, labels, fed_back, multimask=multimask)
 
 
 def answer_iou(ours: Candidates, theirs: Candidates, side: int) -> float:

@@ -1,7 +1,8 @@
 """SAM 3 at its published size: exported, served, and compared with Meta's predictor.
 
-The weights are random, from a seed, in the official layout; rounding shows in random weights as
-well as in trained ones, and their logits crowd around zero, which makes mask IoU a harder test.
+The weights are random, from a seed, in the official layout. Rounding errors show with random
+weights as well as with trained ones, and their logits are close to zero, which makes mask IoU a
+stricter test.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def repository(checkpoint: Path) -> Path:
-    """Through the command a user runs; its own check must pass."""
+    """Exported with the command that users run; its own check must pass."""
     output = checkpoint.parent / "models"
     command = ["--checkpoint", str(checkpoint), "--output", str(output)]
     started = time.monotonic()
@@ -75,7 +76,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="module")
 def photo() -> NDArray[np.uint8]:
-    """Already at the encoder's size, so that both sides compute on the very same pixels."""
+    """A photo already at the encoder's size, so that both sides get exactly the same pixels."""
     return load_photo("coffee", SIDE)
 
 
@@ -120,8 +121,8 @@ def test_mask_logits_match(
     server: TritonServer,
     features: dict[str, NDArray[np.float32]],
 ) -> None:
-    """All three candidates, or the one, as they leave Triton, against `predict`'s low-resolution
-    logits."""
+    """All three candidates, or the single one, as Triton returns them, against the low-resolution
+    logits of `predict`."""
     prompt = CASES.get(case, CASES["point"])
     ours = _decode(server, features, prompt, multimask)
     theirs = predict(meta, prompt, multimask)[2]
@@ -147,7 +148,7 @@ def test_mask_logits_match(
 def test_masks_match_through_ensemble_and_client(
     multimask: bool, meta: Any, server: TritonServer, photo: NDArray[np.uint8]
 ) -> None:
-    """One request with every kind of prompt, then a refinement of the kept image."""
+    """One request with every kind of prompt, then a refinement on the kept image."""
     prompts = [Prompt(**prompt) for prompt in CASES.values()]
     with Client(server.grpc_url, timeout=600) as client:
         first = client.segment(photo, prompts=prompts, multimask_output=multimask)
@@ -174,7 +175,7 @@ def _decode(
     multimask: bool,
     mask: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """The decoder alone, on the wire's own terms: logits [K, M, M]."""
+    """Call the decoder alone, in the wire contract's terms: logits [K, M, M]."""
     box = prompt.get("box", ())
     tokens = [(*box[:2], 2), (*box[2:], 3)] if box else []
     tokens += prompt.get("points", [])

@@ -1,8 +1,8 @@
-"""What a server does when something breaks: one fault after the other, under load.
+"""What a server does when something breaks: one fault after another, under load.
 
-scenarios ──► trial ──► stand   process 1 of the container, started again when it ends
+scenarios ──► trial ──► stand   process 1 of the container, restarted when it exits
                 │         ▲
-                ├─► load ─┘     callers that know the right answer of every request
+                ├─► load ─┘     callers that know the right answer to every request
                 └─► watching    readiness, memory, /dev/shm
-report: what became of the requests, how long it took, whether readiness told the truth
+report: the outcomes of the requests, how long recovery took, whether readiness was accurate
 """

@@ -1,4 +1,4 @@
-"""python -m benchmarks.faults: break the server in every way we know, and report what happened."""
+"""python -m benchmarks.faults: break the server in every way we know, and report what happens."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ app = typer.Typer(invoke_without_command=True, add_completion=False)
 def faults(
     context: typer.Context,
     only: Annotated[
-        list[str] | None, typer.Option(help="One fault by name, more than once; not written.")
+        list[str] | None, typer.Option(help="Run one fault by name; repeatable; not written.")
     ] = None,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
-    """Every fault, one after the other.
+    """Run every fault, one after another.
 
-    Exit status 1 if a request was lost or answered wrong, nobody was answered right any more, or a
-    fault could not be judged.
+    Exit status 1 if a request was lost or answered wrongly, the server never recovered, or a fault
+    could not be judged.
     """
     if context.invoked_subcommand:
         return
     names = only or []
     known = [fault.name for fault in scenarios.every()]
     if unknown := sorted(set(names) - set(known)):
-        raise typer.BadParameter(f"no fault {', '.join(unknown)}; there are {', '.join(known)}")
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; faults are {', '.join(known)}")
     origin = provenance("make faults")
     results = scenarios.run(artifacts.demo().repository, names, _tell)
     console.print(report.table([one for one in results if not one.skipped]), markup=False)
@@ -51,9 +51,9 @@ def soak_command(
     minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
-    """Load of every kind for a long time.
+    """Run load of every kind for a long time.
 
-    Exit status 1 if a request was lost or answered wrong, or memory did not stay flat.
+    Exit status 1 if a request was lost or answered wrongly, or memory did not stay flat.
     """
     command = "make soak" if minutes == 30 else f"make soak MINUTES={minutes:g}"
     origin = provenance(command)
@@ -66,7 +66,7 @@ def soak_command(
 
 
 def _tell(title: str, result: Result | None) -> None:
-    """A line when a fault begins, and what came of it."""
+    """Print a line when a fault starts, and its result when it is over."""
     if result is None:
         console.log(title)
         return
@@ -79,7 +79,7 @@ def _tell(title: str, result: Result | None) -> None:
 
 
 if __name__ == "__main__":
-    # As Ctrl-C does: it unwinds, so that no server is left behind.
+    # Like Ctrl-C, they unwind the stack, so that no server is left running.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     app()

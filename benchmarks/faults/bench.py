@@ -1,4 +1,4 @@
-"""What faults are tried on: an exported repository, copies of it, and a stand they share."""
+"""What faults are tried on: an exported repository, copies of it, and a shared stand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton_sam3.contract import DECODER
 
 
 class Bench:
-    """The exported repository, a folder for what is made of it, and one stand shared by faults."""
+    """The exported repository, a folder for copies and other files, and a shared stand."""
 
     def __init__(self, repository: Path, folder: Path) -> None:
         self.repository = repository
@@ -24,24 +24,24 @@ class Bench:
         self._asked: list[Question] = []
 
     def folder(self) -> Path:
-        """A new one."""
+        """Create a new folder."""
         self._made += 1
         made = self._folder / f"{self._made:02d}"
         made.mkdir()
         return made
 
     def stand(self) -> Stand:
-        """The shared one, for faults that leave the repository as it is."""
+        """The shared stand, for faults that leave the repository unchanged."""
         if self._stand is None:
             self._stand = self._shared.enter_context(Stand(self.repository, self.folder()))
         return self._stand
 
     def copy(self, kept_bytes: int | None = None) -> Path:
-        """A repository of its own, see `variant`."""
+        """A separate copy of the repository, see `variant`."""
         return variant(self.repository, self.folder(), kept_bytes)
 
     def copy_keeping(self, images: int) -> tuple[Path, int]:
-        """A repository that keeps so many images at most, and its bound in bytes."""
+        """A repository that keeps at most that many images, and its bound in bytes."""
         config = (self.repository / DECODER / "config.pbtxt").read_text(encoding="utf-8")
         embedding = re.search(r"dims: \[ 256, (\d+),", config)
         if embedding is None:
@@ -50,14 +50,14 @@ class Bench:
         return self.copy(bound), bound
 
     def asked(self, stand: Stand) -> list[Question]:
-        """Questions with their right answers, found on the first healthy server there is."""
+        """Questions with their right answers, obtained once from the first healthy server."""
         if not self._asked:
             with Client(stand.grpc) as client:
                 self._asked = questions(client)
         return self._asked
 
     def close(self) -> None:
-        """End the shared stand; whoever asks for it next gets a new one."""
+        """Stop the shared stand; the next call of `stand` starts a new one."""
         self._stand = None
         self._shared.close()
 

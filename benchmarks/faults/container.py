@@ -1,4 +1,4 @@
-"""The container's process 1, run as it is in the image but for its ports and folders."""
+"""The container's process 1, run as in the image except for its ports and folders."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from server import failure
 START_SECONDS = 240.0
 END_SECONDS = 30.0
 PORTS = range(16384, 32768)
-"""Below those that Linux takes for connections (ip_local_port_range)."""
+"""Below the ephemeral ports that Linux uses for connections (ip_local_port_range)."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, and that the system gives to no connection either.
+    """Ports that nothing listens on now, and that the system assigns to no connection either.
 
-    A server takes its ports when its models are loaded, seconds later.
+    A server binds its ports only when its models are loaded, seconds later.
     """
     found: list[int] = []
     with ExitStack() as held:
@@ -47,8 +47,8 @@ def free_ports(count: int) -> list[int]:
 class Container:
     """`python -m docker.entrypoint serve`; a context manager that leaves nothing behind.
 
-    wrapper: a command that runs the one it is given, such as `unshare --mount`.
-    env: variables on top of this process's own.
+    wrapper: a command that runs the command appended to it, such as `unshare --mount`.
+    env: variables in addition to this process's own.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Container:
     @property
     def process(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            raise RuntimeError("this container was never started")
+            raise RuntimeError("this container has not been started")
         return self._process
 
     def start(self) -> Container:
-        """Start it, without waiting."""
+        """Start it without waiting."""
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 self._command,
@@ -97,16 +97,16 @@ class Container:
         return self
 
     def wait_until_serving(self) -> Container:
-        """Until the startup probe passes. Raises RuntimeError if it ends or takes too long.
+        """Wait until the startup probe passes. Raises RuntimeError if it exits or takes too long.
 
-        One that ended by Triton's own accident is started again, as a restart policy would.
+        If a transient failure in Triton made it exit, it is restarted, as by a restart policy.
         """
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.process.poll() is not None:
                 said = self.log.read_text()[-3000:]
                 if not failure.is_transient(said[-500:]):
-                    raise RuntimeError(f"it ended while starting: {said}")
+                    raise RuntimeError(f"it exited while starting: {said}")
                 self.start()
             try:
                 startup(self.target, 60.0)
@@ -118,12 +118,12 @@ class Container:
                 time.sleep(0.2)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Signal process 1 and wait; its exit status."""
+        """Signal process 1, wait for it, and return its exit status."""
         self.process.send_signal(number)
         return self.process.wait(180)
 
     def descendants(self) -> list[psutil.Process]:
-        """Keeper, tritonserver and stubs; none once process 1 has ended."""
+        """Keeper, tritonserver and stubs; none once process 1 has exited."""
         with suppress(psutil.NoSuchProcess):
             return psutil.Process(self.process.pid).children(recursive=True)
         return []
@@ -132,14 +132,14 @@ class Container:
         """tritonserver itself. Raises LookupError while there is none."""
         for process in self._running("tritonserver"):
             return process
-        raise LookupError("no tritonserver runs")
+        raise LookupError("tritonserver is not running")
 
     def stubs(self, model: str) -> list[psutil.Process]:
-        """The Python stubs that serve `model`, one for each instance."""
+        """The Python stubs that serve `model`, one per instance."""
         return self._running(model)
 
     def _running(self, name: str) -> list[psutil.Process]:
-        """Those that end while one looks are left out."""
+        """Descendants of that name; those that exit meanwhile are left out."""
         found = []
         for process in self.descendants():
             with suppress(psutil.NoSuchProcess):
@@ -148,7 +148,7 @@ class Container:
         return found
 
     def records(self) -> list[dict[str, str]]:
-        """What it logged; every line must be JSON."""
+        """Its log records; every line must be JSON."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def call(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
@@ -169,7 +169,7 @@ class Container:
     def __exit__(self, *_: object) -> None:
         family = self.descendants()
         if self.process.poll() is None:
-            self.process.kill()  # the keeper notices and ends the rest
+            self.process.kill()  # the keeper notices and stops the rest
             self.process.wait()
         deadline = time.monotonic() + END_SECONDS
         while any(is_alive(process.pid) for process in family) and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
-"""The engine cache's disk is full: what TensorRT compiles there is cut off, and is read at restart.
+"""The engine cache's disk is full: the engine TensorRT writes is truncated, and read at restart.
 
-TensorRT needs a GPU. A model stands in for it that, as it loads, writes and reads as ONNX Runtime's
-provider does by its source; server, disk and what clears up are the real ones.
+TensorRT needs a GPU. A model stands in for it: on loading, it writes and reads as the source of
+ONNX Runtime's provider does. The server, the disk and the cleanup are the real ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TritonPythonModel:
                     for _ in range(SIZE // 4096):
                         file.write(bytes(4096))
             except OSError:
-                pass  # nobody looks at the stream's state
+                pass  # the provider does not check the stream's state
         elif ENGINE.stat().st_size < SIZE:
             raise pb_utils.TritonModelException(
                 "onnx runtime error 11: TensorRT EP could not deserialize engine from cache: "
@@ -53,9 +53,9 @@ class TritonPythonModel:
 
 
 def cache_full(bench: Bench, title: str) -> Result:
-    """A server that was started on a full disk ends; it must come back without an operator."""
+    """A server restarted with a truncated engine exits; it must recover without an operator."""
     if mounts.refused():
-        return Result(title, skipped="needs root, to give the server a disk of its own")
+        return Result(title, skipped="needs root, to give the server its own disk")
     cache = bench.folder() / "sam3_engines"
     cache.mkdir()
     repository = bench.copy()
@@ -65,14 +65,14 @@ def cache_full(bench: Bench, title: str) -> Result:
         Stand(repository, bench.folder(), wrapper=inside) as stand,
     ):
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(lambda: stand.container.triton().kill())
+            trial.inject(lambda: stand.container.triton().kill())
             trial.recover()
         trial.remark = _told(stand)
         return trial.result()
 
 
 def add_stand_in(repository: Path, cache: Path) -> None:
-    """Add the model that stands in for TensorRT; its config names the cache as the encoder's."""
+    """Add the model that stands in for TensorRT; its config names the cache like the encoder's."""
     version = repository / STAND_IN / "1"
     version.mkdir(parents=True)
     config = CONFIG + TENSORRT.format(cache=cache, profile="")
@@ -82,10 +82,10 @@ def add_stand_in(repository: Path, cache: Path) -> None:
 
 
 def _told(stand: Stand) -> str:
-    """What the start that failed did about it. Raises RuntimeError if it was not the only one."""
+    """Describe the failed start, which clears the cache. Raises RuntimeError unless it is alone."""
     said = [r["message"] for r in stand.container.records() if CLEARED in r["message"]]
     refused = stand.statuses[1:]
     if len(said) != 1 or len(refused) != 1:
-        raise RuntimeError(f"starts that ended: {stand.statuses}; said: {said}")
+        raise RuntimeError(f"exit statuses: {stand.statuses}; messages: {said}")
     refusal = sentence(stand.refusal())
-    return f"a model wrote and read in TensorRT's place; 1 start refused: {refusal}"
+    return f"a model stood in for TensorRT; 1 start refused: {refusal}"

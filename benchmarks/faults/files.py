@@ -1,4 +1,4 @@
-"""Faults of what is on disk: a damaged repository, a checkpoint of another generation."""
+"""Faults on disk: a damaged repository, a checkpoint of a different generation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PT2 = f"{DECODER}/1/decoder.pt2"
 CONFIG = f"{DECODER}/config.pbtxt"
 FAILED_STARTS = 2
 HOLE_BYTES = 4096
-LONGEST_SENTENCE = 240
+MAX_SENTENCE = 240
 NEW_NAMES = {
     "tracker.sam_": "tracker.model.interactive_sam_",
     ".sam2_convs.": ".interactive_convs.",
     "tracker.no_mem": "tracker.model.no_mem",
 }
-"""SAM 3's names, and SAM 3.1's."""
+"""SAM 3's parameter names, and SAM 3.1's."""
 
 
 def corrupted(file: str, bench: Bench, title: str) -> Result:
-    """Zeros in the middle, as a bad copy leaves them, and a new start; later it is mended."""
+    """Zero the middle of a file, as a bad copy would, and restart; later repair it."""
     repository = bench.copy()
     path = repository / file
     whole = path.read_bytes()
@@ -46,16 +46,16 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
             stand.container.triton().kill()
 
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(harm)
+            trial.inject(harm)
             _wait_for(lambda: len(stand.statuses) > FAILED_STARTS)
             refused, said = stand.statuses[1:], stand.refusal()
             path.write_bytes(whole)
-            trial.mended()
+            trial.cleared()
             trial.recover(within=120.0)
         told = Path(file).name in said or Path(file).parts[0] in said
         if not told or 0 in refused:
-            raise RuntimeError(f"{title}: it ended with {refused} and said {said!r}")
-        trial.remark = f"{len(refused)} starts refused before it was mended: {sentence(said)}"
+            raise RuntimeError(f"{title}: exit statuses {refused}, message {said!r}")
+        trial.remark = f"{len(refused)} starts refused before it was repaired: {sentence(said)}"
         return trial.result()
 
 
@@ -63,19 +63,19 @@ def _wait_for(condition: Callable[[], bool], within: float = 90.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError("what was waited for did not happen")
+            raise RuntimeError(f"timed out after {within:g} s")
         time.sleep(0.1)
 
 
 def sentence(text: str) -> str:
-    """Short enough for a table, without the folders of this run."""
+    """Shorten a text for a table, and remove this run's folders."""
     flat = re.sub(r"/\S*/(?=sam3)", "", " ".join(text.split())).replace("|", "/")
     flat = re.sub(r"^\W+loading the checkpoint \S+ ", "", flat)
-    return flat if len(flat) <= LONGEST_SENTENCE else flat[: LONGEST_SENTENCE - 1] + "…"
+    return flat if len(flat) <= MAX_SENTENCE else flat[: MAX_SENTENCE - 1] + "…"
 
 
 def wrong_generation(bench: Bench, title: str) -> Result:
-    """The export is the one to refuse it: no repository may come of it."""
+    """The export must refuse the checkpoint: it may not write a repository."""
     folder = bench.folder()
     checkpoint, output = folder / "sam3.1.pt", folder / "models"
     weights = torch.load(DEMO_CHECKPOINT, map_location="cpu", weights_only=True)

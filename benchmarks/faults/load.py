@@ -1,9 +1,9 @@
-"""Callers that know the right answer of every request, and what became of each.
+"""Callers that know the right answer to every request, and the outcome of each.
 
-right   the very mask the healthy server gave
+right   exactly the mask that the healthy server gave
 clear   one of the client's errors that say what to do, within the deadline
-lost    no answer within the deadline, or an outage the client should have hidden
-wrong   anything else: another mask, an error that explains nothing
+lost    no answer within the deadline, or an outage that the client should have hidden
+wrong   anything else: a different mask, an error that explains nothing
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from triton_sam3 import (
 
 SIDE = 64
 GRACE_SECONDS = 2.0
-"""How much later than its deadline an answer may come on a busy machine."""
+"""How long after its deadline an answer may arrive on a busy machine."""
 SETTLED = 3
-"""Right answers a caller, after which the load is a steady one."""
+"""Right answers per caller after which the load counts as steady."""
 CLEAR = (
     DeadlineExceeded,
     ImageNotKept,
@@ -44,11 +44,11 @@ CLEAR = (
     Overloaded,
     ServerUnreachable,
 )
-"""Errors whose message ends with what to do about them."""
+"""Errors whose message ends with what to do about it."""
 
 
 class Kind(str, Enum):
-    """What became of a request."""
+    """The outcome of a request."""
 
     RIGHT = "right"
     CLEAR = "clear"
@@ -58,18 +58,18 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request; times of `time.monotonic`."""
+    """One request and its outcome; times are from `time.monotonic`."""
 
     began: float
     ended: float
     kind: Kind
     said: str = ""
-    """The error's type and sentence."""
+    """The error's type and message."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A picture, a place in it, and the mask that a healthy server gives for it."""
+    """A picture, a point in it, and the mask that a healthy server returns for it."""
 
     image: npt.NDArray[np.uint8]
     point: tuple[int, int]
@@ -80,14 +80,14 @@ class Question:
 
 
 def questions(client: Client, count: int = 8) -> list[Question]:
-    """Generated pictures with a click on an object of each, answered by a healthy server.
+    """Generated pictures with a click on an object in each, answered by a healthy server.
 
-    Raises RuntimeError when the answers are so much alike that a wrong one would go unnoticed.
+    Raises RuntimeError if two answers are the same, so that a mix-up would go unnoticed.
     """
     asked = [_question(seed) for seed in range(count)]
     answered = [Question(one.image, one.point, one.ask(client)) for one in asked]
     if len({one.mask.tobytes() for one in answered if one.mask is not None}) < count:
-        raise RuntimeError("two pictures have the same mask: it would not show a mix-up")
+        raise RuntimeError("two pictures have the same mask, so a mix-up would go unnoticed")
     return answered
 
 
@@ -107,7 +107,7 @@ def judge(
     deadline: float,
     hidden: Sequence[type[BaseException]] = (),
 ) -> Kind:
-    """What became of a request that took `seconds`; `hidden` errors are the client's to hide."""
+    """Judge a request that took `seconds`; the client should have hidden errors in `hidden`."""
     if seconds > deadline + GRACE_SECONDS:
         return Kind.LOST
     if isinstance(answer, BaseException):
@@ -119,7 +119,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Caller:
-    """How one caller connects, by its URL and what else `Client` takes, and how it goes on."""
+    """How a caller connects, by URL and other options of `Client`, and how often it asks."""
 
     url: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Caller:
 
 
 class Load:
-    """Callers in threads, each asking one question after the other until the end of the block."""
+    """Callers in threads, each asking one question after another until the block is left."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Load:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """So far, in the order in which they ended."""
+        """Outcomes so far, in order of completion."""
         with self._guard:
             return list(self._outcomes)
 
@@ -156,12 +156,12 @@ class Load:
         return len(self._outcomes)
 
     def settle(self, within: float = 60.0) -> None:
-        """Until a few right answers a caller. Raises RuntimeError when they do not come."""
+        """Wait for a few right answers per caller. Raises RuntimeError if they do not arrive."""
         wanted, deadline = SETTLED * len(self._callers), time.monotonic() + within
         while sum(one.kind is Kind.RIGHT for one in self.outcomes) < wanted:
             if time.monotonic() > deadline:
                 said = Counter(one.said for one in self.outcomes).most_common(3)
-                raise RuntimeError(f"no load on a healthy server: {said}")
+                raise RuntimeError(f"the healthy server does not answer the load: {said}")
             time.sleep(0.05)
 
     def __enter__(self) -> Load:
@@ -196,7 +196,7 @@ def observe(
     deadline: float,
     hidden: Sequence[type[BaseException]] = (),
 ) -> Outcome:
-    """Ask once, and judge what comes back; an exception nobody foresaw is a wrong answer."""
+    """Ask once and judge the answer; an unexpected exception counts as a wrong answer."""
     began = time.monotonic()
     answer: npt.NDArray[np.bool_] | BaseException
     try:
@@ -204,6 +204,6 @@ def observe(
     except Exception as error:
         answer, said = error, f"{type(error).__name__}: {error}"
         if not isinstance(error, SAM3Error):
-            said = f"not the client's own error: {said}"
+            said = f"not one of the client's errors: {said}"
     ended = time.monotonic()
     return Outcome(began, ended, judge(answer, right, ended - began, deadline, hidden), said)

@@ -1,4 +1,4 @@
-"""A small disk of a server's own, in a mount namespace: nobody else's is filled. Takes root."""
+"""A small private disk for a server, in its own mount namespace. Needs root."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _INSIDE = ("sh", "-c", 'cd "$0" && exec "$@"', str(ROOT))
 
 
 def refused() -> bool:
-    """Whether this user may not have one."""
+    """Whether this user may not create one."""
     return bool(subprocess.run([*_OWN, "true"], capture_output=True, check=False).returncode)
 
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[tuple[str, ...]]:
-    """A tmpfs at `folder` that outlives a server, and the command that runs another inside."""
+    """Mount a tmpfs at `folder` that outlives a server; yields a prefix to run commands inside."""
     holding = subprocess.Popen(
         [*_OWN, "sh", "-c", _MOUNT, str(folder), f"{mib}m"], stdout=subprocess.PIPE
     )

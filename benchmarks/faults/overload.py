@@ -1,4 +1,4 @@
-"""More requests than the server can answer: how it refuses, and how long the others wait."""
+"""More requests than the server can answer: how it rejects them, and how long the others wait."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from triton_sam3 import AsyncClient
 FACTOR = 4
 ALONE_SECONDS, BUSY_SECONDS, OVERLOADED_SECONDS = 6.0, 6.0, 12.0
 CALLERS_AT_CAPACITY = 2
-"""As many as the proxy lets through at once: the server is never idle, and nobody is refused."""
+"""As many as the proxy admits at once: the server is never idle, and no request is rejected."""
 TIMEOUT = 20.0
 FLOOD_NICE = 15
-"""A flood comes from other machines: here it must not take the server's processors."""
+"""A real flood comes from other machines: here it must not take CPU time from the server."""
 REFUSED_PAUSE = 0.03
 SPAWN_SECONDS = 2.0
 
@@ -40,7 +40,7 @@ class Wave:
 
     @property
     def answered(self) -> list[float]:
-        """Seconds that right answers took."""
+        """Latencies of right answers, in seconds."""
         return [one.ended - one.began for one in self.outcomes if one.kind is Kind.RIGHT]
 
     def p99(self) -> float:
@@ -48,9 +48,9 @@ class Wave:
 
 
 def overloaded(bench: Bench, title: str) -> Result:
-    """New images at four times the rate that the server can answer, none of them sent again.
+    """Send new images at four times the rate that the server can answer, without retries.
 
-    Through the Envoy of the chart: what is too much is refused there.
+    They go through the chart's Envoy, which rejects the excess.
     """
     envoy, openssl = proxies.program("envoy"), proxies.program("openssl")
     if envoy is None or openssl is None:
@@ -68,11 +68,11 @@ def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: st
     alone = _send(caller, asked, ALONE_SECONDS, callers=1)
     busy = _send(caller, asked, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
     capacity = len(busy.answered) / busy.seconds
-    # Those who watch a trial cost as much as callers do: how long others wait is seen without them.
+    # A trial's watchers cost as much as callers do, so waiting times are measured without them.
     flood, among = _flood(caller, asked, FACTOR * capacity)
     waves: list[Wave] = []
     with Trial(title, stand, asked, callers=[caller], timeout=TIMEOUT) as trial:
-        trial.strike(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
+        trial.inject(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
         trial.recover()
         for wave in waves:
             trial.others.extend(wave.outcomes)
@@ -86,16 +86,16 @@ def _told(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
     early = float(np.median(refused)) if refused else float("nan")
     return (
         f"capacity {capacity:.0f}/s, sent {len(flood.outcomes) / flood.seconds:.0f}/s, of which "
-        f"{len(flood.answered) / flood.seconds:.0f}/s accepted; one more caller among them: "
+        f"{len(flood.answered) / flood.seconds:.0f}/s accepted; an additional caller: "
         f"{len(among.answered)} of {len(among.outcomes)} accepted, p99 {among.p99():.2f} s = "
-        f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s; refused after "
+        f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s; rejected after "
         f"{early:.2f} s (median): "
         + ", ".join(f"{count} {name}" for name, count in kinds.most_common())
     )
 
 
 def _flood(caller: Caller, asked: Sequence[Question], rate: float) -> tuple[Wave, Wave]:
-    """Requests at a rate, and one caller among them, whose own process is not flooded."""
+    """Requests at a rate, and one more caller in a separate process that is not flooded itself."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         flood = pool.apply_async(_run, (caller, list(asked), OVERLOADED_SECONDS, 0, rate))
         time.sleep(SPAWN_SECONDS)
@@ -105,7 +105,7 @@ def _flood(caller: Caller, asked: Sequence[Question], rate: float) -> tuple[Wave
 
 
 def _send(caller: Caller, asked: Sequence[Question], seconds: float, *, callers: int) -> Wave:
-    """From a process of its own: what callers cost must not delay those who watch."""
+    """Call from a separate process, so that the callers' cost does not delay the watchers."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_run, (caller, list(asked), seconds, callers, 0.0))
 
@@ -126,7 +126,7 @@ def _run(
 async def _in_turn(
     caller: Caller, asked: Sequence[Question], seconds: float, callers: int
 ) -> list[Outcome]:
-    """Each caller asks again as soon as it is answered."""
+    """Each caller asks again as soon as it has an answer."""
     async with _client(caller) as client:
         await _ask(client, asked[0])
         until = time.monotonic() + seconds
@@ -147,7 +147,7 @@ async def _in_turn(
 async def _at_rate(
     caller: Caller, asked: Sequence[Question], seconds: float, rate: float
 ) -> list[Outcome]:
-    """At fixed times, whether or not the earlier ones were answered."""
+    """Send requests at fixed times, whether or not earlier ones have been answered."""
     async with _client(caller) as client:
         await _ask(client, asked[0])
         began, asking = time.monotonic(), []

@@ -18,45 +18,45 @@ SLOW_SECONDS = 10.0
 
 
 def killed(model: str, bench: Bench, title: str) -> Result:
-    """SIGKILL to the process of a model. Triton 2.51 goes on without it; the watch does not."""
+    """Send SIGKILL to a model's process. Triton 2.51 carries on without it; the watch does not."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(lambda: _signal(stand, model, signal.SIGKILL))
+        trial.inject(lambda: _signal(stand, model, signal.SIGKILL))
         trial.recover()
     return trial.result()
 
 
 def server_killed(bench: Bench, title: str) -> Result:
-    """SIGKILL to tritonserver."""
+    """Send SIGKILL to tritonserver."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(lambda: stand.container.triton().kill())
+        trial.inject(lambda: stand.container.triton().kill())
         trial.recover()
     return trial.result()
 
 
 def stuck(bench: Bench, title: str) -> Result:
-    """The decoder's process stops and never goes on by itself."""
+    """Stop the decoder's process with SIGSTOP; it never continues."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=5.0) as trial:
-        trial.strike(lambda: _signal(stand, DECODER, signal.SIGSTOP))
+        trial.inject(lambda: _signal(stand, DECODER, signal.SIGSTOP))
         trial.recover(within=90.0)
     return trial.result()
 
 
 def slow(bench: Bench, title: str) -> Result:
-    """The decoder's process runs one fifth of the time. Nothing may be restarted for it."""
+    """Let the decoder's process run a fifth of the time. This must not trigger a restart."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
         over = threading.Event()
         doing = threading.Thread(target=_slow_down, args=(stand, over))
-        trial.strike(doing.start)
+        trial.inject(doing.start)
         try:
             time.sleep(SLOW_SECONDS)
         finally:
             over.set()
             doing.join()
-            trial.mended()
+            trial.cleared()
         trial.recover()
     return trial.result()
 

@@ -26,14 +26,14 @@ ENVOY = ROOT / "docker" / "helm" / "triton-sam3" / "files" / "envoy.yaml"
 
 
 def program(name: str) -> Path | None:
-    """A tool beside this Python, as pip installs Envoy, or on PATH."""
+    """A tool next to this Python, where pip installs Envoy, or on PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     return Path(found) if found else None
 
 
 def certify(openssl: Path, folder: Path) -> Path:
-    """A folder with tls.crt and tls.key for 127.0.0.1, signed by themselves."""
+    """Create a self-signed tls.crt and tls.key for 127.0.0.1 in a folder."""
     command = [
         *(str(openssl), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
         *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
@@ -47,7 +47,7 @@ class Proxy:
     """One running proxy; a context manager."""
 
     tenant: str
-    """How its log calls who has the token."""
+    """The name of the token's owner in its log."""
 
     def __init__(self, program: Path, folder: Path, certificate: Path) -> None:
         (self.port,) = free_ports(1)
@@ -65,7 +65,7 @@ class Proxy:
         raise NotImplementedError
 
     def leave_out(self, server: Container) -> None:
-        """Tell it that a server is about to end, where it can be told."""
+        """Announce that a server is about to stop, if the proxy can be told."""
 
     def url(self, scheme: str) -> str:
         return f"{scheme}://127.0.0.1:{self.port}"
@@ -76,12 +76,12 @@ class Proxy:
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def options(self) -> dict[str, Any]:
-        """What a client needs besides the address."""
+        """What a client needs in addition to the address."""
         token = {"authorization": f"Bearer {TOKEN}"}
         return {"headers": token, "root_certificates": self.folder / "tls.crt"}
 
     def servers_of_images(self) -> dict[str, set[str]]:
-        """Which server answered for each image."""
+        """Which servers answered for each image."""
         found: dict[str, set[str]] = {}
         for record in self.records():
             if record["image"] and record["status"] == 200:
@@ -89,7 +89,7 @@ class Proxy:
         return found
 
     def server_of(self, record: dict[str, Any]) -> str:
-        """Which server answered a request of the access log."""
+        """Which server answered a request in the access log."""
         raise NotImplementedError
 
     def __enter__(self) -> Proxy:
@@ -108,7 +108,7 @@ class Proxy:
         self.stop()
 
     def stop(self) -> None:
-        """End it; no harm in doing so twice."""
+        """Stop it; safe to call twice."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(30)
@@ -144,10 +144,10 @@ class Nginx(Proxy):
         self.reload()
 
     def reload(self) -> None:
-        """Take what was changed in its files."""
+        """Load the changes in its files."""
         assert self._process is not None
         self._process.send_signal(signal.SIGHUP)
-        time.sleep(1)  # old workers answer what they have taken
+        time.sleep(1)  # old workers finish the requests they have accepted
 
     def command(self) -> list[str]:
         user = "user root; " if os.geteuid() == 0 else ""
@@ -159,7 +159,7 @@ class Nginx(Proxy):
 
 
 class Envoy(Proxy):
-    """ports: where it listens in place of each port of the shipped configuration."""
+    """ports: where it listens instead of each port of the shipped configuration."""
 
     tenant = "one-tenant"
 
@@ -171,7 +171,7 @@ class Envoy(Proxy):
         text = ENVOY.read_text()
         text = text.replace("/etc/envoy", str(self.folder))
         text = text.replace("REPLACE-BY-A-LONG-RANDOM-TOKEN", TOKEN)
-        # Through JSON: what YAML's aliases share would be changed twice.
+        # Copied through JSON: objects shared by YAML aliases would be changed twice.
         config = json.loads(json.dumps(yaml.safe_load(text)))
         for used in (config["admin"], *config["static_resources"]["listeners"]):
             fixed = used["address"]["socket_address"]

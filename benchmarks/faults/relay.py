@@ -1,4 +1,4 @@
-"""A proxy of the worst kind: it cuts connections, or answers 502 in the server's place."""
+"""A misbehaving proxy: it cuts connections, or answers 502 instead of the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BAD_GATEWAY = (
     b"Connection: close\r\n\r\n<h1>502 Bad Gateway</h1>\r\n"
 )
 AT_ONCE = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing sends a reset instead of waiting for what was not delivered."""
+"""SO_LINGER: closing sends a reset instead of waiting for undelivered data."""
 
 
 class Relay:
@@ -34,7 +34,7 @@ class Relay:
         """502s so far."""
 
     def reset_all(self) -> None:
-        """Reset every connection, whatever is under way on it."""
+        """Reset every connection, whatever is in flight on it."""
         with self._guard:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
@@ -45,7 +45,7 @@ class Relay:
             self.cut += 1
 
     def refuse(self, refusing: bool) -> None:
-        """Answer 502 from now on, also on connections that are open; or stop doing so."""
+        """Start or stop answering 502, for requests on open connections too."""
         self.refusing = refusing
         if refusing:
             self.reset_all()
@@ -73,7 +73,7 @@ class Relay:
             threading.Thread(target=work, args=(caller,), daemon=True).start()
 
     def _answer_502(self, caller: socket.socket) -> None:
-        """After what the caller has to say first, or its library sees a reset alone."""
+        """Read what the caller sends first; otherwise its library would only see a reset."""
         with caller, suppress(OSError):
             caller.settimeout(0.2)
             with suppress(TimeoutError):
@@ -100,7 +100,7 @@ class Relay:
 
     @staticmethod
     def _pump(ready: selectors.BaseSelector) -> None:
-        """Until either end is closed."""
+        """Forward data until either end is closed."""
         while True:
             for key, _ in ready.select():
                 source, sink = key.fileobj, key.data

@@ -1,4 +1,4 @@
-"""Results as a page: one row a fault, then what was said and what the columns mean."""
+"""Results as a page: one row per fault, then remarks, and what the columns mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.faults.watching import Slope
 from benchmarks.figures import markdown_table
 
 WORTH_TELLING = 1000
-"""Requests from which on a slope for 10,000 is more than an extrapolated start."""
+"""With fewer requests, a slope per 10,000 would mostly extrapolate the warm-up."""
 MIB = 2**20
 HEAD = (
     "fault",
@@ -28,21 +28,21 @@ HEAD = (
     "restarts",
 )
 LEGEND = """\
-*Right* is the very mask the healthy server gave; *clear error* one of the client's errors with what
-to do about it, within its deadline; *lost* no answer in time, or an outage that the client had to
-hide and did not; *wrong* anything else. *Noticed* is from the fault until the readiness probe said
-no (–: it never did), *recovered* from the fault's end until callers had right answers alone.
-*Readiness true* counts verdicts that what became of the requests around them bears out. Memory is
-what the server's processes do not share: its slope for 10,000 requests ± standard error, or, where
-the last server saw fewer than 1,000, by how much it grew in how many, warming up included (–: they
-were fewer than 100, or the server was another one by then). The
-container's restart policy is played by the suite (0.1 s, doubling); the watch of process 1 looks
-every second (the image's own: every 30 s, which the times to recover from a dead or stuck model
-grow by), three failures in a row end the server."""
+*Right* means exactly the mask that the healthy server gave; *clear error*, one of the client's
+errors that say what to do, within the deadline; *lost*, no answer in time, or an outage that the
+client should have hidden but did not; *wrong*, anything else. *Noticed* is the time from the fault
+until the readiness probe failed (–: it never did), *recovered* the time from the end of the fault
+until callers got only right answers. *Readiness true* counts the probe's verdicts that agree with
+the outcomes of the requests around them. Memory is what the server's processes do not share: its
+slope per 10,000 requests ± standard error or, if the last server saw fewer than 1,000 requests, its
+growth and their number, including the warm-up (–: fewer than 100, or the server had been replaced
+by then). The suite emulates the container's restart policy (0.1 s, doubling). The watch of process
+1 checks every second (in the image, every 30 s, so recovery from a dead or stuck model takes that
+much longer), and three consecutive failures stop the server."""
 
 
 def page(title: str, results: Sequence[Result], origin: Provenance) -> str:
-    """Markdown."""
+    """The section in Markdown."""
     ran = [result for result in results if not result.skipped]
     skipped = [f"- {one.name}: not run, {one.skipped}" for one in results if one.skipped]
     remarks = [f"- {one.name}: {one.remark}" for one in ran if one.remark]
@@ -60,7 +60,7 @@ def page(title: str, results: Sequence[Result], origin: Provenance) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row a fault."""
+    """One row per fault."""
     return markdown_table(HEAD, [_row(result) for result in results])
 
 

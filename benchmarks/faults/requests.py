@@ -1,4 +1,4 @@
-"""Faults that come in from outside: callers, connections, proxies."""
+"""External faults: callers, connections, proxies."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from triton_sam3 import Client, SAM3Error, ServerUnreachable
 from triton_sam3.contract import DECODER
 
 SECONDS = 6.0
-"""How long a fault goes on."""
-LEAST_CALM, CALM_REQUESTS, TIMES = 0.7, 4.0, 5
+"""How long a fault lasts."""
+MIN_CALM, CALM_REQUESTS, TIMES = 0.7, 4.0, 5
 OPENERS = 12
 VIEWS, VIEWS_SECONDS = 10_000, 450.0
-"""How many are never closed, and what they may take; the other faults take five of the suite's
-fifteen minutes."""
+"""How many views are never closed, and the time limit for opening them; the other faults take five
+of the suite's fifteen minutes."""
 REFUSED = ("StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")
 
 
 def client_gone(bench: Bench, title: str) -> Result:
-    """Callers that leave in the middle of a request, of an answer, or while they wait."""
+    """Callers disconnect in the middle of a request, during the answer, or while waiting."""
     stand = bench.stand()
     left = 0
 
@@ -53,14 +53,14 @@ def client_gone(bench: Bench, title: str) -> Result:
             left += 3
 
     with Trial(title, stand, bench.asked(stand)) as trial:
-        trial.strike(leave_for_a_while)
+        trial.inject(leave_for_a_while)
         trial.recover()
     trial.remark = f"{left} callers left"
     return trial.result()
 
 
 def _raw_request(stand: Stand) -> bytes:
-    """An HTTP request as it travels."""
+    """The bytes of an HTTP request."""
     _, config = stand.container.call(f"/v2/models/{ENSEMBLE}/config")
     header, pixels = canary_request(json.loads(config))
     lines = (
@@ -87,7 +87,7 @@ def _hang_up(stand: Stand, question: Question) -> None:
 
 
 def connections_reset(bench: Bench, title: str) -> Result:
-    """Every connection is reset, again and again; the client has to hide it."""
+    """Every connection is reset, again and again; the client must hide it."""
 
     def reset(http: Relay, grpc: Relay, calm: float) -> None:
         for relay in (http, grpc):
@@ -98,7 +98,7 @@ def connections_reset(bench: Bench, title: str) -> Result:
 
 
 def bad_gateway(bench: Bench, title: str) -> Result:
-    """A proxy that has no server for a moment, again and again; the client has to hide it."""
+    """A proxy has no server for a moment, again and again; the client must hide it."""
 
     def refuse(http: Relay, grpc: Relay, calm: float) -> None:
         for refusing, seconds in ((True, 0.3), (False, calm)):
@@ -115,7 +115,7 @@ def _through_relays(
     harm: Callable[[Relay, Relay, float], None],
     remark: Callable[[tuple[Relay, Relay]], str],
 ) -> Result:
-    """`harm` again and again, with time for a few requests between: it gets their seconds."""
+    """Repeat `harm`, which is passed the seconds to wait so that a few requests fit in between."""
     stand = bench.stand()
     with Relay(stand.container.http_port) as http, Relay(stand.container.grpc_port) as grpc:
         callers = [
@@ -127,12 +127,12 @@ def _through_relays(
 
             def harm_for_a_while() -> None:
                 took = [one.ended - one.began for one in trial.load.outcomes]
-                calm = max(LEAST_CALM, CALM_REQUESTS * float(np.median(took)))
+                calm = max(MIN_CALM, CALM_REQUESTS * float(np.median(took)))
                 until = time.monotonic() + max(SECONDS, TIMES * calm)
                 while time.monotonic() < until:
                     harm(http, grpc, calm)
 
-            trial.strike(harm_for_a_while)
+            trial.inject(harm_for_a_while)
             trial.recover()
         trial.remark = remark((http, grpc))
     return trial.result()
@@ -142,7 +142,7 @@ Inputs = dict[str, npt.NDArray[np.generic]]
 
 
 def poisons(image: npt.NDArray[np.uint8]) -> list[tuple[str, Inputs]]:
-    """Requests that the wire contract forbids: a model and its inputs, batch dimension in front.
+    """Requests that violate the wire contract: a model and its inputs, batch dimension first.
 
     image: [S, S, 3]
     """
@@ -172,7 +172,7 @@ def poisons(image: npt.NDArray[np.uint8]) -> list[tuple[str, Inputs]]:
 
 
 def poisoned(bench: Bench, title: str) -> Result:
-    """Bad requests at the same time as good ones, so that they are merged into one batch."""
+    """Send bad requests together with good ones, so that they are merged into one batch."""
     stand = bench.stand()
     with Trial(title, stand, bench.asked(stand)) as trial:
         with closing(Wire(stand.grpc)) as wire:
@@ -192,15 +192,15 @@ def poisoned(bench: Bench, title: str) -> Result:
             with ThreadPoolExecutor(2) as threads:
                 list(threads.map(send, range(2)))
 
-        trial.strike(send_all)
+        trial.inject(send_all)
         trial.recover()
     refused = sum(one.kind is Kind.CLEAR for one in trial.others)
-    trial.remark = f"{refused} of {len(trial.others)} poisoned refused with a sentence"
+    trial.remark = f"{refused} of {len(trial.others)} poisoned refused with a message"
     return trial.result()
 
 
 def _poison(client: triton_grpc.InferenceServerClient, model: str, inputs: Inputs) -> Outcome:
-    """Right is a refusal that says why; an answer is wrong."""
+    """A refusal that says why is right; an answer is wrong."""
     tensors = [tensor(name, array) for name, array in inputs.items()]
     began = time.monotonic()
     try:
@@ -213,7 +213,7 @@ def _poison(client: triton_grpc.InferenceServerClient, model: str, inputs: Input
 
 
 def kept_limit(bench: Bench, title: str) -> Result:
-    """Room for 8 images, and callers who come back to 24: most have to send theirs again."""
+    """Room for 8 images, and callers that return to 24: most have to be sent again."""
     repository, bound = bench.copy_keeping(8)
     with Stand(repository, bench.folder()) as stand:
         with Client(stand.grpc) as client:
@@ -221,33 +221,34 @@ def kept_limit(bench: Bench, title: str) -> Result:
         kept: list[int] = []
         callers = [Caller(stand.grpc), Caller(stand.http), Caller(stand.grpc)]
         with Trial(title, stand, asked, callers=callers) as trial:
-            trial.strike(lambda: _sample(stand, kept, 2 * SECONDS))
+            trial.inject(lambda: _sample(stand, kept, 2 * SECONDS))
             trial.recover()
-        trial.remark = told_of_kept(kept, bound)
+        trial.remark = describe_kept(kept, bound)
         return trial.result()
 
 
 def views_never_closed(bench: Bench, title: str) -> Result:
-    """Every one is an image kept; the bound forgets them, the slope is taken once it is full."""
+    """Each view keeps an image; the bound evicts them, and memory's slope is measured once full."""
     full = 256
     repository, bound = bench.copy_keeping(full)
     with Stand(repository, bench.folder()) as stand:
         asked = bench.asked(stand)
-        # Without a pause two answers in three were its own, and too few views were opened.
+        # Without a pause it got two answers in three, and too few views were opened.
         onlooker = Caller(stand.grpc, pause=0.2)
         with Trial(title, stand, asked, callers=[onlooker], timeout=30.0) as trial:
             until = time.monotonic() + VIEWS_SECONDS
             _open_all(stand, asked, 2 * full, until, trial)
             trial.forget_sizes()
             rest = VIEWS - _opened(trial)
-            trial.strike(lambda: _open_all(stand, asked, rest, until, trial))
+            trial.inject(lambda: _open_all(stand, asked, rest, until, trial))
             trial.recover()
             kept: list[int] = []
             _sample(stand, kept, 2.0)
         opened = (
-            f"{_opened(trial):,} of {VIEWS:,} opened in the time given, a tenth asked for a mask"
+            f"{_opened(trial):,} of {VIEWS:,} opened in the time limit, a mask requested for one "
+            "in ten"
         )
-        trial.remark = f"{opened}; {told_of_kept(kept, bound)}"
+        trial.remark = f"{opened}; {describe_kept(kept, bound)}"
         return trial.result()
 
 
@@ -256,7 +257,7 @@ def _opened(trial: Trial) -> int:
 
 
 def _open_all(stand: Stand, asked: list[Question], count: int, until: float, trial: Trial) -> None:
-    """Open `count` views, and look whether every tenth shows the right mask."""
+    """Open `count` views, and check that every tenth shows the right mask."""
     local = threading.local()
     clients: list[Client] = []
 
@@ -286,21 +287,21 @@ def _open_all(stand: Stand, asked: list[Question], count: int, until: float, tri
 
 
 def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
-    """Bytes that the decoder says it keeps, again and again."""
+    """Sample the bytes that the decoder reports as kept."""
     url = f"http://127.0.0.1:{stand.container.metrics_port}/metrics"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        told = decoding.numbers(url).get("sam3_kept_images_bytes")
+        told = decoding.read_metrics(url).get("sam3_kept_images_bytes")
         if told is not None:
             kept.append(int(told))
         time.sleep(0.2)
 
 
-def told_of_kept(kept: Sequence[int], bound: int) -> str:
-    """The samples in words. Raises RuntimeError where one is beyond it, or none shows an image."""
+def describe_kept(kept: Sequence[int], bound: int) -> str:
+    """Describe the samples. Raises RuntimeError if one exceeds the bound, or none has an image."""
     most = max(kept, default=0)
     if most > bound:
-        raise RuntimeError(f"{most:,} bytes of images kept, and the bound is {bound:,}")
+        raise RuntimeError(f"{most:,} bytes of images kept, but the bound is {bound:,}")
     if most == 0:
-        raise RuntimeError("no sample says that an image is kept: what is bounded was not seen")
+        raise RuntimeError("no sample shows a kept image: the bound was never tested")
     return f"at most {most:,} of {bound:,} bytes kept"

@@ -1,4 +1,4 @@
-"""Faults of what the machine gives: shared memory and clock."""
+"""Faults of the machine's resources: shared memory and the clock."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ BOX = (4, 4, 60, 60)
 MUCH = (64, 160, 256)
 YEARS = timedelta(days=3650)
 FAKETIME_REGIONS = "*faketime_s*"
-"""Of shared memory: libfaketime's numbers and their semaphore."""
+"""Files in /dev/shm: libfaketime's shared state and its semaphore."""
 
 
 def shm_full(bench: Bench, title: str) -> Result:
-    """Not a byte left, while requests that need more shared memory than any before come in."""
+    """Fill /dev/shm while requests arrive that need more shared memory than any before."""
     if mounts.refused():
-        return Result(title, skipped="needs root, to give the server a /dev/shm of its own")
+        return Result(title, skipped="needs root, to give the server its own /dev/shm")
     with (
         mounts.small_disk(SHARED_MEMORY, SHM_MIB) as inside,
         Stand(bench.repository, bench.folder(), wrapper=inside) as stand,
@@ -58,24 +58,24 @@ def shm_full(bench: Bench, title: str) -> Result:
                 filler.unlink(missing_ok=True)
 
         with Trial(title, stand, asked, callers=callers) as trial:
-            trial.strike(fill_and_ask)
+            trial.inject(fill_and_ask)
             trial.recover()
         return trial.result()
 
 
 def _fill(filler: Path) -> None:
-    """At most the size of the server's own /dev/shm."""
+    """Fill up the server's own /dev/shm, writing at most its size."""
     with filler.open("wb", buffering=0) as file:
         try:
             for _ in range(SHM_MIB * 256):
                 file.write(bytes(4096))
         except OSError:
             return
-    raise RuntimeError("/dev/shm was not full at its size")
+    raise RuntimeError("/dev/shm was not full after writing its size")
 
 
 def _ask_for_much(stand: Stand, trial: Trial, right: npt.NDArray[np.bool_]) -> None:
-    """What is refused must be refused clearly, what is not be right."""
+    """Requests that are refused must be refused clearly; the others must be answered correctly."""
     until = time.monotonic() + FULL_SECONDS
     with Client(stand.grpc, timeout=8.0, remember_images=0) as client:
 
@@ -89,16 +89,16 @@ def _ask_for_much(stand: Stand, trial: Trial, right: npt.NDArray[np.bool_]) -> N
 
 
 def _much(client: Client, question: Question, times: int) -> npt.NDArray[np.bool_]:
-    """One mask out of so many alike."""
+    """One mask of that many identical ones."""
     masks: npt.NDArray[np.bool_] = client.segment(question.image, boxes=[BOX] * times).masks[:1]
     return masks
 
 
 def clock_jump(bench: Bench, title: str) -> Result:
-    """The wall clock of all the server's processes; kept images must stay, and stay only so long.
+    """Make the wall clock of all the server's processes jump; kept images must survive and expire.
 
-    The store ages by `time.monotonic`, which does not jump; this shows that nothing else does
-    what the wall clock says.
+    The store ages by `time.monotonic`, which does not jump; this shows that nothing else depends on
+    the wall clock.
     """
     library = _libfaketime()
     if library is None:
@@ -123,17 +123,17 @@ def clock_jump(bench: Bench, title: str) -> Result:
                 time.sleep(3)
 
         with Trial(title, stand, bench.asked(stand)) as trial:
-            trial.strike(jump)
+            trial.inject(jump)
             trial.recover()
         stubs = stand.container.stubs(DECODER)
         if not all("libfaketime" in Path(f"/proc/{s.pid}/maps").read_text() for s in stubs):
-            raise RuntimeError("the decoder's process does not have the clock that jumps")
+            raise RuntimeError("the decoder's process does not use the fake clock")
         trial.remark = f"a process with this clock saw the years {', '.join(years)}"
         return trial.result()
 
 
 def _year(env: Mapping[str, str]) -> str:
-    """As the server's processes see it."""
+    """The year as the server's processes see it."""
     command = (sys.executable, "-c", "import time; print(time.localtime().tm_year)")
     return subprocess.run(
         command, env={**os.environ, **env}, capture_output=True, text=True, check=True
@@ -142,7 +142,7 @@ def _year(env: Mapping[str, str]) -> str:
 
 @contextmanager
 def removing_regions(folder: Path = SHARED_MEMORY) -> Iterator[None]:
-    """Take away what libfaketime leaves behind of a process that a signal ended."""
+    """Remove what libfaketime leaves behind when a signal kills a process."""
     before = set(folder.glob(FAKETIME_REGIONS))
     try:
         yield

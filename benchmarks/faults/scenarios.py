@@ -1,4 +1,4 @@
-"""Every fault by name, in the order of the report."""
+"""All faults by name, in the order of the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scenario = Callable[[Bench, str], Result]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault by its short name, in words, and what does it."""
+    """A fault: its short name, its title, and the function that runs it."""
 
     name: str
     title: str
@@ -28,7 +28,7 @@ class Fault:
 
 
 def every() -> Sequence[Fault]:
-    """All of them."""
+    """All faults."""
     return [
         Fault("decoder-killed", "decoder process killed", partial(processes.killed, DECODER)),
         Fault("encoder-killed", "encoder process killed", partial(processes.killed, ENCODER)),
@@ -53,9 +53,9 @@ def every() -> Sequence[Fault]:
 
 
 def run(
-    repository: Path, names: Sequence[str], told: Callable[[str, Result | None], None]
+    repository: Path, names: Sequence[str], progress: Callable[[str, Result | None], None]
 ) -> list[Result]:
-    """Run the faults of these names, all for none; `told` hears of each before and after."""
+    """Run the named faults, or all if none are; `progress` is called before and after each."""
     results = []
     with (
         TemporaryDirectory(prefix="triton-sam3-faults-") as folder,
@@ -64,18 +64,18 @@ def run(
         for fault in every():
             if names and fault.name not in names:
                 continue
-            told(fault.title, None)
+            progress(fault.title, None)
             results.append(_result(fault, bench))
-            told(fault.title, results[-1])
+            progress(fault.title, results[-1])
     return results
 
 
 def _result(fault: Fault, bench: Bench) -> Result:
-    """What raises counts as one wrong answer: it fails the suite, and the others are still run."""
+    """Run a fault; an exception counts as one wrong answer, so the suite fails but continues."""
     try:
         return fault.run(bench, fault.title)
     except Exception as error:
         traceback.print_exc()
-        bench.close()  # nobody knows what became of its server
+        bench.close()  # its server is in an unknown state
         said = files.sentence(f"{type(error).__name__}: {error}")
         return Result(fault.title, {Kind.WRONG: 1}, remark=said)

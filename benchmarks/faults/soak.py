@@ -1,4 +1,4 @@
-"""Many requests of every kind for a long time, to see whether memory stays flat."""
+"""Many requests of every kind over a long time, to check that memory stays flat."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ from benchmarks.faults.watching import Size, Slope, slope
 from benchmarks.figures import markdown_table
 
 KEPT_IMAGES = 64
-"""The store is full within seconds: what grows afterwards is not kept images."""
+"""Few enough to fill the store within seconds: later growth is not kept images."""
 WARM_UP = 0.2
-"""Share of the time before memory is judged."""
+"""Share of the time before memory is measured."""
 THIRDS = 3
-MOST_GROWTH = 1.0 * MIB
-"""For 10,000 requests: a leak of a hundred bytes in each comes to it."""
+MAX_GROWTH = 1.0 * MIB
+"""Per 10,000 requests: a leak of a hundred bytes per request amounts to this."""
 ERRORS = 3
-"""Standard errors by which the growth has to be beyond that, to be told from noise."""
+"""Standard errors by which growth must exceed that, to distinguish it from noise."""
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What a soak came to."""
+    """The result of a soak test."""
 
     minutes: float
     counts: Counter[Kind]
     sizes: list[Size]
-    """After the warm-up."""
+    """Samples after the warm-up."""
 
     @property
     def grows(self) -> bool:
         """Whether memory or /dev/shm did not stay flat."""
         slopes = (slope(self.sizes, of) for of in (_private, _shm))
-        return any(one and one.growth - ERRORS * one.error > MOST_GROWTH for one in slopes)
+        return any(one and one.growth - ERRORS * one.error > MAX_GROWTH for one in slopes)
 
     def table(self) -> str:
-        """Memory at the beginning and at the end of what was judged, and its slope."""
+        """Memory at the beginning and end of the measured time, and its slope."""
         rows = []
         for name, of in (("memory", _private), ("/dev/shm", _shm)):
             values = np.array([of(size) for size in self.sizes]) / MIB
             first, *_, last = np.array_split(values, THIRDS)
             told = _told(slope(self.sizes, of))
             rows.append((name, f"{first.mean():.1f} MiB", f"{last.mean():.1f} MiB", told))
-        return markdown_table(("", "first third", "last third", "for 10,000 requests"), rows)
+        return markdown_table(("", "first third", "last third", "per 10,000 requests"), rows)
 
     def page(self, origin: Provenance) -> str:
-        """Markdown."""
+        """The section in Markdown."""
         told = ", ".join(f"{self.counts[kind]:,} {kind.value}" for kind in Kind)
         words = (
             f"{self.minutes:g} minutes of new images, clicks by id and shared memory over both "
             f"protocols; the server keeps {KEPT_IMAGES} images. {self.counts.total():,} requests: "
-            f"{told}. The first fifth of the time is left out below; the slope is given with its "
+            f"{told}. The table excludes the first fifth of the time; the slope is given with its "
             "standard error, and memory is what the processes do not share."
         )
         return "\n\n".join(("## Soak", origin.markdown(), words, self.table()))
 
 
 def run(repository: Path, minutes: float) -> Soak:
-    """Raises RuntimeError when the server was restarted meanwhile."""
+    """Run the soak test. Raises RuntimeError if the server was restarted meanwhile."""
     with (
         TemporaryDirectory(prefix="triton-sam3-soak-") as folder,
         Bench(repository, Path(folder)) as bench,

@@ -1,4 +1,4 @@
-"""A server that is started again when it ends, as the container's restart policy does."""
+"""A server that is restarted when it exits, as by the container's restart policy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.faults.container import Container
 from triton_sam3.contract import DECODER
 
 WATCH = ("--watch-seconds=1", "--watch-timeout=3")
-"""The image watches itself every 30 s; a suite has less patience."""
+"""The image checks itself every 30 s, which is too slow for a test suite."""
 REFUSAL = re.compile(r"^failed to load '|^Poll failed for model directory")
-"""How Triton says in its log which model it cannot serve."""
+"""How Triton's log names a model that it cannot serve."""
 KEPT_BYTES = re.compile(r'(?<=key: "kept_images_bytes" value: { string_value: ")\d+')
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 60.0
+FIRST_PAUSE, MAX_PAUSE = 0.1, 60.0
 STEADY_SECONDS = 10.0
-"""Docker's `restart: unless-stopped`: pauses double until a container ran for this long."""
+"""Docker's `restart: unless-stopped`: pauses double until a container has run for this long."""
 
 
 class Stand:
@@ -37,7 +37,7 @@ class Stand:
         self.container = Container(repository, folder, *arguments, wrapper=wrapper, env=env)
         self.starts = 0
         self.statuses: list[int] = []
-        """With which it ended, each time."""
+        """Exit statuses, in order."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
@@ -50,7 +50,7 @@ class Stand:
         return f"grpc://127.0.0.1:{self.container.grpc_port}"
 
     def refusal(self) -> str:
-        """Why it did not start: the most that its log says of it in one record."""
+        """Why it did not start: the longest such message in its log."""
         told = [r["message"] for r in self.container.records() if REFUSAL.search(r["message"])]
         return max(told, key=len, default="")
 
@@ -82,7 +82,7 @@ class Stand:
                 continue
             self.statuses.append(status)
             steady = time.monotonic() - self._started > STEADY_SECONDS
-            pause = FIRST_PAUSE if steady else min(2 * pause, LONGEST_PAUSE)
+            pause = FIRST_PAUSE if steady else min(2 * pause, MAX_PAUSE)
             if self._stop.wait(pause):
                 return
             self._start()
@@ -91,8 +91,8 @@ class Stand:
 def variant(repository: Path, folder: Path, kept_bytes: int | None = None) -> Path:
     """A copy of the repository whose files may be changed.
 
-    kept_bytes: instead of the decoder's own bound of kept images. Raises ValueError where its
-    config has none.
+    kept_bytes: replaces the decoder's own bound on kept images. Raises ValueError if its config has
+    none.
     """
     copy = folder / "models"
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))

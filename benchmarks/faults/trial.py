@@ -1,4 +1,4 @@
-"""One fault under load: what was seen before, during and after it, and what that amounts to."""
+"""One fault under load: what was observed before, during and after it, and the result."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from benchmarks.faults.watching import (
 )
 
 GAP_SECONDS = 2.0
-"""No right answer to anybody for so long is an outage, even if no request failed."""
+"""If no caller gets a right answer for this long, it is an outage, even if no request failed."""
 CALM_SECONDS = 2.0
-"""Right answers only, for so long after an outage: it is over."""
-LEAST_SECONDS = 3.0
-"""To look for an outage at least: it may take a while to begin."""
+"""An outage is over after this long with only right answers."""
+MIN_SECONDS = 3.0
+"""Minimum time to look for an outage, which may take a while to begin."""
 NEARBY_SECONDS = 0.75
-"""What is shortly before or after a verdict."""
+"""What counts as shortly before or after a verdict."""
 PROBE_PAUSE, SIZE_PAUSE = 0.3, 0.5
 
 
 @dataclass(frozen=True)
 class Truth:
-    """How many verdicts of readiness there were, and which of them were false.
+    """How many readiness verdicts there were, and how many of them were false.
 
-    falsely_ready: all requests that ended while it was asked, or shortly before or after, failed.
-    falsely_unready: none failed, and right answers came shortly before it and shortly after.
+    falsely_ready: all requests that finished during the probe, or shortly before or after, failed.
+    falsely_unready: none failed, and there were right answers shortly before and shortly after.
     """
 
     verdicts: int
@@ -48,8 +48,8 @@ class Truth:
 class Result:
     """One row of the report.
 
-    noticed: seconds from the fault until readiness said no; None where it never did.
-    recovered: seconds from the fault's end until right answers alone came; None where they did not.
+    noticed: seconds from the fault until the readiness probe failed; None if it never did.
+    recovered: seconds from the fault's end until all answers were right; None if that never was so.
     """
 
     name: str
@@ -62,11 +62,11 @@ class Result:
     restarts: int = 0
     remark: str = ""
     errors: tuple[tuple[str, int], ...] = ()
-    """What was not answered right, by sentence."""
+    """Errors of requests that were not answered right, and their counts."""
     skipped: str = ""
     """Why it was not run."""
     never_recovered: bool = False
-    """Callers did not get right answers alone again in the time given."""
+    """Callers kept getting other than right answers until the time limit."""
 
     @property
     def sent(self) -> int:
@@ -74,7 +74,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether something came of it that must not."""
+        """Whether requests were lost or answered wrongly, or the server never recovered."""
         lost_or_wrong = self.counts.get(Kind.LOST, 0) + self.counts.get(Kind.WRONG, 0)
         return lost_or_wrong > 0 or self.never_recovered
 
@@ -100,24 +100,24 @@ class Trial:
         self.others: list[Outcome] = []
         """Requests of the fault itself, such as poisoned ones."""
         self.unasked: list[Outcome] = []
-        """Those of them that asked for no mask: counted only where they failed."""
+        """Those that asked for no mask: counted only if they failed."""
         self.remark = ""
-        self.struck: float | None = None
-        self._over = 0.0
+        self.injected: float | None = None
+        self._cleared = 0.0
         self._verdicts: list[Verdict] = []
         self._sizes: list[Size] = []
         self._starts = stand.starts
         self._open = ExitStack()
 
-    def strike(self, harm: Callable[[], object]) -> None:
-        """Do the harm; what notices it is timed from here."""
-        self.struck = time.monotonic()
-        harm()
-        self.mended()
+    def inject(self, fault: Callable[[], object]) -> None:
+        """Cause the fault; the time until it is noticed starts here."""
+        self.injected = time.monotonic()
+        fault()
+        self.cleared()
 
-    def mended(self) -> None:
-        """The fault itself is over: what recovers is timed from here."""
-        self._over = time.monotonic()
+    def cleared(self) -> None:
+        """Mark the fault itself as over; the time to recover starts here."""
+        self._cleared = time.monotonic()
 
     @property
     def sizes(self) -> list[Size]:
@@ -125,20 +125,20 @@ class Trial:
         return list(self._sizes)
 
     def forget_sizes(self) -> None:
-        """What was measured so far is not for the slope."""
+        """Exclude what was measured so far from the slope."""
         self._sizes.clear()
 
     def recover(self, within: float = 60.0) -> None:
-        """Until callers have had right answers alone for a while, or `within` seconds are over."""
+        """Wait until callers have had only right answers for a while, at most `within` seconds."""
         began = time.monotonic()
         while time.monotonic() < began + within:
             time.sleep(0.1)
             now = time.monotonic()
-            if now > began + LEAST_SECONDS and now - self._trouble(now) > CALM_SECONDS:
+            if now > began + MIN_SECONDS and now - self._trouble(now) > CALM_SECONDS:
                 return
 
     def result(self) -> Result:
-        """What it amounts to, once the block is over."""
+        """The result, once the block has been left."""
         outcomes = self.load.outcomes
         failed = [one for one in self.unasked if one.kind is not Kind.RIGHT]
         everything = [*outcomes, *self.others, *failed]
@@ -149,7 +149,7 @@ class Trial:
             {kind: sum(one.kind is kind for one in everything) for kind in Kind},
             noticed=self._noticed(),
             recovered=recovered,
-            never_recovered=self.struck is not None and recovered is None,
+            never_recovered=self.injected is not None and recovered is None,
             truth=truth(self._verdicts, outcomes),
             private=slope(self._sizes, lambda size: size.private),
             shm=slope(self._sizes, lambda size: size.shm),
@@ -180,30 +180,30 @@ class Trial:
             self._sizes.append(size)
 
     def _noticed(self) -> float | None:
-        if self.struck is None:
+        if self.injected is None:
             return None
-        noes = (v.ended for v in self._verdicts if not v.ready and v.ended > self.struck)
+        noes = (v.ended for v in self._verdicts if not v.ready and v.ended > self.injected)
         first = next(noes, None)
-        return None if first is None else first - self.struck
+        return None if first is None else first - self.injected
 
     def _recovered(self) -> float | None:
-        """Zero where there was no outage after the fault; None where it did not end."""
-        if self.struck is None:
+        """Zero if there was no outage after the fault; None if it did not end."""
+        if self.injected is None:
             return None
         outcomes = self.load.outcomes
-        trouble = last_trouble(outcomes, self.struck, outcomes[-1].ended)
-        if trouble <= self._over:
+        trouble = last_trouble(outcomes, self.injected, outcomes[-1].ended)
+        if trouble <= self._cleared:
             return 0.0
         rights = (one.ended for one in outcomes if one.kind is Kind.RIGHT and one.ended > trouble)
         first = next(rights, None)
-        return None if first is None else first - self._over
+        return None if first is None else first - self._cleared
 
     def _trouble(self, now: float) -> float:
-        return last_trouble(self.load.outcomes, self.struck or now, now)
+        return last_trouble(self.load.outcomes, self.injected or now, now)
 
 
 def usual(stand: Stand) -> list[Caller]:
-    """A caller of every kind: all images anew, all by their ids, through shared memory."""
+    """Callers of every kind: sending every image, using ids, and using shared memory."""
     return [
         Caller(stand.http, {"remember_images": 0}),
         Caller(stand.grpc),
@@ -212,7 +212,7 @@ def usual(stand: Stand) -> list[Caller]:
 
 
 def last_trouble(outcomes: Sequence[Outcome], since: float, now: float) -> float:
-    """When an outage was last seen: a failed request, or nobody answered for a while."""
+    """When an outage was last seen: a failed request, or no answers for a while."""
     trouble = answered = since
     for one in outcomes:
         if one.ended <= since:
@@ -227,7 +227,7 @@ def last_trouble(outcomes: Sequence[Outcome], since: float, now: float) -> float
 
 
 def truth(verdicts: Sequence[Verdict], outcomes: Sequence[Outcome]) -> Truth:
-    """Judge readiness by what became of the requests that ended around each verdict."""
+    """Judge readiness by the outcomes of the requests that finished around each verdict."""
     falsely_ready = falsely_unready = 0
     for verdict in verdicts:
         since, until = verdict.began - NEARBY_SECONDS, verdict.ended + NEARBY_SECONDS

@@ -1,4 +1,4 @@
-"""What is watched while a fault lasts: readiness, memory and /dev/shm."""
+"""What is watched during a fault: readiness, memory and /dev/shm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.faults.container import Container
 from docker.entrypoint.probes import ProbeFailed, Target, ready
 
 PROBE_SECONDS = 3.0
-FEWEST_SAMPLES = 8
-FEWEST_REQUESTS = 100
-"""Requests between first and last sample for a slope to be worth telling."""
+MIN_SAMPLES = 8
+MIN_REQUESTS = 100
+"""Minimum number of requests between the first and last sample for a meaningful slope."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One answer of the readiness probe; times of `time.monotonic`."""
+    """One answer of the readiness probe; times are from `time.monotonic`."""
 
     began: float
     ended: float
@@ -31,32 +31,33 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Size:
-    """The server's memory at one time."""
+    """The server's memory at one point in time."""
 
     server: int
-    """Process 1 by its id: sizes of different servers do not belong on one line."""
+    """The id of process 1: sizes of different servers do not belong on one line."""
     requests: int
-    """Ended so far."""
+    """Requests finished so far."""
     private: int
-    """Bytes of memory of all its processes that they share with nothing."""
+    """Bytes of unshared memory in all its processes."""
     shm: int
     """Bytes of its files in /dev/shm."""
 
 
 @dataclass(frozen=True)
 class Slope:
-    """Growth for 10,000 requests, and its standard error; bytes."""
+    """Growth per 10,000 requests and its standard error, in bytes."""
 
     growth: float
     error: float
     requests: int
-    """Between first and last sample."""
+    """Requests between the first and last sample."""
 
 
 class Repeating:
-    """Calls `look` in a thread, `pause` seconds apart, until the end of the block.
+    """Calls `look` in a thread, `pause` seconds apart, until the block is left.
 
-    What `look` raises ends it, and is raised at the end of the block: nobody looked on from then.
+    If `look` raises, the calls stop and leaving the block raises the same error: nothing was
+    watched from then on.
     """
 
     def __init__(self, look: Callable[[], None], pause: float) -> None:
@@ -84,7 +85,7 @@ class Repeating:
 
 
 def ask_readiness(target: Target) -> Verdict:
-    """The probe of docker/entrypoint, as an orchestrator would ask it."""
+    """Run the probe of docker/entrypoint, as an orchestrator would."""
     began = time.monotonic()
     try:
         ready(target, PROBE_SECONDS)
@@ -95,7 +96,7 @@ def ask_readiness(target: Target) -> Verdict:
 
 
 def measure(container: Container, requests: int) -> Size | None:
-    """The server's memory now; None while it is starting or ending."""
+    """The server's memory now; None while it is starting or stopping."""
     private = 0
     for process in container.descendants():
         try:
@@ -107,21 +108,21 @@ def measure(container: Container, requests: int) -> Size | None:
 
 
 def shm_bytes(container: Container) -> int:
-    """What lies in /dev/shm under the server's name; its own /dev/shm where it has one."""
+    """Bytes in /dev/shm under the server's prefix; in its own /dev/shm if it has one."""
     root = Path(f"/proc/{container.process.pid}/root/dev/shm")
     total = 0
     try:
         for path in root.glob(f"triton_sam3_port{container.http_port}_*"):
             total += path.stat().st_blocks * 512
-    except OSError:  # it ends meanwhile
+    except OSError:  # the server is exiting
         return total
     return total
 
 
 def slope(sizes: Sequence[Size], of: Callable[[Size], int]) -> Slope | None:
-    """A line through the sizes of the last server; None where there are too few."""
+    """Fit a line through the last server's sizes; None if there are too few."""
     same = [size for size in sizes if size.server == sizes[-1].server]
-    if len(same) < FEWEST_SAMPLES or same[-1].requests - same[0].requests < FEWEST_REQUESTS:
+    if len(same) < MIN_SAMPLES or same[-1].requests - same[0].requests < MIN_REQUESTS:
         return None
     requests = np.array([size.requests for size in same], float)
     values = np.array([of(size) for size in same], float)

@@ -1,5 +1,5 @@
-"""Fuzzing of the served models: no request may do more than be answered, or refused in words.
+"""Fuzzing of the served models: every request must be answered, or refused with a message.
 
-structured.py  hypothesis: requests near the contract ─┐
-octets.py      a seeded generator: bytes near a request ┴─► exchange.py ─► judge.py ─► report.py
+structured.py  hypothesis: requests close to the contract ─┐
+octets.py      a seeded generator: mutated request bytes  ─┴─► exchange.py ─► judge.py ─► report.py
 """

@@ -23,18 +23,18 @@ from server import TritonServer
 
 FINDINGS = ROOT / "build" / "fuzz" / "findings.jsonl"
 KEPT_BYTES = 32 * 2**20
-"""Few kept images, so that the warm-up fills the store and later growth is no store's; and more
-than are kept between two clicks on the one that all ask about."""
+"""Few kept images, so that the warm-up fills the store and later growth is not the store's; but
+more than are added between two clicks on the image that all requests ask about."""
 
 console = Console(highlight=False, log_path=False)
 
 
 def main(
-    requests: Annotated[int, typer.Option(min=4, help="How many, after the warm-up.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="The same number sends the same.")] = 0,
+    requests: Annotated[int, typer.Option(min=4, help="Requests after the warm-up.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed sends the same requests.")] = 0,
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's section.")] = True,
 ) -> None:
-    """Send requests that are wrong in every way, and see that the server bears it."""
+    """Send malformed requests of every kind, and check that the server copes."""
     origin = provenance(f"python -m benchmarks.fuzz --requests {requests} --seed {seed}")
     built = artifacts.demo(progress=console.log).repository
     with TemporaryDirectory(prefix="triton-sam3-fuzz-") as folder:
@@ -52,9 +52,9 @@ def _fuzz(server: TritonServer, requests: int, seed: int) -> Outcome:
     with closing(Fuzzer(server)) as fuzzer:
         try:
             return fuzz(fuzzer, requests, seed, console.log)
-        except Exception:  # whatever it was: the requests that led to it are what tells why
+        except Exception:  # whatever it was, the requests that led to it tell why
             _save([*fuzzer.tally.findings, *fuzzer.tally.recent])
-            console.print(f"the requests before it are in {FINDINGS}")
+            console.print(f"the requests before the failure are in {FINDINGS}")
             raise
 
 

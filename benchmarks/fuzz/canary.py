@@ -1,4 +1,4 @@
-"""A question with a known answer: the disc of the picture, asked on every way to a mask."""
+"""A question with a known answer: the picture's disc, by a click and by an image file."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from benchmarks.fuzz.subject import (
 )
 from demo.prompts import iou
 
-LEAST_IOU = 0.8
+MIN_IOU = 0.8
 SCORE_TOLERANCE = 1e-5
-"""Objects that share a launch are summed in another order: beside five other callers, half of 1,500
-answers had a score that differed by 1.2e-7, and none another mask."""
+"""Objects decoded in one launch are summed in a different order: next to five other callers, half
+of 1,500 answers had scores that differed by 1.2e-7, and none had a different mask."""
 
 
 class WrongAnswer(Exception):
-    """The server answers, but not what is right."""
+    """The server answered, but wrongly."""
 
 
 class Canary:
-    """Remembers the first answers; later ones must be the same, the masks to the bit."""
+    """Remembers the first answers; later ones must match, the masks bit for bit."""
 
     def __init__(self, grpc: Grpc, subject: Subject) -> None:
         self._grpc = grpc
         self._questions = questions(subject)
         self._expected = [self._answer(question) for question in self._questions]
         self.iou = min(overlap(masks[0, 0], disc()) for masks, _ in self._expected)
-        if self.iou < LEAST_IOU:
-            raise WrongAnswer(f"IoU with the disc is {self.iou:.2f}, expected {LEAST_IOU}")
+        if self.iou < MIN_IOU:
+            raise WrongAnswer(f"IoU with the disc is {self.iou:.2f}, expected {MIN_IOU}")
 
     def sing(self) -> None:
-        """Ask again. Raises WrongAnswer, and RuntimeError where there is none."""
+        """Ask again. Raises WrongAnswer, or RuntimeError if there is no answer."""
         for number in range(len(self._questions)):
             self._ask_again(number)
 
     def click(self) -> None:
-        """Ask again about the kept image alone, which also keeps it from being forgotten."""
+        """Ask again about the kept image only, which also keeps it from being evicted."""
         self._ask_again(0)
 
     def _ask_again(self, number: int) -> None:
         question, expected = self._questions[number], self._expected[number]
         masks, scores = self._answer(question)
         if not (masks == expected[0]).all():
-            raise WrongAnswer(f"{question.model} answers another mask than at first")
+            raise WrongAnswer(f"{question.model} answers with a different mask than at first")
         if not np.allclose(scores, expected[1], rtol=0, atol=SCORE_TOLERANCE):
-            raise WrongAnswer(f"{question.model} answers {scores}, at first {expected[1]}")
+            raise WrongAnswer(f"{question.model} answers with {scores}, at first {expected[1]}")
 
     def _answer(self, question: Request) -> tuple[Array, Array]:
         answer: Any = ask(self._grpc, question)
@@ -69,7 +69,7 @@ class Canary:
 
 
 def questions(subject: Subject) -> list[Request]:
-    """A click on the kept image, and on the image's file."""
+    """A click on the kept image, and one on the image's file."""
     kept: dict[str, Array] = {
         "image_id": strings(subject.image_id),
         "image_size": np.array([SIZE], np.int32),
@@ -84,5 +84,5 @@ def questions(subject: Subject) -> list[Request]:
 
 
 def overlap(rle: bytes, expected: NDArray[np.bool_]) -> float:
-    """IoU of a mask, as COCO's run lengths in JSON, with the expected one."""
+    """IoU of a mask, given as COCO RLE in JSON, with the expected one."""
     return iou(coco.decode(json.loads(rle)).astype(np.bool_), expected)

@@ -1,4 +1,4 @@
-"""Which processes a server has, and the memory they and their shared regions take."""
+"""The processes of a server, and the memory used by them and their shared regions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Census:
     """A server at one moment."""
 
     processes: frozenset[tuple[int, float]]
-    """Process ids with their starts: one that was started anew differs."""
+    """Process ids with their start times, so that a restarted process differs."""
     resident: int
-    """Bytes resident in all processes; what they share is counted in each."""
+    """Bytes resident in all processes; shared memory counts once for each of them."""
     parts: Mapping[str, int]
-    """Bytes that each process shares with nobody, by the model that it runs."""
+    """Bytes of unshared memory, by the model that the process runs."""
     shared: int
     """Bytes of the shared memory regions."""
 
@@ -31,8 +31,8 @@ class Census:
         return sum(self.parts.values())
 
     @classmethod
-    def of(cls, pid: int) -> Census:
-        """Of tritonserver and everything below it. Raises psutil.NoSuchProcess."""
+    def from_pid(cls, pid: int) -> Census:
+        """Measure tritonserver and its descendants. Raises psutil.NoSuchProcess."""
         server = psutil.Process(pid)
         family = [server, *server.children(recursive=True)]
         memory = [process.memory_full_info() for process in family]
@@ -48,10 +48,10 @@ class Census:
 
 
 def part(process: psutil.Process) -> str:
-    """The model that a Python stub serves; of anything else, the program's name.
+    """The model that a Python stub serves; for any other process, the program's name.
 
-    A stub is started with the path of MODEL/1/model.py, or of what a backend in Python runs in its
-    place, such as MODEL/1/model.onnx. Raises psutil.NoSuchProcess.
+    A stub is started with the path of MODEL/1/model.py, or of the file that a Python-based backend
+    runs instead, such as MODEL/1/model.onnx. Raises psutil.NoSuchProcess.
     """
     for path in map(Path, process.cmdline()):
         if path.stem == "model" and path.parent.name.isdecimal():
@@ -68,7 +68,7 @@ def _regions(server: psutil.Process) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs, and is not merely unburied."""
+    """Whether the process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

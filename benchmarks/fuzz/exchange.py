@@ -1,4 +1,4 @@
-"""Octets out, an answer back: one connection for each HTTP request, one channel for gRPC."""
+"""Send octets and read an answer: one connection per HTTP request, one channel for gRPC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritonclient.http import InferenceServerClient
 from benchmarks.fuzz.messages import INFERENCE_HEADER
 
 SECONDS = 30.0
-"""A request that takes longer has hung."""
+"""A request that takes longer counts as hung."""
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 CLOSED, HUNG, UNREACHABLE, UNREADABLE = "closed", "hung", "unreachable", "unreadable"
@@ -29,19 +29,19 @@ class Answer:
     code: str
     """An HTTP status, the name of a gRPC status, or one of the words above."""
     text: str = ""
-    """What a refusal says."""
+    """The error message of a refusal."""
     result: Any = None
-    """tritonclient's InferResult of an inference that was answered."""
+    """tritonclient's InferResult of a successful inference."""
 
 
 class Http:
-    """Sends octets to the HTTP port; safe to share among threads."""
+    """Sends octets to the HTTP port; thread-safe."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
 
     def send(self, octets: bytes) -> Answer:
-        """Send everything, say that this was all, and read one answer."""
+        """Send everything, shut down the sending side, and read one answer."""
         try:
             connection = socket.create_connection(self._address, SECONDS)
         except OSError as error:
@@ -61,7 +61,7 @@ class Http:
             connection.sendall(octets)
             connection.shutdown(socket.SHUT_WR)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it had read enough: its answer may be there
+            pass  # the server had read enough: its answer may have arrived
 
 
 def _read(connection: socket.socket) -> Answer:
@@ -73,7 +73,7 @@ def _read(connection: socket.socket) -> Answer:
         return Answer(code, _error_of(body))
     try:
         return Answer(code, result=_http_result(body, response.getheader(INFERENCE_HEADER)))
-    except Exception as error:  # whatever the client's parser raises, nobody could read it
+    except Exception as error:  # whatever the client's parser raises, the answer is unreadable
         return Answer(UNREADABLE, f"{type(error).__name__}: {error}")
 
 
@@ -85,7 +85,7 @@ def _error_of(body: bytes) -> str:
 
 
 def _http_result(body: bytes, header: str | None) -> Any:
-    """None for an answer that is no inference's: mutated paths have such."""
+    """None for an answer to something other than inference: mutated paths lead to those."""
     if header is None and (not body or "outputs" not in json.loads(body)):
         return None
     length = None if header is None else int(header)
@@ -93,21 +93,21 @@ def _http_result(body: bytes, header: str | None) -> Any:
 
 
 class Grpc:
-    """Sends octets as the message of a gRPC call; safe to share among threads."""
+    """Sends octets as the message of a gRPC call; thread-safe."""
 
     def __init__(self, host: str, port: int) -> None:
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self._channel = grpc.insecure_channel(f"{host}:{port}", options)
 
     def send(self, octets: bytes, method: str = INFER) -> Answer:
-        """Call a method with a message that need not be one."""
+        """Call a method with octets that need not be a message."""
         try:
             call = self._channel.unary_unary(method)
             answer = call(octets, timeout=SECONDS)
         except grpc.RpcError as error:
             return _refusal(error)
         if method != INFER:
-            return Answer("OK")  # another kind of message
+            return Answer("OK")  # not a ModelInferResponse
         try:
             message = service_pb2.ModelInferResponse.FromString(answer)
             return Answer("OK", result=GrpcResult(message))

@@ -1,4 +1,4 @@
-"""Image files that are none, or claim to be what they are not."""
+"""Files that are not images, or claim to be what they are not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A PNG that claims width×height pixels, and holds none of them."""
+    """A PNG that claims width×height pixels but holds none of them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -32,7 +32,7 @@ def jpeg_bomb(jpeg: bytes, width: int, height: int) -> bytes:
 
 
 def bombs(jpeg: bytes) -> tuple[bytes, ...]:
-    """Each claims more pixels than are accepted."""
+    """Images that claim more pixels than are accepted."""
     return (
         png_bomb(60_000, 60_000),
         png_bomb(2**31 - 1, 1),
@@ -42,7 +42,7 @@ def bombs(jpeg: bytes) -> tuple[bytes, ...]:
 
 
 def no_images() -> tuple[bytes, ...]:
-    """Bytes of no accepted format."""
+    """Bytes that are not in any accepted format."""
     return (
         b"",
         b"photo.jpg",
@@ -62,7 +62,7 @@ def no_images() -> tuple[bytes, ...]:
 
 
 def damaged(file: bytes, rng: random.Random) -> bytes:
-    """A file cut short, with bytes overwritten, or with a piece of itself elsewhere."""
+    """Truncate a file, overwrite or delete some of its bytes, or copy a piece of it elsewhere."""
     data = bytearray(file)
     for _ in range(rng.randint(1, 6)):
         place = rng.randrange(len(data)) if data else 0

@@ -1,4 +1,4 @@
-"""Whether an answer is one that a request may get."""
+"""Judge whether an answer is acceptable for its request."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.fuzz.exchange import CLOSED, Answer
 from benchmarks.fuzz.structured import REFUSED, VALID, Case
 from benchmarks.fuzz.subject import Array
 
-ANSWERED, IN_WORDS, CUT, SERVERS_OWN, FINDING = (
+ANSWERED, REJECTED, DISCONNECTED, FRONTEND_ERROR, FINDING = (
     "valid",
     "refused",
     "closed",
     "Triton's own",
     "finding",
 )
-CLIENTS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "UNIMPLEMENTED"}
-LATER = {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "503"}
-"""A full queue, which a right request may meet too."""
+CLIENT_ERRORS = {"INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "UNIMPLEMENTED"}
+RETRYABLE = {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "503"}
+"""Statuses of a full queue, which a valid request may get too."""
 
 SENTENCE = re.compile(r"[A-Za-z]{2,}\W+[A-Za-z]{2,}")
 LEAK = re.compile(
@@ -31,16 +31,16 @@ LEAK = re.compile(
     r"|triton_sam3_[0-9a-f]{6}|triton_python_backend_shm|Traceback|File \"|\.py\b|\.cc\b|\.so\b"
 )
 FRONTEND = {
-    "JSON that is none": ("500", r"failed to parse the request JSON buffer: "),
-    "JSON of another kind than expected": (
+    "JSON that does not parse": ("500", r"failed to parse the request JSON buffer: "),
+    "JSON of an unexpected type": (
         "500",
         r"Unable to (parse|set) '.*': |parameter key '.*' was not found in the JSON",
     ),
     "an unknown Content-Encoding": ("501", r"Unsupported compression type$"),
-    "a message that is no protobuf": ("INTERNAL", r"Unable to parse request$"),
-    "an unknown gRPC method, in no words": ("UNIMPLEMENTED", r"$"),
+    "a message that is not protobuf": ("INTERNAL", r"Unable to parse request$"),
+    "an unknown gRPC method, without a message": ("UNIMPLEMENTED", r"$"),
 }
-"""What Triton's own frontend, before any model, answers with a server's error or in no words."""
+"""What Triton's frontend answers with a server error, or without a message, before any model."""
 
 MASK_LIMIT = 32.0
 
@@ -49,44 +49,44 @@ MASK_LIMIT = 32.0
 class Verdict:
     outcome: str
     reason: str = ""
-    """Of a finding; for what is Triton's own, its name."""
+    """Why it is a finding, or the name of the frontend's error."""
 
 
 def judge(
     answer: Answer, case: Case | None, framed: bool, mask_side: int, sent: bytes = b""
 ) -> Verdict:
-    """An answer to a structured case, or (None) to octets, of which nothing is expected."""
+    """Judge the answer to a structured case, or to octets (None), for which none is expected."""
     if answer.code in ("200", "OK"):
         return _judge_result(answer, case, mask_side)
     if answer.code == CLOSED and not framed:
-        return Verdict(CUT)
+        return Verdict(DISCONNECTED)
     return _judge_refusal(answer, case, sent)
 
 
 def _judge_refusal(answer: Answer, case: Case | None, sent: bytes) -> Verdict:
     leak = LEAK.search(answer.text)
-    if leak and leak[0].encode() not in sent:  # else it is the caller's own word
+    if leak and leak[0].encode() not in sent:  # otherwise it quotes the caller's own words
         return Verdict(FINDING, f"{answer.code} leaks {leak[0]!r}: {answer.text}")
     for name, (code, text) in FRONTEND.items():
         if answer.code == code and re.match(text, answer.text, re.DOTALL):
-            return Verdict(SERVERS_OWN, name)
-    clients = answer.code in CLIENTS_FAULT | LATER or re.fullmatch(r"4\d\d", answer.code)
+            return Verdict(FRONTEND_ERROR, name)
+    clients = answer.code in CLIENT_ERRORS | RETRYABLE or re.fullmatch(r"4\d\d", answer.code)
     if not clients or not SENTENCE.search(answer.text):
         return Verdict(FINDING, f"{answer.code} {answer.text!r}")
-    if case and case.expected == VALID and answer.code not in LATER:
-        return Verdict(FINDING, f"a right request was refused: {answer.code} {answer.text}")
-    return Verdict(IN_WORDS)
+    if case and case.expected == VALID and answer.code not in RETRYABLE:
+        return Verdict(FINDING, f"a valid request was refused: {answer.code} {answer.text}")
+    return Verdict(REJECTED)
 
 
 def _judge_result(answer: Answer, case: Case | None, mask_side: int) -> Verdict:
     if case and case.expected == REFUSED:
-        return Verdict(FINDING, "a wrong request was answered")
+        return Verdict(FINDING, "an invalid request was answered")
     if answer.result is None:
         return Verdict(ANSWERED)
     try:
         outputs = _outputs(answer.result)
         problem = _problem(outputs, case, mask_side)
-    except Exception as error:  # an answer that cannot be read is as wrong as it gets
+    except Exception as error:  # an unreadable answer is a finding, whatever the reason
         problem = f"unreadable: {type(error).__name__}: {error}"
     return Verdict(FINDING, problem) if problem else Verdict(ANSWERED)
 
@@ -101,19 +101,19 @@ def _outputs(result: Any) -> dict[str, Array]:
 
 
 def _problem(outputs: Mapping[str, Array], case: Case | None, side: int) -> str:
-    """What is wrong with a result, or nothing."""
+    """What is wrong with a result; empty if nothing is."""
     ranked = {o["name"] for o in case.request.outputs} if case else set()
     plain = {n: a for n, a in outputs.items() if not (n in ranked and a.dtype == np.object_)}
     for name, array in plain.items():
         if name in CHECKS and (problem := CHECKS[name](array, side)):
             return f"{name} {list(array.shape)}: {problem}"
     if len({array.shape[0] for array in plain.values()}) > 1:
-        return "outputs of different batches"
+        return "outputs of different batch sizes"
     return _shape_problem(plain, case) if case and case.expected == VALID else ""
 
 
 def _shape_problem(outputs: Mapping[str, Array], case: Case) -> str:
-    images, objects, candidates = case.right.images, case.right.objects, case.right.candidates
+    images, objects, candidates = case.source.images, case.source.objects, case.source.candidates
     expected = {
         "low_res_masks": (images, objects, candidates),
         "iou_predictions": (images, objects, candidates),
@@ -150,7 +150,7 @@ def _rle(array: Array, _: int) -> str:
     for text in array.ravel():
         mask = json.loads(text)
         if set(mask) != {"size", "counts"} or min(mask["size"]) < 1:
-            return f"no run lengths: {text[:80]!r}"
+            return f"not run lengths: {text[:80]!r}"
     return "" if array.ndim == 2 else "expected [B, N]"
 
 
@@ -162,7 +162,7 @@ def _boxes(array: Array, _: int) -> str:
 
 
 def _ids(array: Array, _: int) -> str:
-    # tritonclient gives strings as bytes, or as they are where they came in JSON.
+    # tritonclient returns strings as bytes, or unchanged if they came as JSON.
     ids = (v if isinstance(v, bytes) else str(v).encode() for v in array.ravel())
     right = all(re.fullmatch(rb"|[\w-]{22}", value) for value in ids)
     return "" if right else "neither empty nor an id"

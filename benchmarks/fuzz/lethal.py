@@ -1,6 +1,6 @@
-"""python -m benchmarks.fuzz.lethal: what ends tritonserver 2.51, each tried on a server of its own.
+"""python -m benchmarks.fuzz.lethal: try each request that crashes tritonserver 2.51 on a new one.
 
-SECURITY.md has the table. A newer Triton (`python -m server` finds it on the PATH) may bear more.
+SECURITY.md has the table. A newer Triton (`python -m server` finds it on PATH) may survive more.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from server import TritonServer
 Attempt = tuple[str, Callable[[Fuzzer], Answer]]
 MEGABYTES = 600
 FORM_BYTES = 10 * 2**20
-"""What curl sends as a form unless told otherwise; the stack of the thread that reads it has 8."""
+"""Size of a form, curl's default content type; the thread that reads it has a stack of 8 MiB."""
 DYING_SECONDS = 1.0
-"""How long after its sockets closed tritonserver may pass for alive."""
+"""How long tritonserver may still look alive after its sockets have closed."""
 
 console = Console(highlight=False)
 
 
 def main() -> None:
-    """Try what is known to end tritonserver 2.51 or its decoder."""
+    """Try every request known to crash tritonserver 2.51 or its decoder."""
     built = artifacts.demo(progress=console.print).repository
     for name, send in attempts():
         with TritonServer(built) as server:
@@ -52,29 +52,29 @@ def main() -> None:
 
 def _try(server: TritonServer, send: Callable[[Fuzzer], Answer]) -> str:
     with closing(Fuzzer(server)) as fuzzer:
-        before = Census.of(server.pid)
+        before = Census.from_pid(server.pid)
         answer = send(fuzzer)
         try:
             fuzzer.canary.sing()
         except RuntimeError:
             time.sleep(DYING_SECONDS)
             if not is_alive(server.pid):
-                return f"tritonserver ended ({answer.code})"
-            return f"a model's process ended ({answer.code} {answer.text})"
-        grown = (Census.of(server.pid).private - before.private) / 2**20
-    return f"borne ({answer.code} {answer.text[:80]}), grown by {grown:.0f} MiB"
+                return f"tritonserver crashed ({answer.code})"
+            return f"a model's process crashed ({answer.code} {answer.text})"
+        grown = (Census.from_pid(server.pid).private - before.private) / 2**20
+    return f"survived ({answer.code} {answer.text[:80]}), grew by {grown:.0f} MiB"
 
 
 def attempts() -> Iterator[Attempt]:
-    """A name, and what sends the request."""
+    """The name of each attempt, and the function that sends its request."""
     for shape in ((1, 2**32, 2**31, 2), (1, 0, 2**62, 2)):
         yield from _both(f"overflowing shape {shape}", _shaped(shape))
-    yield from _both("values spelled out in a shape of 103 GB", _spelled)
-    yield from _both("classification of strings", _ranked)
-    yield "JSON nested 100,000 deep, HTTP", lambda f: f.http.send(_deep(_click(f), 100_000))
+    yield from _both("values spelled out in a shape of 103 GB", _literal)
+    yield from _both("classification of strings", _classified)
+    yield "JSON nested 100,000 deep, HTTP", lambda f: f.http.send(_nested(_click(f), 100_000))
     yield "a million chunks, HTTP", lambda f: f.http.send(_chunks(_click(f), 1_000_000))
     yield f"a form of {FORM_BYTES // 2**20} MiB, HTTP", lambda f: f.http.send(_form(_click(f)))
-    yield f"gzip of {MEGABYTES} MB, HTTP", lambda f: f.http.send(_swelling(_click(f)))
+    yield f"gzip of {MEGABYTES} MB, HTTP", lambda f: f.http.send(_gzip_bomb(_click(f)))
 
 
 def _both(name: str, change: Callable[[Request], Request]) -> Iterator[Attempt]:
@@ -90,18 +90,18 @@ def _shaped(shape: tuple[int, ...]) -> Callable[[Request], Request]:
     return lambda click: click.replacing(Tensor("point_coords", "FP32", shape))
 
 
-def _spelled(click: Request) -> Request:
+def _literal(click: Request) -> Request:
     values = Tensor("point_coords", "FP32", (1, 2**31, 6, 2), values=[0.5, 0.5])
     labels = Tensor("point_labels", "INT32", (1, 1, 1), values=[1])
     name = Tensor("image_id", "BYTES", (1, 1), values=["x"])
     return click.replacing(values, labels, name)
 
 
-def _ranked(click: Request) -> Request:
+def _classified(click: Request) -> Request:
     return replace(click, outputs=({"name": "image_id", "parameters": {"classification": 1}},))
 
 
-def _deep(click: Request, levels: int) -> bytes:
+def _nested(click: Request, levels: int) -> bytes:
     spelled = Tensor("point_coords", "FP32", (1, 1, 1, 2), values="here")
     header, _ = http_body(Request(click.model, (spelled,)))
     body = header.replace(b'"here"', b"[" * levels + b"0.5" + b"]" * levels)
@@ -122,7 +122,7 @@ def _form(click: Request) -> bytes:
     return http_message(http_path(click), b"a" * FORM_BYTES, headers)
 
 
-def _swelling(click: Request) -> bytes:
+def _gzip_bomb(click: Request) -> bytes:
     header, _ = http_body(click)
     packer = zlib.compressobj(9, wbits=31)
     blank = bytes(np.full(10**6, ord(" "), np.uint8))

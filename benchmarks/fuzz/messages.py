@@ -1,4 +1,4 @@
-"""A request as a value that need not make sense, and its bytes on either protocol."""
+"""Requests that need not make sense, and their bytes on either protocol."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CONTENTS = {"BOOL": "bool_contents", "INT32": "int_contents", "FP32": "fp32_cont
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input as claimed: nothing ties the data to shape and type."""
+    """An input as claimed: the data need not match the shape and type."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: bytes = b""
     values: Any = None
-    """Values to spell out (JSON, or gRPC's typed contents) in place of `data`."""
+    """Values to send as JSON, or as gRPC's typed contents, instead of `data`."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, array: NDArray[Any]) -> Tensor:
-        """An array as it is."""
+    def from_array(cls, name: str, array: NDArray[Any]) -> Tensor:
+        """Describe an array truthfully."""
         strings = array.dtype == np.object_
         data = serialize_byte_tensor(array).item() if strings else array.tobytes()
         return cls(name, np_to_triton_dtype(array.dtype), tuple(array.shape), data)
@@ -45,7 +45,7 @@ class Request:
     model: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Mapping[str, Any], ...] = ()
-    """Each {"name": …, "parameters": …}; none asks for all."""
+    """Each {"name": …, "parameters": …}; empty asks for all."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
 
@@ -53,7 +53,7 @@ class Request:
         return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
     def replacing(self, *tensors: Tensor) -> Request:
-        """With these in place of the inputs of the same names, or added to them."""
+        """Replace the inputs of the same names, or add new ones."""
         new = {tensor.name: tensor for tensor in tensors}
         kept = tuple(new.pop(tensor.name, tensor) for tensor in self.inputs)
         return replace(self, inputs=(*kept, *new.values()))
@@ -68,7 +68,7 @@ def http_path(request: Request) -> str:
 
 
 def http_body(request: Request) -> tuple[bytes, bytes]:
-    """JSON header and binary data of the HTTP protocol with its binary extension."""
+    """JSON header and binary data, as in the HTTP protocol's binary tensor data extension."""
     header: dict[str, Any] = {
         "inputs": [_http_input(tensor) for tensor in request.inputs],
         "parameters": {"binary_data_output": True, **request.parameters},
@@ -105,7 +105,7 @@ def http_octets(request: Request) -> bytes:
 def grpc_octets(request: Request) -> bytes:
     """The gRPC message, ModelInferRequest."""
     message = service_pb2.ModelInferRequest(model_name=request.model, model_version=request.version)
-    # Triton takes all inputs as raw data, or all as typed contents.
+    # Triton accepts either all inputs as raw data or all as typed contents.
     typed = any(tensor.values is not None for tensor in request.inputs)
     for tensor in request.inputs:
         _add_input(message, tensor, typed)
@@ -126,12 +126,12 @@ def _add_input(message: Any, tensor: Tensor, typed: bool) -> None:
     values = _spelled(tensor) if tensor.values is None else tensor.values
     try:
         getattr(added.contents, CONTENTS.get(tensor.datatype, "bytes_contents")).extend(values)
-    except (TypeError, ValueError):  # protobuf cannot say it: no contents at all
+    except (TypeError, ValueError):  # protobuf cannot represent it: send no contents at all
         added.contents.Clear()
 
 
 def _spelled(tensor: Tensor) -> list[Any]:
-    """The values of a tensor's data; of FP16, which gRPC's contents do not know, the octets."""
+    """The values of a tensor's data; the octets for FP16, which gRPC's contents lack."""
     kinds = {"FP32": np.float32, "INT32": np.int32, "BOOL": np.bool_}
     if tensor.datatype in kinds:
         whole = len(tensor.data) // 4 * 4 if tensor.datatype != "BOOL" else len(tensor.data)

@@ -1,4 +1,4 @@
-"""Bytes near a right request: flipped, cut, spliced, and framed in ways no client would."""
+"""Valid requests with their bytes flipped, cut, spliced, and framed as no client would."""
 
 from __future__ import annotations
 
@@ -66,19 +66,19 @@ class Octets:
     kind: str
     data: bytes
     method: str = INFER
-    """Of gRPC."""
+    """The gRPC method."""
     framed: bool = True
-    """Whether HTTP's own framing is sound: a connection may be closed on what is not."""
+    """Whether the HTTP framing is sound; if not, the server may close the connection."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Right requests to start from, most of them cheap."""
+    """Valid requests to start from, most of them cheap."""
 
     requests: tuple[Request, ...]
 
     @classmethod
-    def of(cls, subject: Subject) -> Corpus:
+    def from_subject(cls, subject: Subject) -> Corpus:
         known: dict[str, Array] = {"image_id": strings(subject.image_id)}
         size: dict[str, Array] = {"image_size": np.array([SIZE], np.int32)}
         click = request(DECODER, {**known, **middle(), "best_only": np.array([[True]])})
@@ -92,7 +92,7 @@ class Corpus:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """With a few octets flipped, replaced, removed, repeated or put elsewhere."""
+    """Flip, replace, remove, repeat or move a few octets."""
     octets = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         if not octets:
@@ -121,51 +121,51 @@ def over_http(corpus: Corpus, rng: random.Random) -> Octets:
     return Octets(kind, made, framed=kind in SOUND)
 
 
-def _message(right: Request, header: bytes, data: bytes) -> bytes:
+def _message(valid: Request, header: bytes, data: bytes) -> bytes:
     lengths: Headers = {"Content-Length": len(header) + len(data), INFERENCE_HEADER: len(header)}
-    return http_message(http_path(right), header + data, lengths)
+    return http_message(http_path(valid), header + data, lengths)
 
 
-def _json_flipped(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
-    return _message(right, mutated(header, rng), data)
+def _json_flipped(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
+    return _message(valid, mutated(header, rng), data)
 
 
-def _json_numbers(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _json_numbers(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     places = list(re.finditer(rb"\d+", header))
     place = rng.choice(places)
     number = str(rng.choice(NUMBERS)).encode()
     changed = header[: place.start()] + number + header[place.end() :]
     if lethal_json(changed):
         changed = header
-    return _message(right, changed, data)
+    return _message(valid, changed, data)
 
 
-def _json_values(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _json_values(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     values = [b"null", b"[]", b"{}", b'""', b"true", b"-1", b"1e999", b'"\\u0000"', b'"\\ud800"']
     place = rng.choice(list(re.finditer(rb'"[^"]*"|\d+|\[[^\[\]]*\]', header)))
     return _message(
-        right, header[: place.start()] + rng.choice(values) + header[place.end() :], data
+        valid, header[: place.start()] + rng.choice(values) + header[place.end() :], data
     )
 
 
-def _data_flipped(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
-    return _message(right, header, mutated(data, rng))
+def _data_flipped(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
+    return _message(valid, header, mutated(data, rng))
 
 
-def _header_length(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _header_length(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     near = [str(len(header) + rng.randint(-3, 3)), str(len(header) + len(data) + rng.randint(0, 1))]
     length = rng.choice([*LENGTHS, *near])
     lengths: Headers = {"Content-Length": len(header) + len(data), INFERENCE_HEADER: length}
-    return http_message(http_path(right), header + data, lengths)
+    return http_message(http_path(valid), header + data, lengths)
 
 
-def _content_length(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _content_length(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     near = [str(len(header) + len(data) + rng.randint(-9, 9)) for _ in range(6)]
     lengths: Headers = {
         "Content-Length": rng.choice([*LENGTHS, *near]),
@@ -173,11 +173,11 @@ def _content_length(right: Request, rng: random.Random) -> bytes:
     }
     if rng.random() < 0.1:
         del lengths["Content-Length"]
-    return http_message(http_path(right), header + data, lengths)
+    return http_message(http_path(valid), header + data, lengths)
 
 
-def _chunked(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _chunked(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     body, chunks = header + data, []
     step = max(1, len(body) // rng.randint(1, 40))
     for start in range(0, len(body), step):
@@ -191,11 +191,11 @@ def _chunked(right: Request, rng: random.Random) -> bytes:
     headers: Headers = {INFERENCE_HEADER: len(header), "Transfer-Encoding": "chunked"}
     if rng.random() < 0.2:
         headers["Content-Length"] = rng.choice(LENGTHS)
-    return http_message(http_path(right), b"".join(chunks) + rng.choice(ends), headers)
+    return http_message(http_path(valid), b"".join(chunks) + rng.choice(ends), headers)
 
 
-def _compressed(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _compressed(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     coding, body = rng.choice(
         [("gzip", gzip.compress(header + data, 1)), ("deflate", zlib.compress(header + data, 1))]
     )
@@ -207,11 +207,11 @@ def _compressed(right: Request, rng: random.Random) -> bytes:
         INFERENCE_HEADER: len(header),
         "Content-Encoding": coding,
     }
-    return http_message(http_path(right), body, lengths)
+    return http_message(http_path(valid), body, lengths)
 
 
-def _request_line(right: Request, rng: random.Random) -> bytes:
-    line, _, rest = http_octets(right).partition(b"\r\n")
+def _request_line(valid: Request, rng: random.Random) -> bytes:
+    line, _, rest = http_octets(valid).partition(b"\r\n")
     method, path, version = line.split(b" ")
     change = rng.randrange(4)
     if change == 0:
@@ -227,8 +227,8 @@ def _request_line(right: Request, rng: random.Random) -> bytes:
     return b" ".join((method, path, version)) + b"\r\n" + rest
 
 
-def _header_lines(right: Request, rng: random.Random) -> bytes:
-    header, data = http_body(right)
+def _header_lines(valid: Request, rng: random.Random) -> bytes:
+    header, data = http_body(valid)
     odd: list[tuple[str, str | int]] = [
         ("X", "y" * rng.choice([10, 1000, 70_000])),
         ("X y", "z"),
@@ -243,16 +243,16 @@ def _header_lines(right: Request, rng: random.Random) -> bytes:
         ("traceparent", "00-" + "f" * 32),
     ]
     lengths: Headers = {"Content-Length": len(header) + len(data), INFERENCE_HEADER: len(header)}
-    return http_message(http_path(right), header + data, {**lengths, **dict(rng.sample(odd, 2))})
+    return http_message(http_path(valid), header + data, {**lengths, **dict(rng.sample(odd, 2))})
 
 
-def _cut(right: Request, rng: random.Random) -> bytes:
-    octets = http_octets(right)
+def _cut(valid: Request, rng: random.Random) -> bytes:
+    octets = http_octets(valid)
     return octets[: rng.randrange(len(octets))]
 
 
-def _flipped(right: Request, rng: random.Random) -> bytes:
-    return mutated(http_octets(right), rng)
+def _flipped(valid: Request, rng: random.Random) -> bytes:
+    return mutated(http_octets(valid), rng)
 
 
 def _noise(_: Request, rng: random.Random) -> bytes:
@@ -305,7 +305,7 @@ GRPC += ["spliced", "noise", "method"]
 
 
 def varint(number: int) -> bytes:
-    """A number as protobuf spells it, of at most ten octets."""
+    """Encode a number as a protobuf varint of at most ten octets."""
     octets = bytearray()
     number &= 2**70 - 1
     while number > 0x7F:
@@ -315,7 +315,7 @@ def varint(number: int) -> bytes:
 
 
 def lethal_json(header: bytes) -> bool:
-    """Whether a header is one of what `exclusions` names."""
+    """Whether a JSON header is among the `exclusions`."""
     try:
         shapes = [tensor["shape"] for tensor in json.loads(header)["inputs"]]
         return any(overflows(shape) for shape in shapes)
@@ -324,7 +324,7 @@ def lethal_json(header: bytes) -> bool:
 
 
 def lethal_message(data: bytes) -> bool:
-    """Whether a message is one of what `exclusions` names."""
+    """Whether a gRPC message is among the `exclusions`."""
     try:
         message = service_pb2.ModelInferRequest.FromString(data)
     except DecodeError:

@@ -1,4 +1,4 @@
-"""The page's section of one run."""
+"""The results page's section for one run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections import Counter
 
 from benchmarks.environment import Provenance
 from benchmarks.figures import markdown_table
-from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN
+from benchmarks.fuzz.judge import ANSWERED, DISCONNECTED, FINDING, FRONTEND_ERROR, REJECTED
 from benchmarks.fuzz.octets import GRPC, HTTP
 from benchmarks.fuzz.run import CANARY_EVERY, CLICK_EVERY, WARM_UP, Outcome
 
-COLUMNS = (ANSWERED, IN_WORDS, CUT, SERVERS_OWN, FINDING)
+COLUMNS = (ANSWERED, REJECTED, DISCONNECTED, FRONTEND_ERROR, FINDING)
 HEADER = (
-    "kind", "protocol", "sent", "valid result", "refused with a sentence", "connection closed",
+    "kind", "protocol", "sent", "valid result", "refused with a message", "connection closed",
     "Triton's own error", "findings",
 )  # fmt: skip
 EXCLUDED = """\
-Kept out of the run, because each ends tritonserver 2.51 itself or its decoder before any code of
-ours sees it (SECURITY.md): a shape whose elements overflow 64 bits, a shape of a hundred
-gigabytes beside values in JSON, the parameter `classification` on an output of strings, JSON nested
-100,000 deep, a million chunks in one body, and compressed bodies that swell."""
+Excluded from the run, because each crashes tritonserver 2.51 itself or its decoder before any of
+our code sees it (SECURITY.md): a shape whose elements overflow 64 bits, a shape of a hundred
+gigabytes with values in JSON, the parameter `classification` on an output of strings, JSON nested
+100,000 levels deep, a million chunks in one body, and compression bombs."""
 
 
 def markdown(outcome: Outcome, origin: Provenance) -> str:
-    """The section as it stands in RESULTS.md."""
+    """The section of RESULTS.md."""
     sent = sum(outcome.tally.total.values())
     total = outcome.tally.total
     return "\n\n".join(
@@ -31,16 +31,16 @@ def markdown(outcome: Outcome, origin: Provenance) -> str:
             "## Fuzzing the served models",
             origin.markdown(),
             f"{sent:,} requests after a warm-up of {WARM_UP:,}, to all models that callers "
-            "use, on the demo model: half are right ones with faults put in by hypothesis, half "
-            "right ones whose octets are changed; both at once, one of each in flight. Every "
-            "answer is checked: outputs' shapes, types and ranges, or a client's error with a "
-            "sentence that names no path, address or shared memory. **Findings: "
-            f"{total[FINDING]}.**",
+            "use, with the demo model: half are valid requests with faults injected by hypothesis, "
+            "half are valid requests with mutated octets; both run concurrently, one request of "
+            "each in flight. Every answer is checked: either the shapes, types and ranges of the "
+            "outputs, or that it is a client error whose message names no path, address or shared "
+            f"memory. **Findings: {total[FINDING]}.**",
             _server(outcome),
             markdown_table(_growth_header(outcome), _growth(outcome)),
-            "Triton's own frontend answers some requests with a server's error, or in no words, "
-            "before any model sees them:",
-            markdown_table(("what", "protocol", "count"), _servers_own(outcome)),
+            "Triton's own frontend answers some requests with a server error, or without a "
+            "message, before any model sees them:",
+            markdown_table(("what", "protocol", "count"), _frontend_errors(outcome)),
             EXCLUDED,
             markdown_table(HEADER, _rows(outcome)),
         )
@@ -49,11 +49,11 @@ def markdown(outcome: Outcome, origin: Provenance) -> str:
 
 def _server(outcome: Outcome) -> str:
     processes = len(outcome.marks[0].processes)
-    kept = "the same to the end" if outcome.same_processes else "NOT the same at the end"
+    kept = "the same throughout" if outcome.same_processes else "NOT the same at the end"
     return (
         f"The server's {processes} processes were {kept}. The canary, a drawn disc asked for by "
-        f"click beside every {CLICK_EVERY} requests and by file beside every {CANARY_EVERY}, has "
-        f"IoU {outcome.iou:.2f} with what was drawn; its mask was the same to the bit each time."
+        f"click every {CLICK_EVERY} requests and by file every {CANARY_EVERY}, has "
+        f"IoU {outcome.iou:.2f} with the drawing; its mask was identical to the bit each time."
     )
 
 
@@ -64,14 +64,14 @@ def _growth_header(outcome: Outcome) -> list[str]:
 
 
 def _growth(outcome: Outcome) -> list[list[str]]:
-    """Of each measure its value at every mark, in MiB, and the growth."""
+    """Each measure's value at every mark, in MiB, and its growth."""
     curves = {
         "resident memory of all processes": [mark.resident for mark in outcome.marks],
         "`/dev/shm`": [mark.shared for mark in outcome.marks],
     }
     for part in sorted(outcome.marks[0].parts):
         values = [mark.parts.get(part, 0) for mark in outcome.marks]
-        curves[f"{part}, shared with nobody"] = values
+        curves[f"{part}, unshared"] = values
     return [_growth_row(name, values, outcome.requests) for name, values in curves.items()]
 
 
@@ -81,10 +81,10 @@ def _growth_row(name: str, values: list[int], requests: int) -> list[str]:
     return [name, *(f"{size:.1f}" for size in sizes), f"{growth:+.1f}"]
 
 
-def _servers_own(outcome: Outcome) -> list[list[str]]:
+def _frontend_errors(outcome: Outcome) -> list[list[str]]:
     return [
         [name, protocol, str(count)]
-        for (name, protocol), count in sorted(outcome.tally.servers_own.items())
+        for (name, protocol), count in sorted(outcome.tally.frontend_errors.items())
     ]
 
 

@@ -1,4 +1,4 @@
-"""One run against one server: warm-up, four quarters, and a look at the server between them."""
+"""One run against one server: a warm-up, then four quarters, with a census after each."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from benchmarks.wire import Wire
 from server import TritonServer
 
 WARM_UP = 2_000
-"""Requests before memory counts."""
+"""Requests before memory is measured."""
 QUARTERS = 4
 CANARY_EVERY = 500
 CLICK_EVERY = 8
-"""Hypothesis draws runs of requests alike: sixteen images were once kept within 0.4 s, in which
-neither half asked about the one that all are about, and a store for sixteen forgot it."""
+"""Hypothesis draws runs of similar requests: sixteen images were once kept within 0.4 s, during
+which neither half asked about the one that all use, and a store for sixteen evicted it."""
 HTTP, GRPC = "HTTP", "gRPC"
 LARGEST = ((256, 1), (1, 128))
-"""Objects and tokens of the largest requests: what memory grows to."""
+"""Objects and tokens of the largest requests, which determine the peak memory."""
 
 
 class ServerDied(Exception):
@@ -68,13 +68,13 @@ class Fuzzer:
         with closing(Wire(self.server.grpc_url)) as wire:
             self.subject: Subject = prepare(self.grpc, wire.side)
         self.canary = Canary(self.grpc, self.subject)
-        self._corpus = Corpus.of(self.subject)
+        self._corpus = Corpus.from_subject(self.subject)
 
     def close(self) -> None:
         self.grpc.close()
 
     def run(self, requests: int, number: int) -> None:
-        """Half of the requests structured, half octets, at the same time; then the canary."""
+        """Send half of the requests structured, half as octets, concurrently; then the canary."""
         with ThreadPoolExecutor(2) as threads:
             halves = [
                 threads.submit(self.structured, requests // 2, number),
@@ -85,7 +85,7 @@ class Fuzzer:
         self.canary.sing()
 
     def largest(self) -> None:
-        """The largest requests that are accepted, twice each."""
+        """Send the largest accepted requests, each twice."""
         image_id = strings(self.subject.image_id)
         for objects, tokens in LARGEST * 2:
             points: dict[str, Array] = {
@@ -98,7 +98,7 @@ class Fuzzer:
             ask(self.grpc, request(RLE, {**image, **points}))
 
     def structured(self, requests: int, number: int) -> None:
-        """Requests drawn by hypothesis; the same number draws the same ones."""
+        """Send requests drawn by hypothesis; the same number draws the same ones."""
         cases = itertools.count()
 
         @seed(number)
@@ -119,7 +119,7 @@ class Fuzzer:
         send()
 
     def octets(self, requests: int, number: int) -> None:
-        """Mutated octets; the same number mutates the same way."""
+        """Send mutated octets; the same number mutates the same way."""
         for i in range(requests):
             rng = random.Random(f"{number} {i}")
             protocol, make = ((HTTP, octets.over_http), (GRPC, octets.over_grpc))[i % 2]
@@ -128,11 +128,11 @@ class Fuzzer:
 
     @contextmanager
     def _until_one_fails(self) -> Iterator[None]:
-        """After the first failure nothing is sent: every step fails like the one that did.
+        """After the first failure send nothing more: every later step raises the same error.
 
-        The other half would push what led to it out of the last requests. And hypothesis tries
-        the case that failed again: where the canary was due beside it, it is not due by then, and
-        a case that now passes would be reported in place of the failure.
+        Otherwise the other half would push the requests that led to it out of the recent ones. And
+        hypothesis replays the failed case: if the canary was due with it, it no longer is then, and
+        the replay would pass and be reported instead of the failure.
         """
         if self._failure:
             raise self._failure
@@ -169,14 +169,14 @@ class Fuzzer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run found."""
+    """The result of one run."""
 
     requests: int
     tally: Tally
     marks: list[Census]
     """After the warm-up and after each quarter."""
     iou: float
-    """Of the canary's mask with the drawn disc."""
+    """IoU of the canary's mask with the drawn disc."""
 
     @property
     def same_processes(self) -> bool:
@@ -184,7 +184,7 @@ class Outcome:
 
 
 def fuzz(fuzzer: Fuzzer, requests: int, number: int, progress: Callable[[str], None]) -> Outcome:
-    """Warm up, then send that many requests. Raises ServerDied and WrongAnswer."""
+    """Warm up, then send the requests. Raises ServerDied and WrongAnswer."""
     progress(f"warm-up: {WARM_UP:,} requests and the largest ones")
     fuzzer.largest()
     fuzzer.run(WARM_UP, -1 - number)
@@ -192,9 +192,9 @@ def fuzz(fuzzer: Fuzzer, requests: int, number: int, progress: Callable[[str], N
     pid = fuzzer.server.pid
     warm_tally, fuzzer.tally = fuzzer.tally, Tally()
     fuzzer.tally.findings += warm_tally.findings
-    marks = [Census.of(pid)]
+    marks = [Census.from_pid(pid)]
     for quarter in range(QUARTERS):
         progress(f"quarter {quarter + 1} of {QUARTERS}")
         fuzzer.run(requests // QUARTERS, number * QUARTERS + quarter)
-        marks.append(Census.of(pid))
+        marks.append(Census.from_pid(pid))
     return Outcome(requests, fuzzer.tally, marks, fuzzer.canary.iou)

@@ -1,4 +1,4 @@
-"""Requests near the contract: a right one with one fault, or two, each of a named kind."""
+"""Requests close to the contract: valid ones with one or two faults, each of a named kind."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.fuzz import files
 from benchmarks.fuzz.exclusions import is_lethal
 from benchmarks.fuzz.messages import Request, Tensor
 from benchmarks.fuzz.subject import CLICK, DECODER, FILE, RLE, Array, Subject, strings
-from benchmarks.fuzz.valid import EMBEDDINGS, Right, right_requests
+from benchmarks.fuzz.valid import EMBEDDINGS, ValidRequest, valid_requests
 from benchmarks.wire import FEATURES
 
 VALID, REFUSED, EITHER = "valid", "refused", "either"
 SIZES = [0, 1, 2, 3, 9, 127, 129, 257, 2**16, 2**31 - 1, 2**31, 2**32, -1, -(2**31)]
 TOO_MANY_IMAGES = 17
-"""In a batch, for every model: the decoder takes most."""
+"""One more than the largest batch that any model accepts, which is the decoder's."""
 TYPES = ["FP32", "FP64", "FP16", "BF16", "INT8", "INT32", "INT64", "UINT8", "UINT64", "BOOL"]
 TYPES += ["BYTES", "", "FP33", "fp32", "bytes", "\N{SNOWMAN}"]
 NOT_FINITE = [np.nan, np.inf, -np.inf]
@@ -40,30 +40,30 @@ class Case:
     kind: str
     request: Request
     expected: str
-    right: Right
-    """What it was made from."""
+    source: ValidRequest
+    """The valid request it was made from."""
 
 
-Fault = Callable[[st.DrawFn, Right, Subject], tuple[Request, str]]
+Fault = Callable[[st.DrawFn, ValidRequest, Subject], tuple[Request, str]]
 
 
 @st.composite
 def cases(draw: st.DrawFn, subject: Subject) -> Case:
-    """One request in twelve is right, one has two faults, the others one."""
+    """Of every twelve requests one is valid, one has two faults and the rest have one."""
     faults = draw(st.sampled_from([0, 2] + [1] * 10))
     if faults == 0:
-        right = draw(right_requests(subject))
-        return Case("right", right.request, VALID, right)
+        valid = draw(valid_requests(subject))
+        return Case("right", valid.request, VALID, valid)
     kind = draw(st.sampled_from(sorted(FAULTS)))
-    right = draw(right_requests(subject, draw(st.sampled_from(FORMS[kind]))))
-    changed, expected = FAULTS[kind](draw, right, subject)
+    valid = draw(valid_requests(subject, draw(st.sampled_from(FORMS[kind]))))
+    changed, expected = FAULTS[kind](draw, valid, subject)
     if faults == 2:
         second = FAULTS[draw(st.sampled_from(ANYWHERE))]
-        changed, _ = second(draw, replace(right, request=changed), subject)
+        changed, _ = second(draw, replace(valid, request=changed), subject)
         kind, expected = "two faults", EITHER
     if is_lethal(changed):
-        return Case("right", right.request, VALID, right)
-    return Case(kind, changed, expected, right)
+        return Case("right", valid.request, VALID, valid)
+    return Case(kind, changed, expected, valid)
 
 
 def _pick(draw: st.DrawFn, request: Request) -> Tensor:
@@ -79,11 +79,11 @@ def _array(request: Request, name: str) -> Array:
 
 
 def _with(request: Request, name: str, array: Array) -> Request:
-    return request.replacing(Tensor.of(name, array))
+    return request.replacing(Tensor.from_array(name, array))
 
 
 def _fit(data: bytes, size: int) -> bytes:
-    """As much data as asked for, where that is little enough to send."""
+    """Cut or repeat the data to the given size, unless that is too large to send."""
     if not 0 <= size <= 2**20:
         return data
     return (data * (size // max(1, len(data)) + 1))[:size] if data else bytes(size)
@@ -93,19 +93,19 @@ def _place(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(draw(st.integers(0, size - 1)) for size in shape)
 
 
-def wrong_rank(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = _pick(draw, right.request)
+def wrong_rank(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = _pick(draw, valid.request)
     axis = draw(st.integers(0, len(tensor.shape) - 1))
     shape = list(tensor.shape)
     if draw(st.booleans()):
         shape.insert(axis, 1)
     else:
         del shape[axis]
-    return right.request.replacing(replace(tensor, shape=tuple(shape))), REFUSED
+    return valid.request.replacing(replace(tensor, shape=tuple(shape))), REFUSED
 
 
-def wrong_size(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = _pick(draw, right.request)
+def wrong_size(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = _pick(draw, valid.request)
     axis = draw(st.integers(0, len(tensor.shape) - 1))
     shape = list(tensor.shape)
     count = int(np.prod(shape, dtype=object))
@@ -114,130 +114,132 @@ def wrong_size(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]
     data = _fit(tensor.data, int(np.prod(shape, dtype=object)) * item)
     if draw(st.booleans()):
         data = tensor.data
-    return right.request.replacing(replace(tensor, shape=tuple(shape), data=data)), EITHER
+    return valid.request.replacing(replace(tensor, shape=tuple(shape), data=data)), EITHER
 
 
-def wrong_type(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = _pick(draw, right.request)
+def wrong_type(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = _pick(draw, valid.request)
     kind = draw(st.sampled_from([kind for kind in TYPES if kind != tensor.datatype]))
     data = _fit(tensor.data, len(tensor.data) * draw(st.sampled_from([1, 2])))
-    return right.request.replacing(replace(tensor, datatype=kind, data=data)), REFUSED
+    return valid.request.replacing(replace(tensor, datatype=kind, data=data)), REFUSED
 
 
-def wrong_length(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = _pick(draw, right.request)
+def wrong_length(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = _pick(draw, valid.request)
     change = draw(st.sampled_from([-4, -1, 1, 3, 4, 1000, -len(tensor.data)]))
     data = tensor.data[:change] if change < 0 else tensor.data + bytes(change)
     if data == tensor.data:
         data += b"\0"
-    return right.request.replacing(replace(tensor, data=data)), REFUSED
+    return valid.request.replacing(replace(tensor, data=data)), REFUSED
 
 
-def not_finite(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    coords, labels = _array(right.request, right.points), _array(right.request, "point_labels")
+def not_finite(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    coords, labels = _array(valid.request, valid.points), _array(valid.request, "point_labels")
     place = _place(draw, labels.shape)
     index = (*place, draw(st.sampled_from([0, 1])))
     coords[index] = draw(st.sampled_from(NOT_FINITE))
     expected = VALID if labels[place] == -1 else REFUSED
-    return _with(right.request, right.points, coords), expected
+    return _with(valid.request, valid.points, coords), expected
 
 
-def outside(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    coords, labels = _array(right.request, right.points), _array(right.request, "point_labels")
+def outside(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    coords, labels = _array(valid.request, valid.points), _array(valid.request, "point_labels")
     place = _place(draw, labels.shape)
-    scale = 1000 if right.request.model == FILE else 1
+    scale = 1000 if valid.request.model == FILE else 1
     index = (*place, draw(st.sampled_from([0, 1])))
     coords[index] = draw(st.sampled_from(OUTSIDE)) * scale
-    clipped = right.request.model == FILE and labels[place] in (2, 3)
+    clipped = valid.request.model == FILE and labels[place] in (2, 3)
     expected = VALID if labels[place] == -1 else EITHER if clipped else REFUSED
-    return _with(right.request, right.points, coords), expected
+    return _with(valid.request, valid.points, coords), expected
 
 
-def wrong_label(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    labels = _array(right.request, "point_labels")
+def wrong_label(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    labels = _array(valid.request, "point_labels")
     wrong = st.sampled_from([4, -2, 7, 255, 2**31 - 1, -(2**31)])
     labels[_place(draw, labels.shape)] = draw(wrong)
-    return _with(right.request, "point_labels", labels), REFUSED
+    return _with(valid.request, "point_labels", labels), REFUSED
 
 
-def half_a_box(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    labels = _array(right.request, "point_labels")
+def half_a_box(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    labels = _array(valid.request, "point_labels")
     image, thing, _token = _place(draw, labels.shape)
     labels[image, thing] = draw(st.sampled_from([0, 1]))
     labels[image, thing, : draw(st.integers(1, labels.shape[-1]))] = draw(st.sampled_from([2, 3]))
-    return _with(right.request, "point_labels", labels), REFUSED
+    return _with(valid.request, "point_labels", labels), REFUSED
 
 
-def empty_object(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    labels = _array(right.request, "point_labels")
+def empty_object(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    labels = _array(valid.request, "point_labels")
     labels[_place(draw, labels.shape)[:2]] = -1
-    changed = _with(right.request, "point_labels", labels)
+    changed = _with(valid.request, "point_labels", labels)
     return changed, EITHER if changed.input("mask_input") else REFUSED
 
 
-def broken_mask(draw: st.DrawFn, right: Right, subject: Subject) -> tuple[Request, str]:
+def broken_mask(draw: st.DrawFn, valid: ValidRequest, subject: Subject) -> tuple[Request, str]:
     side = subject.mask_side
-    mask = np.zeros((right.images, right.objects, side, side), np.float16)
+    mask = np.zeros((valid.images, valid.objects, side, side), np.float16)
     if draw(st.booleans()):
         mask[:] = np.nan
         mask[_place(draw, mask.shape)] = 0
     else:
         mask[_place(draw, mask.shape)] = draw(st.sampled_from(NOT_FINITE))
-    return _with(right.request, "mask_input", mask), REFUSED
+    return _with(valid.request, "mask_input", mask), REFUSED
 
 
-def broken_embeddings(draw: st.DrawFn, right: Right, subject: Subject) -> tuple[Request, str]:
+def broken_embeddings(
+    draw: st.DrawFn, valid: ValidRequest, subject: Subject
+) -> tuple[Request, str]:
     name = draw(st.sampled_from(FEATURES))
-    values = np.repeat(subject.features[name], right.images, axis=0)
+    values = np.repeat(subject.features[name], valid.images, axis=0)
     if draw(st.booleans()):
         values[_place(draw, values.shape)] = draw(st.sampled_from(NOT_FINITE))
     else:
         with np.errstate(over="ignore"):
             values *= np.float32(draw(st.sampled_from([0, -1, 1e6, 1e20, 3e38])))
-    return _with(right.request, name, values), EITHER
+    return _with(valid.request, name, values), EITHER
 
 
-def missing(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    needed = [t.name for t in right.request.inputs if t.name not in OPTIONAL]
-    return right.request.without(draw(st.sampled_from(needed))), REFUSED
+def missing(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    needed = [t.name for t in valid.request.inputs if t.name not in OPTIONAL]
+    return valid.request.without(draw(st.sampled_from(needed))), REFUSED
 
 
-def unknown_input(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = replace(_pick(draw, right.request), name=draw(WORDS))
-    return replace(right.request, inputs=(*right.request.inputs, tensor)), EITHER
+def unknown_input(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = replace(_pick(draw, valid.request), name=draw(WORDS))
+    return replace(valid.request, inputs=(*valid.request.inputs, tensor)), EITHER
 
 
-def twice(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    inputs = (*right.request.inputs, _pick(draw, right.request))
-    return replace(right.request, inputs=inputs), REFUSED
+def twice(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    inputs = (*valid.request.inputs, _pick(draw, valid.request))
+    return replace(valid.request, inputs=inputs), REFUSED
 
 
-def beyond_limits(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def beyond_limits(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     many = draw(st.sampled_from([(257, 1), (1000, 1), (1, 129), (1, 5000), (257, 129), (9000, 2)]))
-    shape = (right.images, *many)
-    changed = _with(right.request, right.points, np.full((*shape, 2), 0.5, np.float32))
+    shape = (valid.images, *many)
+    changed = _with(valid.request, valid.points, np.full((*shape, 2), 0.5, np.float32))
     changed = _with(changed.without("mask_input"), "point_labels", np.ones(shape, np.int32))
     return changed, REFUSED
 
 
-def wrong_id(draw: st.DrawFn, right: Right, subject: Subject) -> tuple[Request, str]:
+def wrong_id(draw: st.DrawFn, valid: ValidRequest, subject: Subject) -> tuple[Request, str]:
     near = bytearray(subject.image_id)
     near[draw(st.integers(0, len(near) - 1))] ^= 1 << draw(st.integers(0, 7))
     odd = [b"", bytes(near), subject.image_id + b"=", b" " + subject.image_id, b"x" * 2**18]
     name = draw(st.one_of(st.sampled_from(odd), st.binary(max_size=64)))
-    return _with(right.request, "image_id", strings(name, right.images)), REFUSED
+    return _with(valid.request, "image_id", strings(name, valid.images)), REFUSED
 
 
-def broken_string(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    name = "encoded_image" if right.request.model == FILE else "image_id"
-    tensor = right.request.input(name)
+def broken_string(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    name = "encoded_image" if valid.request.model == FILE else "image_id"
+    tensor = valid.request.input(name)
     assert tensor is not None
     length = draw(st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1, len(tensor.data)]))
     data = length.to_bytes(4, "little") + tensor.data[4 : draw(st.integers(4, 40))]
-    return right.request.replacing(replace(tensor, data=data)), REFUSED
+    return valid.request.replacing(replace(tensor, data=data)), REFUSED
 
 
-def damaged_file(draw: st.DrawFn, right: Right, subject: Subject) -> tuple[Request, str]:
+def damaged_file(draw: st.DrawFn, valid: ValidRequest, subject: Subject) -> tuple[Request, str]:
     source = draw(st.sampled_from(subject.files))
     rng = random.Random(draw(st.integers(0, 2**32)))
     chosen, expected = files.damaged(source, rng), EITHER
@@ -245,11 +247,11 @@ def damaged_file(draw: st.DrawFn, right: Right, subject: Subject) -> tuple[Reque
     if kind < 3:
         bad = files.bombs(subject.files[0]) if kind == 0 else files.no_images()
         chosen, expected = draw(st.sampled_from(bad)), REFUSED
-    array = strings(chosen, right.images)
-    return _with(right.request, "encoded_image", array), expected
+    array = strings(chosen, valid.images)
+    return _with(valid.request, "encoded_image", array), expected
 
 
-def wrong_image_size(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def wrong_image_size(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     sizes: list[tuple[int, int]] = [
         (0, 0),
         (0, 5),
@@ -260,51 +262,51 @@ def wrong_image_size(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request
     ]
     sizes += [(50_000_001, 1), (65_536, 65_536)]
     size = draw(st.sampled_from(sizes))
-    return _with(right.request, "image_size", np.full((right.images, 2), size, np.int32)), REFUSED
+    return _with(valid.request, "image_size", np.full((valid.images, 2), size, np.int32)), REFUSED
 
 
-def thin_image(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def thin_image(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     size = draw(st.sampled_from([(40_000, 1), (1, 40_000), (65_535, 3), (1, 33_000)]))
-    return _with(right.request, "image_size", np.full((right.images, 2), size, np.int32)), VALID
+    return _with(valid.request, "image_size", np.full((valid.images, 2), size, np.int32)), VALID
 
 
-def batch_mismatch(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    tensor = _pick(draw, right.request)
-    images = draw(st.sampled_from([n for n in (0, 1, 2, 3, 9) if n != right.images]))
-    each = tensor.data[: len(tensor.data) // right.images]
+def batch_mismatch(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    tensor = _pick(draw, valid.request)
+    images = draw(st.sampled_from([n for n in (0, 1, 2, 3, 9) if n != valid.images]))
+    each = tensor.data[: len(tensor.data) // valid.images]
     changed = replace(tensor, shape=(images, *tensor.shape[1:]), data=each * images)
-    return right.request.replacing(changed), REFUSED
+    return valid.request.replacing(changed), REFUSED
 
 
-def batch_limits(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def batch_limits(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     images = draw(st.sampled_from([0, TOO_MANY_IMAGES]))
     inputs = tuple(
         replace(
-            t, shape=(images, *t.shape[1:]), data=t.data[: len(t.data) // right.images] * images
+            t, shape=(images, *t.shape[1:]), data=t.data[: len(t.data) // valid.images] * images
         )
-        for t in right.request.inputs
+        for t in valid.request.inputs
     )
-    return replace(right.request, inputs=inputs), REFUSED
+    return replace(valid.request, inputs=inputs), REFUSED
 
 
-def odd_parameters(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def odd_parameters(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     known = ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout"]
     known += ["binary_data_output", "headers", "triton_enable_empty_final_response"]
     names = st.one_of(st.sampled_from(known), WORDS)
     chosen = draw(st.dictionaries(names, SCALARS, min_size=1, max_size=3))
-    return replace(right.request, parameters=chosen), EITHER
+    return replace(valid.request, parameters=chosen), EITHER
 
 
-def odd_tensor_parameters(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def odd_tensor_parameters(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     known = ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"]
     known += ["binary_data_size", "binary_data", "classification"]
     names = st.one_of(st.sampled_from(known), WORDS)
     chosen = draw(st.dictionaries(names, SCALARS, min_size=1, max_size=3))
-    tensor = replace(_pick(draw, right.request), parameters=chosen)
-    return right.request.replacing(tensor), EITHER
+    tensor = replace(_pick(draw, valid.request), parameters=chosen)
+    return valid.request.replacing(tensor), EITHER
 
 
-def odd_outputs(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def odd_outputs(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     names = st.one_of(st.sampled_from(OUTPUTS), WORDS)
     parameters = st.dictionaries(
         st.sampled_from(["classification", "binary_data", "shared_memory_region", "odd"]),
@@ -313,28 +315,28 @@ def odd_outputs(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str
     )
     output = st.fixed_dictionaries({"name": names}, optional={"parameters": parameters})
     asked = draw(st.lists(output, min_size=1, max_size=3))
-    return replace(right.request, outputs=tuple(asked)), EITHER
+    return replace(valid.request, outputs=tuple(asked)), EITHER
 
 
-def unknown_model(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
+def unknown_model(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
     if draw(st.booleans()):
         version = draw(st.sampled_from(["0", "2", "-1", "x", "9" * 40, "../1", " "]))
-        return replace(right.request, version=version), REFUSED
+        return replace(valid.request, version=version), REFUSED
     odd = st.sampled_from(["sam3", "../sam3_interactive", "SAM3_INTERACTIVE", "sam3_interactive "])
-    return replace(right.request, model=draw(st.one_of(odd, WORDS))), REFUSED
+    return replace(valid.request, model=draw(st.one_of(odd, WORDS))), REFUSED
 
 
-def spelled_out(draw: st.DrawFn, right: Right, _: Subject) -> tuple[Request, str]:
-    name = draw(st.sampled_from([right.points, "point_labels"]))
-    tensor = right.request.input(name)
+def spelled_out(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:
+    name = draw(st.sampled_from([valid.points, "point_labels"]))
+    tensor = valid.request.input(name)
     assert tensor is not None
     leaves: Any = st.one_of(
         st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), WORDS
     )
-    own = _array(right.request, name).ravel().tolist()
+    own = _array(valid.request, name).ravel().tolist()
     odd = st.recursive(leaves, lambda inner: st.lists(inner, max_size=6), max_leaves=8)
     values = draw(st.one_of(st.just(own), st.just(own[1:]), st.just(own + own[:1]), odd))
-    return right.request.replacing(replace(tensor, values=values or [])), EITHER
+    return valid.request.replacing(replace(tensor, values=values or [])), EITHER
 
 
 FAULTS: dict[str, Fault] = {
@@ -382,7 +384,7 @@ FORMS: dict[str, list[Any]] = {kind: [None] for kind in FAULTS} | {
     "impossible image_size": [CLICK, CLICK, CLICK, RLE],
     "thin image_size": [CLICK],
 }
-"""On which models a fault is tried: where it means something, and mostly where it is cheap."""
+"""The models each fault is tried on: where it is meaningful, and mostly where it is cheap."""
 ANYWHERE = [
     "wrong rank", "wrong size of an axis", "wrong data type", "data of another length",
     "odd parameters", "odd outputs", "input twice", "batch of 0 or 17",

@@ -1,4 +1,4 @@
-"""What right requests are made of: a picture of one known object, encoded by the server."""
+"""The material of valid requests: a picture of one known object, encoded by the server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """One picture in every form in which it can be asked about."""
+    """One picture in every form that a request can refer to."""
 
     image: NDArray[np.uint8]
     """[1, S, S, 3]"""
@@ -73,16 +73,16 @@ def middle() -> dict[str, Array]:
 
 
 def strings(value: bytes, images: int = 1) -> Array:
-    """The same octets for each image, [B, 1]; `numpy.full` would drop their trailing zeros."""
+    """The same octets for every image, [B, 1]; `numpy.full` would drop trailing zeros."""
     return np.array([[value]] * images, np.object_)
 
 
 def request(model: str, arrays: Mapping[str, Array]) -> Request:
-    return Request(model, tuple(Tensor.of(name, array) for name, array in arrays.items()))
+    return Request(model, tuple(Tensor.from_array(name, array) for name, array in arrays.items()))
 
 
 def prepare(grpc: Grpc, side: int) -> Subject:
-    """Have the server encode the picture, and keep it."""
+    """Have the server encode and keep the picture."""
     image = np.asarray(picture().resize((side, side), Image.Resampling.BILINEAR))[None]
     encoded = ask(grpc, request(ENCODER, {"image": image}))
     asked = {"image": image, "keep_image": np.array([[True]]), **middle()}
@@ -92,9 +92,9 @@ def prepare(grpc: Grpc, side: int) -> Subject:
     return Subject(image, features, kept.as_numpy("image_id").item(), files)
 
 
-def ask(grpc: Grpc, right: Request) -> Any:
-    """tritonclient's InferResult of a request that must be answered. Raises RuntimeError."""
-    answer = grpc.send(grpc_octets(right))
+def ask(grpc: Grpc, valid: Request) -> Any:
+    """Return tritonclient's InferResult for a request that must succeed, or raise RuntimeError."""
+    answer = grpc.send(grpc_octets(valid))
     if answer.result is None:
-        raise RuntimeError(f"{right.model} refused a right request: {answer.code} {answer.text}")
+        raise RuntimeError(f"{valid.model} refused a valid request: {answer.code} {answer.text}")
     return answer.result

@@ -1,4 +1,4 @@
-"""What was sent and what came of it, by kind and protocol."""
+"""What was sent and how it was answered, by kind and protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
-from benchmarks.fuzz.judge import FINDING, SERVERS_OWN, Verdict
+from benchmarks.fuzz.judge import FINDING, FRONTEND_ERROR, Verdict
 
 RECENT = 20
 KEPT = 200
@@ -15,7 +15,7 @@ KEPT = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """An answer that no request may get, and the octets to get it again."""
+    """An answer that no request may get, and the octets that reproduce it."""
 
     kind: str
     protocol: str
@@ -31,25 +31,25 @@ class Finding:
 
 @dataclass
 class Tally:
-    """Safe to share among threads."""
+    """Counts outcomes; thread-safe."""
 
     outcomes: dict[tuple[str, str], Counter[str]] = field(
         default_factory=lambda: defaultdict(Counter)
     )
-    servers_own: Counter[tuple[str, str]] = field(default_factory=Counter)
+    frontend_errors: Counter[tuple[str, str]] = field(default_factory=Counter)
     sent: int = 0
     findings: list[Finding] = field(default_factory=list)
     recent: deque[Finding] = field(default_factory=lambda: deque(maxlen=RECENT))
-    """The last requests, for the case that something fails."""
+    """The last requests sent, saved if something fails."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, kind: str, protocol: str, verdict: Verdict, octets: bytes) -> int:
-        """Add one that was answered; how many there are with it."""
+        """Count one answered request and return the new total."""
         with self._lock:
             self.sent += 1
             self.outcomes[kind, protocol][verdict.outcome] += 1
-            if verdict.outcome == SERVERS_OWN:
-                self.servers_own[verdict.reason, protocol] += 1
+            if verdict.outcome == FRONTEND_ERROR:
+                self.frontend_errors[verdict.reason, protocol] += 1
             if verdict.outcome == FINDING and len(self.findings) < KEPT:
                 self.findings.append(Finding(kind, protocol, verdict.reason, octets))
             return self.sent

@@ -1,4 +1,4 @@
-"""Requests that are right, on every model that callers use."""
+"""Valid requests to every model that callers use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.fuzz.subject import (
 from benchmarks.wire import FEATURES
 
 EMBEDDINGS = "sam3_prompt_decoder, embeddings"
-FORMS = {  # how often of a hundred: what encodes an image is dear
+FORMS = {  # percentages: requests that encode an image are expensive
     DECODER: 46,
     CLICK: 28,
     EMBEDDINGS: 6,
@@ -36,8 +36,8 @@ FRACTIONS = st.floats(0, 1, width=32)
 
 
 @dataclass(frozen=True)
-class Right:
-    """A request to which the answer must be masks."""
+class ValidRequest:
+    """A request that must be answered with masks."""
 
     request: Request
     images: int
@@ -57,8 +57,8 @@ class Right:
 
 
 @st.composite
-def right_requests(draw: st.DrawFn, subject: Subject, form: str | None = None) -> Right:
-    """Any model, few objects of few tokens."""
+def valid_requests(draw: st.DrawFn, subject: Subject, form: str | None = None) -> ValidRequest:
+    """Draw a request to any model, with few objects of few tokens."""
     if form is None:
         form = draw(st.sampled_from([f for f, often in FORMS.items() for _ in range(often)]))
     images = draw(st.sampled_from([1, 1, 1, 1, 2]))
@@ -70,7 +70,7 @@ def right_requests(draw: st.DrawFn, subject: Subject, form: str | None = None) -
         **_flags(draw, form, images),
     }
     model = DECODER if form == EMBEDDINGS else form
-    return Right(request(model, arrays), images, objects)
+    return ValidRequest(request(model, arrays), images, objects)
 
 
 def _image(draw: st.DrawFn, subject: Subject, form: str, images: int) -> dict[str, Array]:

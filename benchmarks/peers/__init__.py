@@ -1,4 +1,4 @@
-"""Ways to click on an image: ours, and those it is measured against.
+"""Ways to click on an image: ours, and those it is compared with.
 
     ours            image kept on the server, a click sends its id        (triton_sam3.Client)
     embeddings      encoder outputs returned, sent back with every click  (same server)
@@ -7,7 +7,7 @@
     in process      Meta's predictor, no server at all
 
 Each opens an image of any size and then answers clicks with the best of three masks, boolean, at
-the image's size. Nothing here but `in_process` and the servers needs torch.
+the image's size. Only `in_process` and the servers need torch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Peer(Protocol):
     """One way to click, from the caller's side."""
 
     def open(self, photo: Photo) -> Click:
-        """Have an image encoded, and kept wherever this peer keeps it."""
+        """Have an image encoded, and kept where this peer keeps images."""
         ...
 
     def close(self) -> None: ...
 
 
 def best(masks: NDArray[Any], scores: NDArray[np.float32]) -> Mask:
-    """The candidate with the highest predicted IoU, of [3, H, W] and [3]."""
+    """The candidate with the highest predicted IoU, from [3, H, W] and [3]."""
     chosen: Mask = np.asarray(masks[int(scores.argmax())]) > 0
     return chosen

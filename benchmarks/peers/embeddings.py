@@ -1,6 +1,6 @@
 """Embeddings over the wire: encoder outputs go to the caller and come back with every click.
 
-The way of servers that keep no state. Same encoder, same decoder, same post-processing as ours.
+This is how stateless servers work. Same encoder, decoder and post-processing as ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The caller of `http_service`: a connection for each thread, kept open."""
+"""The caller of `http_service`, with one persistent connection per thread."""
 
 from __future__ import annotations
 

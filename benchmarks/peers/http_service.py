@@ -1,4 +1,4 @@
-"""Meta's predictor behind HTTP with one lock and an in-process cache: no Triton.
+"""Meta's predictor behind HTTP, with one lock and an in-process cache: no Triton.
 
     python -m benchmarks.peers.http_service CHECKPOINT [DEVICE]     prints the port it listens on
 
@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 
 
 class Service:
-    """One predictor, one lock, one cache that grows."""
+    """One predictor, one lock, one unbounded cache."""
 
     def __init__(self, checkpoint: Path, device: str) -> None:
         from benchmarks.reference import meta_predictor  # noqa: PLC0415 - the caller needs no torch
@@ -55,7 +55,7 @@ class Service:
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
-    """Callers who connect at one moment; Python's 5 would turn the others away."""
+    """Callers that may connect at once; Python's default of 5 would reject the others."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running(checkpoint: Path, device: str = "cpu") -> Iterator[tuple[str, int]]:
-    """The service in a process of its own; yields host and port."""
+    """Run the service in a separate process; yields host and port."""
     command = [sys.executable, "-m", __name__, str(checkpoint.resolve()), device]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""This project, as its users call it."""
+"""This project, as users call it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from triton_sam3 import Client
 
 
 class Ours:
-    """`Client.open` once, then clicks by id."""
+    """`Client.open` once, then click by id."""
 
     def __init__(self, url: str) -> None:
         self.client = Client(url, timeout=600, remember_images=0)

@@ -14,9 +14,9 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "export" / "encoder.py"
 
 
-def test_what_other_sources_built_goes_when_it_is_built_anew(sources: Path) -> None:
+def test_what_older_sources_built_is_deleted_on_a_rebuild(sources: Path) -> None:
     first = artifacts._folder("demo", ())
-    first.mkdir(parents=True)  # by a process that has ended
+    first.mkdir(parents=True)  # by a process that has exited
     other = artifacts._folder("full-size", ())
     other.mkdir()
     assert artifacts._folder("demo", ()) == first
@@ -24,7 +24,7 @@ def test_what_other_sources_built_goes_when_it_is_built_anew(sources: Path) -> N
     second = artifacts._folder("demo", ())
     assert second != first
     assert first.exists()  # another run may be building it
-    with artifacts._one_builder(second):
+    with artifacts._build_lock(second):
         assert second.exists()
         assert not first.exists()
         assert other.exists()
@@ -32,14 +32,16 @@ def test_what_other_sources_built_goes_when_it_is_built_anew(sources: Path) -> N
 
 def test_what_a_running_process_measures_stays(sources: Path) -> None:
     first = artifacts._folder("demo", ())
-    with artifacts._one_builder(first):
+    with artifacts._build_lock(first):
         pass
     sources.write_text("two")
-    with artifacts._one_builder(artifacts._folder("demo", ())):
+    with artifacts._build_lock(artifacts._folder("demo", ())):
         assert first.exists()
 
 
-def test_other_packages_build_anew(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_package_versions_trigger_a_rebuild(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = artifacts._folder("demo", ())
     monkeypatch.setattr(artifacts, "versions", lambda: "onnxscript 99")
     assert artifacts._folder("demo", ()) != first
@@ -53,7 +55,7 @@ def test_an_interrupted_write_leaves_nothing_under_the_name(tmp_path: Path) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        artifacts._write_whole(target, fails)
+        artifacts._write_atomically(target, fails)
     assert not target.exists()
-    artifacts._write_whole(target, lambda path: path.write_text("whole"))
+    artifacts._write_atomically(target, lambda path: path.write_text("whole"))
     assert target.read_text() == "whole"

@@ -1,4 +1,4 @@
-"""What the CPU's benchmark makes of what it measures."""
+"""How the CPU benchmark evaluates its measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.timing import Sample
 
 
 def test_a_first_mask_of_ours_is_a_one_shot_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others encode, and then click."""
+    """The others encode and then click."""
     clicks = {OURS: Sample((0.1,)), EMBEDDINGS: Sample((0.3,)), IN_PROCESS: Sample((0.2,))}
     measured = SimpleNamespace(
         clicks=lambda *_, **__: clicks,

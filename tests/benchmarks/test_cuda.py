@@ -1,4 +1,4 @@
-"""What the GPU's benchmark does where there is none, and with what it measures."""
+"""The GPU benchmark on a machine without a GPU, and how it evaluates its measurements."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.findings import Findings
 from benchmarks.timing import Sample
 
 
-def untold(_: str) -> None:
-    """Progress nobody asked for."""
+def silent(_: str) -> None:
+    """Ignore progress."""
 
 
 def test_without_a_gpu_every_figure_is_listed_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    figures = cuda.run_in_process(untold).figures + cuda.run_served(untold).figures
+    figures = cuda.run_in_process(silent).figures + cuda.run_served(silent).figures
     asked = [
         cuda._by(encoder, one)
         for encoder in cuda.ENCODERS
@@ -46,7 +46,7 @@ def test_tensorrt_is_looked_for_before_its_graph_is_made(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(RuntimeError, match=r"no TensorRT \(libnvinfer"):
-        cuda._in_process(graphs, "tensorrt", Findings(untold))
+        cuda._in_process(graphs, "tensorrt", Findings(silent))
     assert not made
 
 

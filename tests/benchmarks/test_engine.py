@@ -35,7 +35,7 @@ def test_the_same_network_in_pytorch_is_within_the_gate(repository: Path) -> Non
 def test_what_the_worker_cannot_do_is_an_error_with_its_reason(engine: Engine) -> None:
     with pytest.raises(EngineError, match="TypeError"):
         engine._ask("encode", batches=3)
-    assert engine.decode() > 0  # and the worker goes on
+    assert engine.decode() > 0  # and the worker keeps running
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:

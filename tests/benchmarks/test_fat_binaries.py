@@ -1,4 +1,4 @@
-"""Kernels that are left out become zeros; all else stays where and what it was."""
+"""Removed kernels become zeros; everything else stays unchanged and in place."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LIBRARY = (
     b"\x7fELF code and data"
     + container(entry(MACHINE_CODE, 80, b"eighty"), entry(MACHINE_CODE, 90, b"attention"))
     + b"more of it, " * 3
-    + fat_binaries.MAGIC  # by chance: the size that follows leads beyond the end
+    + fat_binaries.MAGIC  # by chance: the size that follows points beyond the end
     + b"\xff" * 8
     + container(entry(PTX, 90, b"text"), entry(MACHINE_CODE, 90, b"experts"))
     + b"the end"
 )
 
 
-def test_kernels_are_found_and_chance_is_not_taken_for_them() -> None:
+def test_kernels_are_found_and_chance_matches_are_not() -> None:
     found = [(k.kind, k.architecture, LIBRARY[k.content]) for k in find(LIBRARY)]
     assert found == [
         (MACHINE_CODE, 80, b"eighty"),
@@ -51,7 +51,7 @@ def test_kernels_are_found_and_chance_is_not_taken_for_them() -> None:
     ]
 
 
-def test_needless_kernels_become_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unneeded_kernels_become_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "library.so"
     path.write_bytes(LIBRARY)
     monkeypatch.setattr(fat_binaries, "sources", lambda *_: ["flash_cu", "moe_cu"])
@@ -62,19 +62,19 @@ def test_needless_kernels_become_zeros(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_bytes() == expected
 
 
-def test_kernels_that_are_told_apart_otherwise_are_left_alone(
+def test_a_library_that_cuobjdump_lists_differently_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "library.so"
     path.write_bytes(LIBRARY)
     monkeypatch.setattr(fat_binaries, "sources", lambda *_: ["flash_cu"])
-    with pytest.raises(ValueError, match="2 files' kernels, but 1 by cuobjdump"):
+    with pytest.raises(ValueError, match="kernels of 2 files, but cuobjdump lists 1"):
         prune(path, 90, lambda _: False)
     assert path.read_bytes() == LIBRARY
 
 
 def test_a_real_librarys_kernels_are_those_that_cuobjdump_finds() -> None:
-    """PyTorch's, whose kernels for linear algebra come in a library of their own."""
+    """PyTorch's, whose linear algebra kernels come in a separate library."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "lib" / "libtorch_cuda_linalg.so"

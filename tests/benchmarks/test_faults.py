@@ -1,4 +1,4 @@
-"""Counting of the fault suite, and one fault of it against a real server."""
+"""The fault suite's accounting, and one of its faults against a real server."""
 
 import http.server
 import re
@@ -36,7 +36,7 @@ MASK = np.eye(3, dtype=bool)
 
 
 def outcomes(kinds: str, start: float = 0.0) -> list[Outcome]:
-    """One a second: r(ight), c(lear), l(ost), w(rong), or nothing for a blank."""
+    """One per second: r(ight), c(lear), l(ost), w(rong), or none for a blank."""
     named = {"r": Kind.RIGHT, "c": Kind.CLEAR, "l": Kind.LOST, "w": Kind.WRONG}
     return [
         Outcome(start + i, start + i + 0.5, named[kind])
@@ -60,7 +60,7 @@ def outcomes(kinds: str, start: float = 0.0) -> list[Outcome]:
         (ServerUnreachable("gone"), 1.0, Kind.LOST),
     ],
 )
-def test_what_becomes_of_a_request(answer: object, seconds: float, kind: Kind) -> None:
+def test_the_outcome_of_a_request(answer: object, seconds: float, kind: Kind) -> None:
     hidden = (ServerUnreachable,)
     assert judge(answer, MASK, seconds, 5.0, hidden) is kind  # type: ignore[arg-type]
 
@@ -69,7 +69,7 @@ def test_an_unreachable_server_is_a_clear_error_where_nothing_could_hide_it() ->
     assert judge(ServerUnreachable("gone"), MASK, 1.0, 5.0) is Kind.CLEAR
 
 
-def test_an_error_of_nobody_is_wrong_and_told() -> None:
+def test_an_unexpected_error_is_wrong_and_reported() -> None:
     def ask() -> None:
         raise ZeroDivisionError("oh")
 
@@ -84,8 +84,8 @@ def test_an_error_of_nobody_is_wrong_and_told() -> None:
         ("rrrrrrrr", 2.0),  # the fault itself
         ("rrrcrrrr", 3.5),
         ("rrrc rrc", 7.5),
-        ("rrrr   r", 7.5),  # nobody failed, nobody was answered
-        ("rrrrcc", 8.0),  # it goes on
+        ("rrrr   r", 7.5),  # no request failed, and none was answered
+        ("rrrrcc", 8.0),  # it is still going on
     ],
 )
 def test_when_an_outage_was_last_seen(kinds: str, trouble: float) -> None:
@@ -110,12 +110,12 @@ def test_readiness_lies_when_it_says_no_and_all_are_answered() -> None:
 
 @pytest.mark.parametrize(("growth", "grows"), [(0.5, False), (2.0, True)])
 def test_a_soak_fails_where_memory_grows(growth: float, grows: bool) -> None:
-    """MiB for 10,000 requests, in steps of pages."""
+    """MiB per 10,000 requests, in steps of pages."""
     sizes = [Size(1, n, int(growth * 2**20 * n / 1e4) & -4096, 4096) for n in range(0, 40_000, 500)]
     assert Soak(30.0, Counter(), sizes).grows is grows
 
 
-def test_a_fault_after_which_nobody_is_answered_right_fails() -> None:
+def test_a_fault_without_recovery_fails() -> None:
     right = {Kind.RIGHT: 100}
     assert not Result("a", right, recovered=2.0).failed
     assert not Result("none was made", right).failed
@@ -125,7 +125,7 @@ def test_a_fault_after_which_nobody_is_answered_right_fails() -> None:
 
 
 def test_what_a_watcher_raises_is_raised_at_the_end() -> None:
-    """Otherwise nobody would know that nobody looked on."""
+    """Otherwise nobody would notice that watching had stopped."""
 
     def look() -> None:
         raise OSError("reset by peer")
@@ -163,7 +163,7 @@ def test_a_variant_bounds_kept_images_in_its_copy_alone(repository: Path, tmp_pa
 
 @contextmanager
 def echo() -> Iterator[int]:
-    """A port that answers each connection's first bytes with themselves."""
+    """A port that echoes each connection's first bytes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -196,7 +196,7 @@ def test_the_relay_passes_on_cuts_and_refuses() -> None:
             assert caller.recv(100).startswith(b"HTTP/1.1 502 ")
 
 
-def test_a_page_has_a_row_a_fault_and_says_what_was_not_run() -> None:
+def test_a_page_has_a_row_per_fault_and_says_what_was_not_run() -> None:
     counts = {Kind.RIGHT: 1200, Kind.CLEAR: 3, Kind.LOST: 0, Kind.WRONG: 0}
     growth = Slope(2**20, 2**19, 5000)
     results = [
@@ -225,7 +225,7 @@ def test_a_fault_that_raises_fails_and_the_others_are_still_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(_: Bench, title: str) -> Result:
-        raise LookupError(f"no tritonserver runs\n{title}")
+        raise LookupError(f"tritonserver is not running\n{title}")
 
     def bear(_: Bench, title: str) -> Result:
         return Result(title, {Kind.RIGHT: 7})
@@ -236,25 +236,25 @@ def test_a_fault_that_raises_fails_and_the_others_are_still_run(
     results = scenarios.run(tmp_path, [], lambda title, result: told.append((title, result)))
     failed, borne = results
     assert failed.counts == {Kind.WRONG: 1}
-    assert failed.remark == "LookupError: no tritonserver runs the first"
+    assert failed.remark == "LookupError: tritonserver is not running the first"
     assert borne.counts == {Kind.RIGHT: 7}
     assert [title for title, _ in told] == ["the first"] * 2 + ["the second"] * 2
 
 
 @pytest.mark.parametrize(
     ("kept", "words"),
-    [([], "not seen"), ([0, 0], "not seen"), ([90, 101, 90], "101 bytes of images kept")],
+    [([], "never tested"), ([0, 0], "never tested"), ([90, 101, 90], "101 bytes of images kept")],
 )
 def test_kept_images_beyond_their_bound_or_never_seen_are_a_failure(
     kept: list[int], words: str
 ) -> None:
     with pytest.raises(RuntimeError, match=words):
-        requests.told_of_kept(kept, 100)
-    assert requests.told_of_kept([90, 100], 100) == "at most 100 of 100 bytes kept"
+        requests.describe_kept(kept, 100)
+    assert requests.describe_kept([90, 100], 100) == "at most 100 of 100 bytes kept"
 
 
 @pytest.mark.parametrize(("name", "kept"), [("sam3_kept_images_bytes", 90), ("renamed", None)])
-def test_only_what_the_decoder_says_is_a_sample(name: str, kept: int | None) -> None:
+def test_only_what_the_decoder_reports_is_a_sample(name: str, kept: int | None) -> None:
     class Metrics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -288,7 +288,7 @@ def test_a_refused_export_is_no_verdict_of_readiness(
 
 
 def test_the_load_would_notice_a_mix_up(server: TritonServer) -> None:
-    """With another picture's mask for the right one."""
+    """With another picture's mask in place of the right one."""
     with Client(server.grpc_url) as client:
         asked = questions(client, 2)
     swapped = [type(asked[0])(asked[0].image, asked[0].point, asked[1].mask)]
@@ -314,7 +314,7 @@ def test_a_killed_decoder_is_brought_back(repository: Path, tmp_path: Path) -> N
     assert not any(is_alive(process.pid) for process in family)  # nothing is left behind
 
 
-def test_what_libfaketime_leaves_is_taken_away_and_nothing_of_others(tmp_path: Path) -> None:
+def test_what_libfaketime_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "faketime_shm_1").touch()
     with pytest.raises(KeyboardInterrupt), removing_regions(tmp_path):
         for name in ("faketime_shm_2", "sem.faketime_sem_2", "psm_3"):

@@ -3,8 +3,8 @@ from rich.console import Console
 
 from benchmarks.figures import (
     HEADER,
-    Asked,
     Figure,
+    FigureSpec,
     Target,
     figures_markdown,
     markdown_table,
@@ -35,7 +35,7 @@ def test_verdicts(target: Target, value: float, verdict: str) -> None:
 
 
 def test_a_figure_that_was_not_measured_says_why() -> None:
-    figure = Asked("clicks", "1/s", RATE).missing("this machine has no GPU")
+    figure = FigureSpec("clicks", "1/s", RATE).missing("this machine has no GPU")
     assert figure.verdict == "not measured"
     assert figure.cells() == ("clicks", "—", "85 1/s", "100 1/s", "not measured", figure.note)
     with pytest.raises(ValueError, match="say why"):
@@ -43,7 +43,7 @@ def test_a_figure_that_was_not_measured_says_why() -> None:
 
 
 def test_a_measured_figure_shows_its_spread() -> None:
-    figure = Asked("encode", "ms", Target(12, 10)).measured(Sample((9.0, 11.0, 14.0)), "fp16")
+    figure = FigureSpec("encode", "ms", Target(12, 10)).measured(Sample((9.0, 11.0, 14.0)), "fp16")
     assert figure.cells() == (
         "encode",
         "11 ms (9 ms to 14 ms)",
@@ -69,7 +69,10 @@ def test_quantities(value: float, unit: str, text: str) -> None:
 
 
 def test_tables_have_a_row_for_every_figure() -> None:
-    figures = [Asked("a", "ms").measured(Sample((1.0,))), Asked("b", "ms", RATE).missing("no GPU")]
+    figures = [
+        FigureSpec("a", "ms").measured(Sample((1.0,))),
+        FigureSpec("b", "ms", RATE).missing("no GPU"),
+    ]
     lines = figures_markdown(figures).splitlines()
     assert len(lines) == 4
     assert all(line.count("|") == len(HEADER) + 1 for line in lines)
@@ -79,9 +82,11 @@ def test_tables_have_a_row_for_every_figure() -> None:
 
 
 def test_a_reason_with_brackets_is_shown_as_it_is() -> None:
-    """Rich would take them for its own, and end over one that it does not know."""
+    """Rich would take them for markup, and raise on a tag that it does not know."""
     console = Console(width=200, record=True)
-    console.print(rich_table("title", [Asked("name", "ms").missing("no [/usr/lib/x.so] [1, 2]")]))
+    console.print(
+        rich_table("title", [FigureSpec("name", "ms").missing("no [/usr/lib/x.so] [1, 2]")])
+    )
     assert "no [/usr/lib/x.so] [1, 2]" in console.export_text()
 
 

@@ -1,17 +1,17 @@
-"""What one failure costs a run of the benchmark."""
+"""How a failure affects a benchmark run."""
 
 from __future__ import annotations
 
-from benchmarks.figures import Asked, Target
+from benchmarks.figures import FigureSpec, Target
 from benchmarks.findings import Findings
 from benchmarks.timing import Sample
 
-ENCODE = Asked("encode", "ms", Target(12, 10))
-CLICK = Asked("click", "ms")
-CLICKS = Asked("clicks per second", "1/s", Target(2000, 8000, more_is_better=True))
+ENCODE = FigureSpec("encode", "ms", Target(12, 10))
+CLICK = FigureSpec("click", "ms")
+CLICKS = FigureSpec("clicks per second", "1/s", Target(2000, 8000, more_is_better=True))
 
 
-def test_what_fails_takes_only_its_own_figures_away_and_each_is_told() -> None:
+def test_a_failure_costs_only_its_own_figures_and_each_is_reported() -> None:
     told: list[str] = []
     found = Findings(told.append)
 

@@ -1,4 +1,4 @@
-"""The fuzzing in short, and that its judge would notice what it is there to notice."""
+"""A short fuzzing run, and that the judge notices what it should."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from benchmarks.fuzz.canary import Canary, WrongAnswer
 from benchmarks.fuzz.census import Census
 from benchmarks.fuzz.exchange import CLOSED, HUNG, Answer
 from benchmarks.fuzz.exclusions import is_lethal
-from benchmarks.fuzz.judge import ANSWERED, CUT, FINDING, IN_WORDS, SERVERS_OWN, Verdict, judge
+from benchmarks.fuzz.judge import (
+    ANSWERED,
+    DISCONNECTED,
+    FINDING,
+    FRONTEND_ERROR,
+    REJECTED,
+    Verdict,
+    judge,
+)
 from benchmarks.fuzz.messages import Request, Tensor
 from benchmarks.fuzz.octets import varint
 from benchmarks.fuzz.report import markdown
@@ -30,7 +38,7 @@ from benchmarks.fuzz.run import CLICK_EVERY, Fuzzer, Outcome
 from benchmarks.fuzz.structured import REFUSED, VALID, Case
 from benchmarks.fuzz.subject import DECODER, middle, request
 from benchmarks.fuzz.tally import RECENT, Tally
-from benchmarks.fuzz.valid import Right
+from benchmarks.fuzz.valid import ValidRequest
 from server import TritonServer
 
 SIDE = 4
@@ -44,13 +52,13 @@ def fuzzer(server: TritonServer) -> Iterator[Fuzzer]:
 
 
 def test_every_answer_is_masks_or_a_refusal(fuzzer: Fuzzer, server: TritonServer) -> None:
-    before = Census.of(server.pid)
+    before = Census.from_pid(server.pid)
     fuzzer.run(600, 0)
     assert [finding.line() for finding in fuzzer.tally.findings] == []
-    after = Census.of(server.pid)
+    after = Census.from_pid(server.pid)
     assert after.processes == before.processes
     assert fuzzer.tally.sent == 600
-    assert all(fuzzer.tally.total[outcome] > 20 for outcome in (ANSWERED, IN_WORDS, CUT))
+    assert all(fuzzer.tally.total[outcome] > 20 for outcome in (ANSWERED, REJECTED, DISCONNECTED))
 
 
 def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> None:
@@ -69,7 +77,7 @@ def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> No
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """Have the canary's click fail the time after so many, and never again."""
+    """Have the canary's click succeed `last` times, then fail once and never again."""
     asked = count()
 
     def click(_: Canary) -> None:
@@ -82,7 +90,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
 def test_the_first_failure_ends_both_halves(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As itself, though hypothesis tries the case again and the canary is not asked beside it."""
+    """It is raised itself, although hypothesis replays the case without asking the canary."""
     fail_at(monkeypatch, last=2)
     with closing(Fuzzer(server)) as fuzzer:
         with pytest.raises(WrongAnswer, match="another mask"):
@@ -95,7 +103,7 @@ def test_the_first_failure_ends_both_halves(
 
 
 @pytest.mark.parametrize("error", [WrongAnswer("another mask"), KeyError("of the fuzzer's own")])
-def test_whatever_ends_a_run_the_requests_before_it_are_kept(
+def test_whatever_aborts_a_run_the_requests_before_it_are_saved(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     def fail(fuzzer: Fuzzer, *_: object) -> Outcome:
@@ -121,13 +129,13 @@ def test_every_request_has_a_number_of_its_own() -> None:
     assert tally.sent == 2000
 
 
-def test_memory_is_told_by_the_model(server: TritonServer) -> None:
+def test_memory_is_reported_by_model(server: TritonServer) -> None:
     models = {path.parents[1].name for path in server.repository.glob("*/1/model.*")}
     assert len(models) == 4
-    assert set(Census.of(server.pid).parts) == {"tritonserver", *models}
+    assert set(Census.from_pid(server.pid).parts) == {"tritonserver", *models}
 
 
-def test_a_server_that_takes_a_moment_to_die_is_the_one_that_ended(
+def test_a_server_that_takes_a_moment_to_die_is_the_one_that_crashed(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = 0.0
@@ -142,13 +150,13 @@ def test_a_server_that_takes_a_moment_to_die_is_the_one_that_ended(
 
     monkeypatch.setattr(Canary, "sing", sing)
     monkeypatch.setattr(lethal, "is_alive", lambda _: time.monotonic() < died)
-    assert lethal._try(server, send) == "tritonserver ended (closed)"
+    assert lethal._try(server, send) == "tritonserver crashed (closed)"
     monkeypatch.setattr(lethal, "is_alive", lambda _: True)
-    assert lethal._try(server, send).startswith("a model's process ended")
+    assert lethal._try(server, send).startswith("a model's process crashed")
 
 
 def result(**arrays: Any) -> Any:
-    """What tritonclient hands back."""
+    """A result as tritonclient returns it."""
     outputs = [{"name": name} for name in arrays]
     return SimpleNamespace(get_response=lambda: {"outputs": outputs}, as_numpy=arrays.__getitem__)
 
@@ -158,8 +166,8 @@ def logits(value: float = 0, objects: int = 1, candidates: int = 3) -> Any:
 
 
 def case(expected: str) -> Case:
-    right = request(DECODER, {**middle()})
-    return Case("right", right, expected, Right(right, images=1, objects=1))
+    valid = request(DECODER, {**middle()})
+    return Case("right", valid, expected, ValidRequest(valid, images=1, objects=1))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +194,8 @@ def test_a_result_is_held_to_the_contract(arrays: dict[str, Any], outcome: str) 
 @pytest.mark.parametrize(
     ("code", "text", "outcome"),
     [
-        ("400", "point_labels is 7; accepted are 0 and 1", IN_WORDS),
-        ("NOT_FOUND", "image_id not found", IN_WORDS),
+        ("400", "point_labels is 7; accepted are 0 and 1", REJECTED),
+        ("NOT_FOUND", "image_id not found", REJECTED),
         ("400", "", FINDING),
         ("400", "12", FINDING),
         ("500", "something went wrong", FINDING),
@@ -196,27 +204,27 @@ def test_a_result_is_held_to_the_contract(arrays: dict[str, Any], outcome: str) 
         ("400", "region triton_sam3_0a1b2c3d4e5f_3 is full", FINDING),
         ("400", "cannot identify <BytesIO object at 0x7f00deadbeef>", FINDING),
         ("400", "Traceback (most recent call last)", FINDING),
-        ("500", "Unable to parse 'shape': attempt to access", SERVERS_OWN),
+        ("500", "Unable to parse 'shape': attempt to access", FRONTEND_ERROR),
         (HUNG, "", FINDING),
         (CLOSED, "", FINDING),
     ],
 )
-def test_a_refusal_has_a_sentence_and_tells_nothing(code: str, text: str, outcome: str) -> None:
+def test_a_refusal_has_a_message_and_leaks_nothing(code: str, text: str, outcome: str) -> None:
     assert judge(Answer(code, text), None, True, SIDE).outcome == outcome
 
 
 def test_what_is_expected_counts() -> None:
     refusal = Answer("400", "it is not accepted")
-    assert judge(refusal, case(REFUSED), True, SIDE).outcome == IN_WORDS
+    assert judge(refusal, case(REFUSED), True, SIDE).outcome == REJECTED
     assert judge(refusal, case(VALID), True, SIDE).outcome == FINDING
     full = Answer("UNAVAILABLE", "Exceeds maximum queue size")
-    assert judge(full, case(VALID), True, SIDE).outcome == IN_WORDS
+    assert judge(full, case(VALID), True, SIDE).outcome == REJECTED
     answered = Answer("200", result=result(low_res_masks=logits()))
     assert judge(answered, case(REFUSED), True, SIDE).outcome == FINDING
 
 
 def test_only_broken_framing_may_be_hung_up_on() -> None:
-    assert judge(Answer(CLOSED), None, False, SIDE).outcome == CUT
+    assert judge(Answer(CLOSED), None, False, SIDE).outcome == DISCONNECTED
 
 
 @pytest.mark.parametrize(
@@ -224,11 +232,11 @@ def test_only_broken_framing_may_be_hung_up_on() -> None:
     [((1, 1, 1, 2), False), ((1, 2**31, 1, 2), False), ((1, 2**32, 2**31, 2), True),
      ((1, 0, 2**62, 2), True)],
 )  # fmt: skip
-def test_shapes_that_end_the_decoder_are_known(shape: tuple[int, ...], lethal: bool) -> None:
+def test_shapes_that_crash_the_decoder_are_known(shape: tuple[int, ...], lethal: bool) -> None:
     assert is_lethal(Request(DECODER, (Tensor("point_coords", "FP32", shape),))) is lethal
 
 
-def test_values_spelled_out_in_a_huge_shape_end_the_server_and_are_known() -> None:
+def test_values_in_json_for_a_huge_shape_crash_the_server_and_are_known() -> None:
     def spelled(*shape: int) -> Request:
         return Request(DECODER, (Tensor("point_coords", "FP32", shape, values=[0.5]),))
 
@@ -236,23 +244,23 @@ def test_values_spelled_out_in_a_huge_shape_end_the_server_and_are_known() -> No
     assert not is_lethal(spelled(1, 2000, 1, 2))
 
 
-def test_a_callers_own_word_is_no_leak() -> None:
+def test_quoting_the_caller_is_no_leak() -> None:
     answer = Answer("400", "unexpected input masks.py")
     assert judge(answer, None, True, SIDE).outcome == FINDING
-    assert judge(answer, None, True, SIDE, b"masks.py").outcome == IN_WORDS
+    assert judge(answer, None, True, SIDE, b"masks.py").outcome == REJECTED
 
 
-def test_strings_that_are_ranked_end_the_server_and_are_known() -> None:
+def test_classification_of_strings_crashes_the_server_and_is_known() -> None:
     ranked = {"name": "image_id", "parameters": {"classification": 1}}
     assert is_lethal(Request(DECODER, (), outputs=(ranked,)))
     assert not is_lethal(Request(DECODER, (), outputs=({"name": "image_id"},)))
 
 
-def test_numbers_as_protobuf_spells_them() -> None:
+def test_numbers_are_encoded_as_protobuf_varints() -> None:
     assert [varint(n) for n in (0, 127, 300)] == [b"\0", b"\x7f", b"\xac\x02"]
 
 
-def test_a_process_started_anew_is_noticed_and_written_down(tmp_path: Path) -> None:
+def test_a_restarted_process_is_noticed_and_reported(tmp_path: Path) -> None:
     marks = [
         Census(frozenset({(1, started)}), 2 * 2**20, {"tritonserver": 2**20}, 0)
         for started in (1.0, 2.0)

@@ -1,4 +1,4 @@
-"""Curves, and what one peer's failure costs the others."""
+"""Curves, and that one peer's failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGE = cast(
 
 
 def crowds_without(failing: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tables of a crowd's growth in which one peer fails, and what was told."""
+    """The table of clicks per second when one peer fails, and what was reported."""
 
     def measure(make: Callable[[], Peer], photo: Photo, clients: int, _: float) -> Throughput:
         if make == STAGE.makers[failing]:
@@ -43,7 +43,8 @@ def test_a_peer_that_fails_under_a_crowd_leaves_ours_its_curve(
     assert "| ours | 10 1/s | 160 1/s |" in table
     assert f"| {HTTP} | — | — |" in table
     assert (
-        reason == f"{HTTP}, a crowd: not measured, RuntimeError: a caller failed: connection reset"
+        reason == f"{HTTP}, concurrent clickers: not measured, RuntimeError: a caller failed: "
+        "connection reset"
     )
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark's packs: what goes in, and parts that come one by one, in any order."""
+"""The GPU benchmark's packs: their contents, and parts that arrive one by one, in any order."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def test_parts_are_of_the_size_and_join_again(folder: Path) -> None:
     assert offline.join(folder, "base") == CONTENT
 
 
-def test_a_part_that_has_not_come_is_named(folder: Path) -> None:
+def test_a_part_that_has_not_arrived_is_named(folder: Path) -> None:
     (folder / "base.tar.xz.01").unlink()
-    with pytest.raises(ValueError, match=r"not whole yet: bring base\.tar\.xz\.01$"):
+    with pytest.raises(ValueError, match=r"base is incomplete: copy base\.tar\.xz\.01 too$"):
         offline.join(folder, "base")
 
 
-def test_a_part_that_was_cut_is_not_unpacked(folder: Path) -> None:
+def test_a_truncated_part_is_not_unpacked(folder: Path) -> None:
     (folder / "base.tar.xz.02").write_bytes(b"cut")
     with pytest.raises(ValueError, match="base is damaged"):
         offline.join(folder, "base")
 
 
 @pytest.mark.parametrize(
-    ("name", "goes"),
+    ("name", "packed"),
     [
         ("pytriton/tritonserver/bin/tritonserver", True),
         ("pytriton/tritonserver/python_backend_stubs/3.12/triton_python_backend_stub", True),
@@ -57,12 +57,12 @@ def test_a_part_that_was_cut_is_not_unpacked(folder: Path) -> None:
         ("numpy/core/numeric.py", True),
     ],
 )
-def test_only_what_runs_there_goes_in(name: str, goes: bool) -> None:
-    assert offline.wanted(name, "3.12") is goes
+def test_only_what_runs_there_goes_in(name: str, packed: bool) -> None:
+    assert offline.wanted(name, "3.12") is packed
 
 
 @pytest.mark.parametrize(
-    ("source", "needless"),
+    ("source", "unneeded"),
     [
         ("moe_gemm_kernels_fp16_fp4_cu", True),
         ("flash_fwd_hdim64_fp16_sm80_cu", False),
@@ -75,5 +75,5 @@ def test_only_what_runs_there_goes_in(name: str, goes: bool) -> None:
         ("", False),
     ],
 )
-def test_the_encoders_own_kernels_go(source: str, needless: bool) -> None:
-    assert bool(offline.NEEDLESS_KERNELS.search(source)) is needless
+def test_the_encoders_own_kernels_go(source: str, unneeded: bool) -> None:
+    assert bool(offline.UNNEEDED_KERNELS.search(source)) is unneeded

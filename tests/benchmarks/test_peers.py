@@ -1,4 +1,4 @@
-"""Every way to click gives Meta's mask; otherwise their times would mean nothing."""
+"""Every peer gives Meta's mask; otherwise their times would be meaningless."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def everything(repository: Path) -> Iterator[Stage]:
 
 
 def test_masks_agree(everything: Stage) -> None:
-    """On two things: where the model is in doubt, a rounded pixel decides what it shows."""
+    """On two clear objects: where the model is uncertain, a rounded pixel can change the mask."""
     for place in ((210.0, 210.0), (450.0, 150.0)):
         reference = everything.clicks[IN_PROCESS](*place)
         assert reference.shape == everything.photo.shape[:2]
@@ -49,7 +49,7 @@ def test_every_peers_first_mask_is_timed(everything: Stage) -> None:
 
 
 def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Stage) -> None:
-    """By the decoder's own account of the very same clicks, so that it is never less than none."""
+    """By the decoder's metrics for exactly the same clicks, so that it is never negative."""
     cost = measures.server_cost(everything, blocks=2, clicks=4)
     for click, compute, server in zip(
         *(cost[name].values for name in ("click", "compute", "server")), strict=True
@@ -59,13 +59,13 @@ def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Sta
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name not in (IN_PROCESS, WHOLE)])
-def test_a_crowd_is_answered(name: str, everything: Stage) -> None:
+def test_concurrent_clicks_are_answered(name: str, everything: Stage) -> None:
     found = load.measure(everything.makers[name], everything.photo, clients=3, duration=1.0)
     assert found.per_second > 0
 
 
 class _ToldLast(ConnectionError):
-    """Takes its words from a file, which another caller writes, and a moment more."""
+    """Waits for its message in a file, which another caller writes, and a moment longer."""
 
     def __str__(self) -> str:
         path: Path = self.args[0]
@@ -77,7 +77,7 @@ class _ToldLast(ConnectionError):
 
 @dataclass
 class _RefusesOne:
-    """Answers about every photo but the first caller's."""
+    """Answers about every photo except the first caller's."""
 
     path: Path
 
@@ -94,7 +94,7 @@ class _RefusesOne:
         pass
 
 
-def test_what_failed_is_told_and_not_that_others_waited_for_it(
+def test_the_original_failure_is_reported_not_that_others_waited_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(load, "_shares", lambda clients: [1] * clients)
@@ -111,7 +111,7 @@ def test_callers_share_processes_and_none_is_forgotten() -> None:
 
 
 def test_another_photo_has_the_same_pixels_in_other_places(everything: Stage) -> None:
-    other = load.another(everything.photo, 3)
+    other = load.shifted(everything.photo, 3)
     assert other.shape == everything.photo.shape
     assert not np.array_equal(other, everything.photo)
     assert other.sum() == everything.photo.sum()

@@ -1,4 +1,4 @@
-"""Real runs of perf_analyzer; where it cannot be had, the tests are skipped with the reason."""
+"""Real runs of perf_analyzer; if it is unavailable, the tests are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def inputs(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("inputs")
-def test_a_run_is_read_and_told_as_it_was(
+def test_a_run_is_parsed_and_reported_as_it_was(
     server: TritonServer, analyzer: PerfAnalyzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That every transport takes its files, the README's own commands show in a test of theirs."""
+    """tests/test_readme.py runs the README's commands, which cover every transport's files."""
     typed: list[str] = []
     run_as_typed = PerfAnalyzer.run
 
@@ -65,13 +65,13 @@ def test_every_model_is_driven_over_every_transport_it_takes() -> None:
     driven = {(case.model, case.transport) for case in cases()}
     models = ("sam3_image_encoder", "sam3_interactive", "sam3_prompt_decoder")
     wanted = {(model, transport) for model in models for transport in (GRPC, HTTP, SHARED_MEMORY)}
-    # perf_analyzer takes no shared memory for a model whose optional inputs are left out.
+    # With shared memory, perf_analyzer does not support omitting a model's optional inputs.
     assert driven == wanted - {("sam3_prompt_decoder", SHARED_MEMORY)}
 
 
-def test_a_run_without_end_is_a_failure_too() -> None:
+def test_a_run_that_times_out_is_a_failure_too() -> None:
     endless = ["-c", "echo warming up; exec sleep 60"]
-    with pytest.raises(PerfAnalyzerError, match=r"within 1 s: warming up"):
+    with pytest.raises(PerfAnalyzerError, match=r"timed out after 1 s: warming up"):
         PerfAnalyzer("sh", "").run(endless, timeout=1)
 
 

@@ -1,4 +1,4 @@
-"""perf_analyzer's input files against the configs that the server reads."""
+"""perf_analyzer's input files against the server's configs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import perf_inputs
+from export.check import PHOTOS
 from export.repository import read_config
 from server import TritonServer
 
@@ -66,7 +67,7 @@ def _check_tensor(value: dict[str, Any], config: Any) -> None:
 
 def test_cold_requests_bring_different_photos(files: dict[str, Path]) -> None:
     images = [r["image"]["b64"] for r in json.loads(files[perf_inputs.ENCODER].read_text())["data"]]
-    assert len(set(images)) == len(images) == len(perf_inputs.PHOTOS)
+    assert len(set(images)) == len(images) == len(PHOTOS)
 
 
 def test_mixed_requests_take_turns(files: dict[str, Path]) -> None:

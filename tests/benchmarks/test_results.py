@@ -36,7 +36,7 @@ def test_rewriting_leaves_everything_else_as_it_was(tmp_path: Path) -> None:
 def test_a_page_with_broken_markers_is_left_alone(text: str, tmp_path: Path) -> None:
     page = tmp_path / "RESULTS.md"
     page.write_text(text)
-    with pytest.raises(ValueError, match="do not pair up"):
+    with pytest.raises(ValueError, match="are not paired"):
         write_section("a", "new", page)
     assert page.read_text() == text
 

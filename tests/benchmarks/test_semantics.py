@@ -1,4 +1,4 @@
-"""The table of semantics: what counts as passed, and that the marked tests are found."""
+"""The semantics table: what counts as passed, and that the marked tests are found."""
 
 from __future__ import annotations
 

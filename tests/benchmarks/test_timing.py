@@ -39,7 +39,7 @@ def test_an_empty_sample_is_refused() -> None:
 
 
 def test_ratio_and_difference_compare_within_a_round() -> None:
-    # The machine is twice as slow in the second round; that must not show in the ratio.
+    # The machine is twice as slow in the second round; the ratio must not show it.
     ours, theirs = Sample((1.0, 2.0, 1.0)), Sample((4.0, 8.0, 4.0))
     assert ratio(ours, theirs).values == (0.25, 0.25, 0.25)
     assert difference(theirs, ours).values == (3.0, 6.0, 3.0)

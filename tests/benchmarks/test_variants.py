@@ -1,4 +1,4 @@
-"""Narrower encoders: who is within the gate, and what cannot be run here."""
+"""Narrower encoders: which are within the gate, and which cannot run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training batches: pictures, masks and prompts turned and scaled alike."""
+"""Training batches: pictures, masks and prompts are rotated and scaled alike."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from demo.batches import BOX_ERROR, Objects, batches, correct
-from demo.model import LOGIT_LIMIT, Answer, sized
+from demo.model import Answer, sized
 from demo.pictures import Pictures
 from demo.scenes import generate
+from export.architecture import LOGIT_LIMIT
 
 SIZE = 112
 

@@ -1,4 +1,4 @@
-"""Losses: what is right costs less, and every part of the model hears of it."""
+"""Losses: right answers cost less, and every part of the model gets a gradient."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_pixel_loss_reaches_trunk_neck_upscaling_and_hypernetwork() -> None:
 
 
 def test_a_pixel_asks_only_about_its_own_picture() -> None:
-    """The pixel loss takes objects in turns: picture 0, 1, 0, 1."""
+    """The pixel loss takes objects interleaved by picture: 0, 1, 0, 1."""
     model = build(0, SIZE)
     side = model.architecture.mask_size
     images = torch.randn(2, 3, SIZE, SIZE, requires_grad=True)

@@ -1,4 +1,4 @@
-"""`python -m demo` as a newcomer runs it: to its end, and stopped at every stage."""
+"""`python -m demo` as a newcomer runs it: to completion, and interrupted at every stage."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ exported = sys.argv.pop()
 program._export = lambda models: shutil.copytree(exported, models)
 sys.exit(program.main())
 """
-"""The program with a copy in place of its export; by a link, its server would not be found."""
+"""The program with a copy instead of its export; with a link, its server would not be found."""
 
 
 @contextmanager
 def demo(
     folder: Path, exported: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], set[str]]]:
-    """The program in a folder of its own; it must leave no process and no shared memory.
+    """Run the program in its own folder; it must leave no process and no shared memory behind.
 
-    With it come the prefixes of its servers' shared memory, as they are seen. It serves a copy of
-    `exported`, where that is given, and spares itself the export.
+    Also yields the prefixes of its servers' shared memory as they are seen. If `exported` is given,
+    the program serves a copy of it instead of exporting.
     """
     prefixes: set[str] = set()
     program = ["-m", "demo"] if exported is None else ["-c", EXPORTED, str(exported)]
@@ -72,7 +72,7 @@ def demo(
 
 
 def _note_prefixes(process: subprocess.Popen[str], prefixes: set[str]) -> None:
-    """Of the shared memory of servers that the program starts; others' comes and goes too."""
+    """Collect the shared memory prefixes of the program's servers; others come and go too."""
     while process.poll() is None:
         with suppress(psutil.Error):
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -80,11 +80,11 @@ def _note_prefixes(process: subprocess.Popen[str], prefixes: set[str]) -> None:
         time.sleep(0.2)
 
 
-def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
+def test_it_finishes_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     with demo(tmp_path) as (process, prefixes):
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert prefixes  # else nobody would have looked for shared memory
+    assert prefixes  # otherwise the check for shared memory would be empty
     for name in PICTURES:
         picture = cv2.imread(str(tmp_path / OUTPUT / f"{name}.png"))
         assert picture is not None
@@ -97,7 +97,7 @@ def test_it_ends_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     assert "python -m export --checkpoint sam3.pt" in said
     config = read_config(tmp_path / OUTPUT / "models", DECODER)
     kinds = {group.kind for group in config.instance_group}
-    # Triton may see a GPU that is none to torch.
+    # Triton may see a GPU that torch does not.
     assert torch.cuda.is_available() or kinds == {model_config_pb2.ModelInstanceGroup.KIND_CPU}
 
 
@@ -115,7 +115,7 @@ def test_what_to_do_next_can_be_pasted_wherever_it_lies(
 def _failure(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What the program says that fails in a folder."""
+    """The message of the program that fails in a folder."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["demo"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests have their own
@@ -124,7 +124,7 @@ def _failure(
     return sentence
 
 
-def test_a_failed_export_is_told_in_a_sentence(
+def test_a_failed_export_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / OUTPUT / "models").mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_a_failed_export_is_told_in_a_sentence(
     assert said.startswith(f"error: refusing to replace {OUTPUT}/models: it contains mine")
 
 
-def test_a_damaged_checkpoint_is_told_in_a_sentence(
+def test_a_damaged_checkpoint_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = tmp_path / "checkpoint.pt"
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_told_in_a_sentence(
     assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged, incomplete")
 
 
-def test_a_graph_that_fits_no_config_is_told_in_a_sentence(
+def test_a_graph_that_fits_no_config_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def disagree(*_: object, **__: object) -> None:
@@ -172,8 +172,8 @@ def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path, repository: Path) -> 
                 if after in line:
                     break
             else:
-                pytest.fail(f"ended before {after!r}")
-            while not prefixes:  # until its server is there
+                pytest.fail(f"exited before {after!r}")
+            while not prefixes:  # until its server has started
                 assert process.poll() is None
                 time.sleep(0.05)
         else:
@@ -185,6 +185,6 @@ def test_ctrl_c_leaves_nothing(after: str, tmp_path: Path, repository: Path) -> 
 
 
 def _wait_until_exporting(pid: int, folder: Path) -> None:
-    """Until the first file of the new repository is there."""
+    """Wait for the first file of the new repository."""
     while not list(folder.glob(f"{OUTPUT}/**/*.pbtxt")):
         assert psutil.pid_exists(pid)

@@ -1,4 +1,4 @@
-"""The measured program, and the weights that come with the repository."""
+"""`demo.measure`, and the weights that come with the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_weights_are_of_the_declared_architecture_and_small(model: Interacti
     assert DEMO_CHECKPOINT.stat().st_size <= 20 * 2**20
 
 
-def test_every_object_is_asked_for_by_every_kind_of_prompt(model: InteractiveModel) -> None:
+def test_every_object_is_prompted_in_every_way(model: InteractiveModel) -> None:
     ious = measure.measure(model, range(2))
     kinds = [measure.CLICK, measure.SINGLE, measure.SECOND, measure.THIRD, measure.BOX]
     assert set(ious) == set(kinds)

@@ -1,4 +1,4 @@
-"""The demo model: the folded neck equals Meta's, sizes change, prompts reach the decoder."""
+"""The demo model: the fused neck equals Meta's, sizes change, prompts reach the decoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.model import ARCHITECTURE, Prompts, build, decode, encode, normalise, resized, start_from
+from demo.model import (
+    ARCHITECTURE,
+    Prompts,
+    build,
+    decode,
+    encode,
+    init_patch_embedding,
+    normalise,
+    resized,
+)
 from export.architecture import InteractiveModel
 
 SIZE = 112
@@ -31,7 +40,7 @@ def test_pixels_become_minus_one_to_one() -> None:
     assert normalise(white * 0).min() == -1
 
 
-def test_the_folded_neck_equals_the_model_s(model: InteractiveModel, images: Tensor) -> None:
+def test_the_fused_neck_equals_the_model_s(model: InteractiveModel, images: Tensor) -> None:
     for wanted, got in zip(model.encode(images), encode(model, images), strict=True):
         assert (wanted - got).abs().max() < 1e-4 * wanted.abs().max()
 
@@ -69,7 +78,7 @@ def test_patches_start_as_their_principal_components() -> None:
     model = build(0, SIZE)
     rng = np.random.default_rng(0)
     tint = rng.integers(0, 256, (8, 1, 1, 3), dtype=np.uint8)
-    start_from(model, np.broadcast_to(tint, (8, SIZE, SIZE, 3)))
+    init_patch_embedding(model, np.broadcast_to(tint, (8, SIZE, SIZE, 3)))
     filters = model.trunk.patch_embed.proj.weight.flatten(1)
     strongest = filters[-3:].view(3, 3, -1)
     assert strongest.std(-1).max() < 1e-2 * strongest.abs().max()

@@ -1,4 +1,4 @@
-"""Generated pictures: repeatable, labelled without gaps, and never of one look."""
+"""Generated pictures: reproducible, labelled without gaps, and varied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from demo import shapes
-from demo.scenes import LEAST_AREA, Scene, generate
+from demo.scenes import MIN_AREA, Scene, generate
 from demo.shapes import Pose
 
 SIZE = 112
@@ -36,7 +36,7 @@ def test_objects_are_numbered_without_gaps_and_large_enough(scenes: list[Scene])
         numbers = set(np.unique(scene.labels)) - {0}
         assert numbers == set(range(1, len(scene.masks) + 1))
         assert numbers
-        assert scene.masks.sum((1, 2)).min() >= LEAST_AREA * SIZE * SIZE
+        assert scene.masks.sum((1, 2)).min() >= MIN_AREA * SIZE * SIZE
 
 
 def test_masks_are_disjoint_and_cover_the_labels(scenes: list[Scene]) -> None:
@@ -46,7 +46,7 @@ def test_masks_are_disjoint_and_cover_the_labels(scenes: list[Scene]) -> None:
 
 
 def test_objects_differ_from_what_surrounds_them(scenes: list[Scene]) -> None:
-    """An object nobody could see would teach nothing: most differ in colour from the rest."""
+    """An invisible object would teach nothing: most differ in colour from the rest."""
     visible = []
     for scene in scenes:
         for mask in scene.masks:

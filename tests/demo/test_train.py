@@ -1,4 +1,4 @@
-"""Training: it learns, changes the size midway, and goes on after an interruption."""
+"""Training: it learns, changes the size midway, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from export import checkpoint
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four pictures a chunk, two a step, so that a step takes a moment."""
+    """Four pictures per chunk and two per step, so that a step is quick."""
     monkeypatch.setattr(pictures, "CHUNK", 4)
     monkeypatch.setattr(train, "BATCH", 2)
     monkeypatch.setattr(train, "QUERIES", 4)
@@ -53,7 +53,7 @@ def test_rates_rise_stay_and_fall() -> None:
     assert train.rate(1) == pytest.approx(0)
 
 
-def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Path) -> None:
+def test_a_run_writes_a_full_size_checkpoint_and_resumes(few: None, tmp_path: Path) -> None:
     train._train(settings(tmp_path, 4))
     model = checkpoint.load(tmp_path / "model.pt")
     assert model.architecture == ARCHITECTURE
@@ -62,11 +62,11 @@ def test_a_run_writes_a_full_size_checkpoint_and_goes_on(few: None, tmp_path: Pa
     train._train(settings(tmp_path, before + 2))
     assert torch.load(tmp_path / "state.pt", weights_only=False)["step"] > before
     other = replace(settings(tmp_path, before + 4), start=tmp_path / "model.pt")
-    with pytest.raises(typer.BadParameter, match="began with nothing, and would go on"):
+    with pytest.raises(typer.BadParameter, match="started from scratch, which would be resumed"):
         train._train(other)
 
 
-def test_a_checkpoint_goes_on_at_full_size_with_rates_that_fall(few: None, tmp_path: Path) -> None:
+def test_a_checkpoint_continues_at_full_size_with_falling_rates(few: None, tmp_path: Path) -> None:
     trained = build(5, train.SMALL)
     checkpoint.save(resized(trained, ARCHITECTURE.image_size), tmp_path / "first.pt")
     goes_on = replace(settings(tmp_path, 2), start=tmp_path / "first.pt", begin=0.85)
@@ -85,7 +85,7 @@ def test_one_batch_is_learnt(few: None) -> None:
     """The pixel loss falls by a third in a few steps on one batch: gradients are right."""
     scene = generate(0, 112)
     shown = Pictures([scene.image[None]], [scene.labels[None]])
-    run = train.start(build(0, train.SMALL))
+    run = train.new_run(build(0, train.SMALL))
     images, objects = next(batches(shown, run.model.architecture, 1, 8, np.random.default_rng(0)))
     for _ in range(25):
         train.train_step(run, images, objects, 0.05, np.random.default_rng(0))

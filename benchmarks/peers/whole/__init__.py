@@ -1,4 +1,4 @@
-"""Meta's predictor, whole, in a Triton Python backend: repository and caller."""
+"""Meta's complete predictor in a Triton Python backend: repository and caller."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.wire import tensor
 MODEL = "sam3_whole"
 SOURCES = Path(__file__).resolve().parent
 PACKAGES = ("benchmarks", "export")
-"""Of this checkout, imported by the model."""
+"""Packages of this checkout that the model imports."""
 
 
 def write_repository(folder: Path, checkpoint: Path, device: str = "cpu") -> Path:
-    """A model repository with the one model; returns `folder`."""
+    """Write a model repository with the one model; returns `folder`."""
     version = folder / MODEL / "1"
     version.mkdir(parents=True)
     shutil.copy(SOURCES / "model.py", version)
-    # Triton's stub ignores PYTHONPATH and looks for packages beside the model.
+    # Triton's stub ignores PYTHONPATH and looks for packages next to the model.
     for package in PACKAGES:
         (version / package).symlink_to(ROOT / package)
     parameters = {"checkpoint": str(checkpoint.resolve()), "device": device}
@@ -37,7 +37,7 @@ def write_repository(folder: Path, checkpoint: Path, device: str = "cpu") -> Pat
 
 
 class WholeInTriton:
-    """The server keeps the last image only, so several photos take turns badly."""
+    """The server keeps only the last image, so it cannot serve several photos at once."""
 
     def __init__(self, url: str) -> None:
         self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
@@ -48,7 +48,7 @@ class WholeInTriton:
         return self.ask
 
     def ask(self, x: float, y: float, photo: Photo | None = None) -> Mask:
-        """Click on a photo, or on the one the server saw last."""
+        """Click on a photo, or on the last one that the server received."""
         inputs = [
             tensor("point_coords", np.array([[x, y]], np.float32)),
             tensor("point_labels", np.ones(1, np.int32)),

@@ -1,4 +1,4 @@
-"""Triton's side of `sam3_whole`: Meta's predictor, unchanged, behind one model."""
+"""The Triton model `sam3_whole`: Meta's predictor, unchanged, behind one model."""
 
 from __future__ import annotations
 
