@@ -157,17 +157,41 @@ def build_context() -> set[Path]:
     return context
 
 
-def test_the_image_has_every_module_that_process_1_imports(tmp_path: Path) -> None:
-    """From what the build context lets through, and the standard library, alone."""
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A folder with the files that the build context lets through."""
+    folder = tmp_path / "image"
     for source in build_context():
-        copy = tmp_path / source.relative_to(ROOT)
+        copy = folder / source.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, copy)
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import docker.entrypoint.__main__"
+    return folder
+
+
+def test_everything_that_reaches_the_build_is_copied() -> None:
+    sources = [ROOT / source for line in instruction("COPY") for source in line.split()[:-1]]
+    for path in build_context():
+        assert any(path.is_relative_to(source) for source in sources), path
+
+
+def test_the_image_has_every_module_that_process_1_imports(image: Path) -> None:
+    """Imports find only what the build context lets through, and the standard library."""
+    script = f"import sys; sys.path.insert(0, {str(image)!r}); import docker.entrypoint.__main__"
+    loaded = run([sys.executable, "-I", "-S", "-c", script], cwd=image)
+    assert loaded.returncode == 0, loaded.stderr
+    assert not (image / "server" / "__main__.py").exists()
+    assert not (image / "server" / "backends").exists()
+
+
+def test_the_entrypoint_is_found_beside_the_docker_sdk(image: Path, tmp_path: Path) -> None:
+    """A namespace package would lose to the SDK's regular one, even one later on the path."""
+    sdk = tmp_path / "site-packages" / "docker"
+    sdk.mkdir(parents=True)
+    (sdk / "__init__.py").touch()
+    path = [str(image), str(sdk.parent)]
+    script = f"import sys; sys.path[:0] = {path!r}; import docker.entrypoint.__main__"
     loaded = run([sys.executable, "-I", "-S", "-c", script], cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
-    assert not (tmp_path / "server" / "__main__.py").exists()
-    assert not (tmp_path / "server" / "backends").exists()
 
 
 def test_compose_is_valid(tool: Callable[[str, str], Path]) -> None:

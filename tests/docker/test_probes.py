@@ -62,7 +62,7 @@ def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
     target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
     for probe in (startup, live, ready):
         began = time.monotonic()
-        with pytest.raises(ProbeFailed, match="nobody listens"):
+        with pytest.raises(ProbeFailed, match="nothing listens"):
             probe(target, 30.0)
         assert time.monotonic() - began < 15
 

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz.census import is_alive
-from docker.entrypoint.serve import SICK, Options, arguments
+from docker.entrypoint.serve import EXIT_UNHEALTHY, Options, arguments
 from server.command import ENVIRONMENT, Address
 from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_load_ends_it_with_an_error(repository: Path, tmp_pa
 
 def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
     with Container(tmp_path / "nothing", tmp_path) as one:
-        assert one.process.wait(30) == SICK
+        assert one.process.wait(30) == EXIT_UNHEALTHY
     (record,) = one.records()
     assert record["level"] == "fatal"
     assert "No model repository" in record["message"]
@@ -177,7 +177,7 @@ def test_no_room_for_temporary_files_is_said_in_one_line(repository: Path, tmp_p
     one = Container(repository, tmp_path)
     one.drain_mark.mkdir()
     with one:
-        assert one.process.wait(30) == SICK
+        assert one.process.wait(30) == EXIT_UNHEALTHY
     (record,) = one.records()
     assert record["level"] == "fatal"
     assert str(one.drain_mark) in record["message"]
@@ -191,7 +191,7 @@ def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path:
         family = one.descendants()
         (stub,) = one.stubs("sam3_prompt_decoder")
         stub.kill()
-        assert one.process.wait(120) == SICK
+        assert one.process.wait(120) == EXIT_UNHEALTHY
         assert not [process for process in family if is_alive(process.pid)]
     said = "".join(r["message"] for r in one.records() if r["source"] == "entrypoint")
     # Before them a busy machine may have been too slow, which by itself ends nothing.
