@@ -33,7 +33,7 @@ def inputs(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_is_read_and_told_as_it_was(
     server: TritonServer, analyzer: PerfAnalyzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That every transport takes its files, the README's own commands show in a test of theirs."""
+    """Whether every transport accepts its files is tested by running the documented commands."""
     typed: list[str] = []
     run_as_typed = PerfAnalyzer.run
 
