@@ -101,7 +101,7 @@ MEASURING = ("bench", "perf")
 
 
 def make(words: list[str]) -> None:
-    """CI runs make demo and make test itself: check that it does, and that make knows the target."""
+    """CI itself runs make demo and make test: check that it does, and that make knows them."""
     assert words[1] in MEASURING or f"make {words[1]}\n" in (ROOT / ".ci" / "run").read_text()
     subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
