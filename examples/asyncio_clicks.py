@@ -1,4 +1,4 @@
-"""Several people click on their own photos at once, served by one asyncio client.
+"""Several people click on their own photos at once, through one asyncio client.
 
 python examples/asyncio_clicks.py cat.jpg coffee.jpg
 """
@@ -26,4 +26,6 @@ async def main(*photos: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     asyncio.run(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A detector's boxes in, masks out: `supervision.Detections` on both sides.
+"""Turn a detector's boxes into masks, with `supervision.Detections` on both sides.
 
 python examples/boxes_to_masks.py coins.png
 """
@@ -17,7 +17,7 @@ URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
 
 
 def detect(image: NDArray[np.uint8]) -> sv.Detections:
-    """Your detector. This one takes bright spots for coins."""
+    """Stand in for your detector: treat bright spots as coins."""
     _, bright = cv2.threshold(image[:, :, 0], 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     _, _, stats, _ = cv2.connectedComponentsWithStats(bright)
     x, y, width, height, _ = stats[1:][stats[1:, cv2.CC_STAT_AREA] > 500].T
@@ -31,9 +31,9 @@ def detect(image: NDArray[np.uint8]) -> sv.Detections:
 def main(path: str) -> None:
     image = cv2.imread(path)
     if image is None:
-        sys.exit(f"there is no image {path!r} that OpenCV can read")
+        sys.exit(f"{path!r} is not an image that OpenCV can read")
     boxes = detect(image)
-    with Client(URL) as client:  # all boxes go in one request
+    with Client(URL) as client:  # all boxes are sent in one request
         result = client.segment(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), boxes=boxes)
     detections = result.to_supervision()
     for name, area in zip(detections["class_name"], detections.area, strict=True):
@@ -43,4 +43,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,11 +1,11 @@
-"""Click on a photo in a browser: the page, and the back end of its own that a page needs.
+"""Click on a photo in a browser: serves the page and the back end that it needs.
 
 python examples/browser.py photo.jpg [port]        then open http://127.0.0.1:8080
 
     browser ── WebSocket: a click as JSON ──► this process ── gRPC: a click, no pixels ──► Triton
             ◄────── its mask as a PNG ───────              ◄─────────── logits ───────────
 
-Every tab has an object of its own, for as long as it is open. Needs the client alone.
+Every tab has its own object, for as long as it is open. Needs only the client.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ BLUE, OPACITY = (30, 144, 255), 150
 
 
 def png(result: Segmentation) -> str:
-    """The mask in blue on nothing, as a data URL; nothing at all where there is no object."""
+    """The mask in blue on a transparent background, as a data URL; empty if there is no object."""
     if not len(result):
         return ""
     picture = Image.fromarray(result.masks[0].view(np.uint8))
@@ -39,8 +39,8 @@ def png(result: Segmentation) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def asked(view: AsyncView, message: dict[str, Any]) -> Awaitable[Segmentation]:
-    """What a tab asks for: to take back a click, to begin anew, or a click."""
+def apply(view: AsyncView, message: dict[str, Any]) -> Awaitable[Segmentation]:
+    """Do what a tab asks for: undo a click, reset, or add a click."""
     if message.get("undo"):
         return view.undo()
     if message.get("reset"):
@@ -49,13 +49,13 @@ def asked(view: AsyncView, message: dict[str, Any]) -> Awaitable[Segmentation]:
 
 
 async def clicks(client: AsyncClient, photo: str, tab: web.WebSocketResponse) -> None:
-    """One tab's clicks, each answered with the object's mask or with why there is none."""
+    """Answer one tab's clicks, each with the object's mask or the reason why there is none."""
     async with client.open(photo) as view:
         async for message in tab:
             if message.type is not WSMsgType.TEXT:
                 continue
             try:
-                result = await asked(view, message.json())
+                result = await apply(view, message.json())
             except SAM3Error as error:
                 await tab.send_json({"error": str(error)})
             else:
@@ -64,13 +64,13 @@ async def clicks(client: AsyncClient, photo: str, tab: web.WebSocketResponse) ->
 
 
 def application(photo: str) -> web.Application:
-    """The page, its photo, and a WebSocket for each tab."""
+    """Serve the page, its photo, and a WebSocket for each tab."""
 
     async def page(_: web.Request) -> web.FileResponse:
         return web.FileResponse(PAGE)
 
     async def picture(_: web.Request) -> web.FileResponse:
-        return web.FileResponse(photo)  # browsers turn it by its EXIF, as the client does
+        return web.FileResponse(photo)  # browsers apply its EXIF orientation, as the client does
 
     async def tab(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
@@ -93,4 +93,6 @@ def main(photo: str, port: str = "8080") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

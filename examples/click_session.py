@@ -12,8 +12,6 @@ URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
 
 
 def main(photo: str, *clicks: str) -> None:
-    if not clicks:
-        sys.exit("give at least one click: x,y or x,y,0")
     with Client(URL) as client, client.open(photo) as view:
         for click in clicks:
             x, y, *label = map(float, click.split(","))
@@ -24,4 +22,6 @@ def main(photo: str, *clicks: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Give a COCO data set that has boxes the masks that it lacks.
+"""Add masks to a COCO data set that has only boxes.
 
 python examples/folder_to_coco.py images/ boxes.json masks.json
 """
@@ -23,19 +23,21 @@ def corners(bbox: list[float]) -> list[float]:
 
 def main(folder: str, boxes: str, masks: str) -> None:
     dataset = json.loads(Path(boxes).read_text())
-    of_image: dict[int, list[Any]] = {image["id"]: [] for image in dataset["images"]}
+    by_image: dict[int, list[Any]] = {image["id"]: [] for image in dataset["images"]}
     for annotation in dataset["annotations"]:
-        of_image[annotation["image_id"]].append(annotation)
+        by_image[annotation["image_id"]].append(annotation)
 
     images = [Path(folder, image["file_name"]) for image in dataset["images"]]
-    prompts = [{"boxes": [corners(a["bbox"]) for a in of]} for of in of_image.values()]
+    prompts = [
+        {"boxes": [corners(a["bbox"]) for a in annotations]} for annotations in by_image.values()
+    ]
     failed = 0
     with Client(URL) as client:
-        # A threshold that drops nothing: each box gets its mask, however unsure the model is.
+        # A threshold that drops nothing: each box gets a mask, however low its score.
         outcomes = track(
             client.segment_many(images, prompts, threshold=-1), "segmenting", len(images)
         )
-        for outcome, annotations in zip(outcomes, of_image.values(), strict=True):
+        for outcome, annotations in zip(outcomes, by_image.values(), strict=True):
             if outcome.result is None:
                 print(f"{outcome.image}: {outcome.error}", file=sys.stderr)
                 failed += 1
@@ -48,4 +50,6 @@ def main(folder: str, boxes: str, masks: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

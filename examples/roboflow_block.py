@@ -1,4 +1,4 @@
-"""Run a step written for Roboflow's SAM 3 block on your own server, with what it returns there.
+"""Run a workflow step written for Roboflow's SAM 3 block on your own server, with the same output.
 
 python examples/roboflow_block.py photo.jpg
 """
@@ -36,9 +36,11 @@ def main(photo: str) -> None:
     with Client(URL) as client:
         (output,) = run_block(client, STEP, inputs=values, serialize_results=True)
     for prediction in output["predictions"]["predictions"]:
-        del prediction["points"]  # the outline: long
+        del prediction["points"]  # the outline, which is long
         print(json.dumps(prediction))
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from server import failure
+from server.command import GRPC_PORT, HTTP_PORT, METRICS_PORT
 from server.errors import ServerError, SetupError
 from server.triton import TritonServer
 
@@ -27,9 +28,9 @@ class _Stopped(BaseException):
 def serve(
     repository: Annotated[Path, typer.Argument(help="A folder of Triton models.")],
     host: Annotated[str, typer.Option(help="IPv4 address to listen on.")] = "127.0.0.1",
-    http_port: Port = 8000,
-    grpc_port: Port = 8001,
-    metrics_port: Port = 8002,
+    http_port: Port = HTTP_PORT,
+    grpc_port: Port = GRPC_PORT,
+    metrics_port: Port = METRICS_PORT,
     log: Annotated[Path | None, typer.Option(help="File to append the server's output to.")] = None,
     start_timeout: Annotated[float, typer.Option(min=1, help="Seconds until ready.")] = 600.0,
 ) -> None:

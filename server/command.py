@@ -7,6 +7,9 @@ from pathlib import Path
 
 from server.errors import SetupError
 
+HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
+"""Triton's own defaults."""
+
 EXIT_TIMEOUT_SECONDS = 5
 ADMINISTRATION = "model-repository,shared-memory,trace,logging"
 ADMIN_HEADER = "triton-sam3-admin"
@@ -57,12 +60,14 @@ def command_line(
     shm_prefix: str,
     admin_key: str,
     backend_directory: Path | None = None,
+    model_control: bool = True,
     extra_args: Sequence[str] = (),
 ) -> list[str]:
     """The arguments that start `executable` on `repository`.
 
-    - `explicit` model control: every model is loaded at the start, and one whose Python stub
-      died can be unloaded and loaded again, which no other mode allows.
+    - `model_control`: mode `explicit`, in which every model is loaded at the start, and one whose
+      Python stub died can be unloaded and loaded again, which no other mode allows. False: Triton's
+      default mode `none`, in which only what is loaded at the start is ever loaded.
     - beyond loopback, what administers a server asks for `admin_key`: who may load a model may
       run any code, who may set the log or trace file may write any file.
     - no auto-completion: the configs are complete, and anything missing is an error.
@@ -89,8 +94,7 @@ def command_line(
     return [
         str(executable),
         f"--model-repository={repository}",
-        "--model-control-mode=explicit",
-        "--load-model=*",
+        *(["--model-control-mode=explicit", "--load-model=*"] if model_control else []),
         "--disable-auto-complete-config",
         *(f"{option}={value}" for option, value in listen.items()),
         *([] if address.is_loopback else _restrictions(admin_key)),

@@ -59,5 +59,5 @@ def test_another_python_is_refused_before_anything_is_installed(tmp_path: Path) 
     command = ["make", "install", f"PYTHON={newer}", f"VENV={tmp_path / 'venv'}"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
-    assert f"Python 3.10, 3.11 or 3.12 is needed, and {newer} is another one" in refused.stderr
+    assert f"Python 3.10, 3.11 or 3.12 is needed, and {newer} is another version" in refused.stderr
     assert not (tmp_path / "venv").exists()

@@ -1,4 +1,7 @@
-"""The README's commands and code, run as written; a command nobody runs fails here."""
+"""The commands and code of the README and of "Measure it" in docs/operations.md, run as written.
+
+A command without a runner fails here.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,17 @@ from tests.conftest import DEMO_CHECKPOINT, ROOT
 from tests.server.tiny import wait_for
 
 README = (ROOT / "README.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+MEASURE = OPERATIONS.partition("### Measure it\n")[2].partition("\n## ")[0]
 TOOLS = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
-    lines = "".join(blocks("bash")).splitlines()
+    lines = "".join(blocks("bash") + blocks("bash", MEASURE)).splitlines()
     return [line for raw in lines if (line := raw.split("  #")[0].strip())]
 
 
@@ -54,7 +59,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer) 
 
 
 def gives_up_regions(server: TritonServer) -> bool:
-    """perf_analyzer has left some to a busy server once; other tests count them."""
+    """perf_analyzer once left some on a busy server; other tests count them."""
     with (
         tritonclient.grpc.InferenceServerClient(server.grpc_url.split("//")[1]) as client,
         suppress(InferenceServerException),  # in use until its request ends
@@ -72,11 +77,14 @@ def test_client_code_runs_as_written(desk: Path, server: TritonServer) -> None:
 
 
 def test_every_command_is_run(desk: Path) -> None:
-    """In the README's order: the server serves what the export built."""
+    """In the documents' order: the server serves what the export built."""
+    unused = set(RUNNERS)
     for command in commands():
-        runner = next((run for start, run in RUNNERS.items() if command.startswith(start)), None)
-        assert runner is not None, f"nothing runs the README's command: {command}"
-        runner(shlex.split(command))
+        start = next((start for start in RUNNERS if command.startswith(start)), None)
+        assert start is not None, f"nothing runs the documented command: {command}"
+        unused.discard(start)
+        RUNNERS[start](shlex.split(command))
+    assert not unused
 
 
 def test_curl_runs_as_written(desk: Path, server: TritonServer) -> None:
@@ -89,11 +97,11 @@ def test_curl_runs_as_written(desk: Path, server: TritonServer) -> None:
 
 
 MEASURING = ("bench", "perf")
-"""What takes its time; its parts are tested in tests/benchmarks."""
+"""These take long; their parts are tested in tests/benchmarks."""
 
 
 def make(words: list[str]) -> None:
-    """make demo and make test are CI's own steps: see that it has them, and make knows them."""
+    """CI itself runs make demo and make test: check that it does, and that make knows them."""
     assert words[1] in MEASURING or f"make {words[1]}\n" in (ROOT / ".ci" / "run").read_text()
     subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -103,17 +111,17 @@ def once(words: list[str]) -> None:
 
 
 def analyze(words: list[str]) -> None:
-    """In short windows: whether the words are right shows in the first one."""
+    """Run it in short windows: the first one shows whether the arguments are right."""
     try:
         analyzer = perf_analyzer.find()
     except perf_analyzer.PerfAnalyzerError as error:
         pytest.skip(f"no perf_analyzer: {error}")
-    few = ["-p", "500", "-s", "999"]  # however steady; the machine may be busy
+    few = ["-p", "500", "-s", "999"]  # however unstable: the machine may be busy
     assert "Request concurrency: 1" in analyzer.run([*_here(words[1:]), *few])
 
 
 def _here(words: list[str]) -> list[str]:
-    """The server's default addresses replaced by those of the one that runs."""
+    """Replace the default addresses with those of the running server."""
     grpc, http = (os.environ[name] for name in ("TRITON_SAM3_URL", "TRITON_SAM3_HTTP_URL"))
     addresses = {"127.0.0.1:8001": grpc.split("//")[1], "127.0.0.1:8000": http.split("//")[1]}
     for written, real in addresses.items():
@@ -122,7 +130,7 @@ def _here(words: list[str]) -> list[str]:
 
 
 def serve(words: list[str]) -> None:
-    """Until it prints its addresses; free ports, since the default ones may be taken."""
+    """Run it until it prints its addresses; on free ports, since the defaults may be taken."""
     free = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
     command = [str(TOOLS / Path(words[0]).name), *words[1:], *free]
     with subprocess.Popen(

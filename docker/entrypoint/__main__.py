@@ -1,4 +1,4 @@
-"""The command line of `docker.entrypoint`; argparse, as nothing else is in the image."""
+"""The command line of `docker.entrypoint`; argparse, since the image has nothing else."""
 
 import argparse
 import sys
@@ -10,20 +10,20 @@ import docker.entrypoint
 from docker.entrypoint import drain
 from docker.entrypoint.probes import PROBES, ProbeFailed, Target
 from docker.entrypoint.serve import Options, serve
-from server.command import Address
+from server.command import GRPC_PORT, HTTP_PORT, METRICS_PORT, Address
 
-DRAIN_SECONDS = "for proxies to notice, in seconds"
+DRAIN_SECONDS_HELP = "seconds to wait for proxies to notice the drain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command and return its exit status."""
     args = parse(sys.argv[1:] if argv is None else argv)
     status: int = args.run(args)
     return status
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; what follows `--` is for tritonserver as it stands. Exits if wrong."""
+    """Parse the arguments; those after `--` go to tritonserver unchanged. Exits if invalid."""
     given = list(argv)
     end = given.index("--") if "--" in given else len(given)
     args = _parser().parse_args(given[:end])
@@ -71,17 +71,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
-    told = "run tritonserver until SIGTERM; its own arguments after --"
-    _add_serve(commands.add_parser("serve", help=told))
-    _add_probe(commands.add_parser("probe", help="ask a running server"))
-    _add_drain(commands.add_parser("drain", help="let proxies notice, then return"))
+    serve_help = "run tritonserver until SIGTERM; arguments after -- go to tritonserver"
+    _add_serve(commands.add_parser("serve", help=serve_help))
+    _add_probe(commands.add_parser("probe", help="check a running server"))
+    _add_drain(
+        commands.add_parser("drain", help="mark the server as draining, wait for proxies to notice")
+    )
     for command in commands.choices.values():
         command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         command.add_argument(
             "--drain-mark",
             type=Path,
             default=Path("/tmp/draining"),
-            help="file that is there while draining",
+            help="file that marks the server as draining",
         )
     return parser
 
@@ -91,34 +93,36 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("repository", type=Path, help="folder of the exported models")
     command.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     _add_ports(command)
-    command.add_argument("--grpc-port", type=int, default=8001, help="port")
+    command.add_argument("--grpc-port", type=int, default=GRPC_PORT, help="gRPC port")
     command.add_argument(
-        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS
+        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS_HELP
     )
     command.add_argument(
         "--exit-seconds",
         type=int,
         default=Options.exit_seconds,
-        help="then, for requests in flight",
+        help="seconds granted to requests in flight after that",
     )
     command.add_argument(
         "--watch-seconds",
         type=float,
         default=Options.watch_seconds,
-        help="between looks at whether it is alive; three failures end it; 0: do not look",
+        help="seconds between liveness checks; three failures stop the server; 0 disables",
     )
     command.add_argument(
         "--watch-timeout",
         type=float,
         default=Options.watch_timeout,
-        help="seconds a look may take: more than an image's encoding",
+        help="seconds that one check may take; must exceed the time to encode an image",
     )
-    command.add_argument("--otlp-url", help="where traces go: http://collector:4318/v1/traces")
+    command.add_argument(
+        "--otlp-url", help="where to send traces, e.g. http://collector:4318/v1/traces"
+    )
     command.add_argument(
         "--trace-rate",
         type=int,
         default=Options.trace_rate,
-        help="trace one in so many requests that bring no trace of their own; 0: none of them",
+        help="trace one in this many requests without a trace context of their own; 0: none",
     )
 
 
@@ -126,19 +130,19 @@ def _add_probe(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_probe)
     command.add_argument("question", choices=sorted(PROBES))
     _add_ports(command)
-    command.add_argument("--timeout", type=float, default=10.0, help="in seconds")
+    command.add_argument("--timeout", type=float, default=10.0, help="seconds")
 
 
 def _add_drain(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_drain)
     command.add_argument(
-        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS
+        "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS_HELP
     )
 
 
 def _add_ports(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--http-port", type=int, default=8000, help="port")
-    command.add_argument("--metrics-port", type=int, default=8002, help="port")
+    command.add_argument("--http-port", type=int, default=HTTP_PORT, help="HTTP port")
+    command.add_argument("--metrics-port", type=int, default=METRICS_PORT, help="metrics port")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Taking the server out of service: a file that the readiness probe sees, and time to be seen.
+"""Take the server out of service: a file that the readiness probe sees, and time to notice it.
 
-The file's age, not who made it, decides how long is still to be waited: Kubernetes' preStop hook
-and the SIGTERM that follows it wait once between them.
+The age of the file, not who created it, decides how long is left to wait: Kubernetes' preStop hook
+and the SIGTERM that follows it wait only once between them.
 """
 
 import time
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def mark(path: Path) -> None:
-    """Say that the server is being drained; an earlier mark stays."""
+    """Mark the server as draining; an existing mark is left as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.touch()
 
 
 def remaining(path: Path, seconds: float) -> float:
-    """Seconds still to wait until the mark is `seconds` old, whatever the clock does meanwhile."""
+    """Seconds until the mark is `seconds` old, never more than that even if the clock steps."""
     return min(seconds, max(0.0, path.stat().st_mtime + seconds - time.time()))

@@ -1,4 +1,4 @@
-"""tritonserver's output as JSON lines: one object a line, cut to a length, for any collector.
+"""tritonserver's output as JSON lines for any collector: one object per line, messages truncated.
 
 {"time": "2026-01-31T12:00:00Z", "level": "error", "source": "model.cc:12", "message": "…"}
 """
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import TextIO
 
-LONGEST_MESSAGE = 2000
-"""Characters kept of a message: no tensor ever fits through a log line."""
+MAX_MESSAGE = 2000
+"""Characters kept of a message: no tensor ever fits into a log line."""
 
 _LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "fatal"}
 _TRITON = re.compile(
@@ -27,13 +27,13 @@ def translate(lines: Iterable[str], out: TextIO) -> None:
 
 
 def write(line: str, out: TextIO) -> None:
-    """In one piece: two threads write here."""
+    """Write the line in one call: two threads write here."""
     out.write(line + "\n")
     out.flush()
 
 
 def record(line: str) -> str:
-    """One line of `--log-format=ISO8601`, or of anything a stub prints, as a JSON object."""
+    """Convert a line of `--log-format=ISO8601`, or whatever a stub prints, to a JSON object."""
     match = _TRITON.match(line)
     if match is None:
         return event("output", line.rstrip())
@@ -49,21 +49,21 @@ def is_error(line: str) -> bool:
 
 
 def event(source: str, message: str, level: str = "info") -> str:
-    """A line of our own, stamped now."""
+    """A log line of our own, with the current time."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return _object(now, level, source, message)
 
 
 def _object(time: str, level: str, source: str, message: str) -> str:
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[:LONGEST_MESSAGE]}… ({len(message)} characters)"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}… ({len(message)} characters)"
     return json.dumps(
         {"time": time, "level": level, "source": source, "message": message}, ensure_ascii=False
     )
 
 
 def _unquoted(message: str) -> str:
-    """Triton writes messages as JSON strings, and a few as they are."""
+    """Decode the message: Triton writes most as JSON strings, and a few unquoted."""
     try:
         text = json.loads(message)
     except ValueError:

@@ -1,15 +1,15 @@
-"""Whether the server does its work: asked with an inference, because readiness can lie.
+"""Check that the server works, with an inference, because readiness can be wrong.
 
-Triton says "ready" with a dead Python stub behind it, and a server that is merely busy must not
-be restarted for it. So each probe sends a canary: one click in a black image, through every model.
-Where none comes back in time, or the queue is full, it looks at whether encoder and decoder
-finish other requests meanwhile:
+Triton reports "ready" even when a Python stub is dead, and a server that is merely busy must not
+be restarted. So each probe sends a canary: one click in a black image, through every model.
+If no answer comes in time, or the queue is full, the probe checks whether encoder and decoder
+finish other requests in the meantime:
 
-                 canary answered right   busy: they finish others   else
+                 canary answered right   busy: others finish        otherwise
     startup      pass                    fail                       fail
     live         pass                    pass                       fail
     ready        pass                    pass                       fail
-                 (never while draining, nor when Triton itself says it is not ready)
+                 (never while draining, nor when Triton itself reports that it is not ready)
 """
 
 import http.client
@@ -24,28 +24,28 @@ from server.errors import StartError
 from server.health import ENSEMBLE, Probe, canary_request, check_canary
 
 WORKERS = ("sam3_image_encoder", "sam3_prompt_decoder")
-"""The models that every request about a new image passes."""
+"""The models that every request with a new image passes through."""
 
 FILE_ENSEMBLE = "sam3_interactive_file"
-"""Where it is served its canary is the one to send: it passes the reader and the writer as well."""
+"""If it is served, the canary goes to it: it covers the image reader and mask writer as well."""
 
 BLACK_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAADElEQVR4nGNgoA4AAABIAAEuuDx+AAAAAElFTkSuQmCC"
 )
-"""8×8 pixels, in base64, as the file ensemble takes it too."""
+"""8×8 pixels in base64, which the file ensemble also accepts."""
 
 RETRY_SECONDS = 0.5
-ERRORS_TO_FAIL = 3
-"""Errors of the canary in a row: one may be chance, and a dead process never answers otherwise."""
+MAX_ERRORS = 3
+"""Consecutive canary errors: one may be chance, and a dead process never answers otherwise."""
 _SUCCESSES = re.compile(r'^nv_inference_request_success\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
 
 
 class ProbeFailed(Exception):
-    """The probe's answer is no; the message says why."""
+    """The probe failed; the message says why."""
 
 
 class _Unanswered(Exception):
-    """The canary got no result. `busy`: in vain so far, and a working server may do that."""
+    """The canary got no result. `busy`: none so far, which a working server may also do."""
 
     def __init__(self, reason: str, *, busy: bool = False) -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ class _Unanswered(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """The server to probe, and the file that says it is being drained."""
+    """The server to probe, and the file that marks it as draining."""
 
     host: str
     http_port: int
@@ -63,7 +63,7 @@ class Target:
 
 
 def startup(target: Target, timeout: float) -> str:
-    """Pass once a canary was answered; `timeout` in seconds. Raises ProbeFailed."""
+    """Pass once a canary is answered; `timeout` in seconds. Raises ProbeFailed."""
     try:
         _canary(target, timeout)
     except _Unanswered as error:
@@ -72,10 +72,10 @@ def startup(target: Target, timeout: float) -> str:
 
 
 def live(target: Target, timeout: float) -> str:
-    """Pass while the server answers the canary, or others, within `timeout` s. Raises ProbeFailed.
+    """Pass if the server answers the canary, or others, within `timeout` s. Raises ProbeFailed.
 
-    A wrong answer and a closed port fail at once, errors after three, no answer only at the end of
-    `timeout`.
+    A wrong answer or a closed port fails at once, errors after three in a row, and no answer only
+    when `timeout` has passed.
     """
     deadline = time.monotonic() + timeout
     before = _finished(target, timeout)
@@ -87,10 +87,10 @@ def live(target: Target, timeout: float) -> str:
             return "the canary was answered"
         except _Unanswered as error:
             errors = 0 if error.busy else errors + 1
-            # The last attempt has little time left: that it was in vain says less than an error.
+            # The last attempt has little time left: its timing out says less than an error.
             if failure is None or failure.busy:
                 failure = error
-        if errors == ERRORS_TO_FAIL or time.monotonic() + RETRY_SECONDS >= deadline:
+        if errors == MAX_ERRORS or time.monotonic() + RETRY_SECONDS >= deadline:
             break
         time.sleep(RETRY_SECONDS)
     if not failure.busy:
@@ -98,25 +98,25 @@ def live(target: Target, timeout: float) -> str:
     now = _finished(target, timeout)
     idle = [model for model in WORKERS if now.get(model, 0) <= before.get(model, 0)]
     if idle:
-        raise ProbeFailed(f"{failure}; {' and '.join(idle)} finished nothing meanwhile")
+        raise ProbeFailed(f"{failure}; {' and '.join(idle)} finished nothing in the meantime")
     return f"busy: {failure}, but encoder and decoder finish other requests"
 
 
 def ready(target: Target, timeout: float) -> str:
-    """Pass while the server should be sent requests. Raises ProbeFailed."""
+    """Pass if the server should receive requests. Raises ProbeFailed."""
     if target.drain_mark.exists():
-        raise ProbeFailed("draining: it takes no new requests")
+        raise ProbeFailed("draining: no new requests are accepted")
     answer = live(target, timeout)  # first: it names the model that died
     status = _readiness(target, timeout)
     if status != http.client.OK:
-        raise ProbeFailed(f"Triton says it is not ready ({status})")
+        raise ProbeFailed(f"Triton reports that it is not ready ({status})")
     return answer
 
 
 def loaded(target: Target, timeout: float) -> bool:
-    """Whether every model was loaded: it may be ended from now on if it is sick.
+    """Whether every model has been loaded: from then on an unhealthy server may be stopped.
 
-    Triton opens its port then, and not before. What it says there is no matter: from 26.04 on it is
+    Triton opens its port only then. What it answers there does not matter: from 26.04 on it is
     not ready once a model has died.
     """
     try:
@@ -127,7 +127,7 @@ def loaded(target: Target, timeout: float) -> bool:
 
 
 def _readiness(target: Target, timeout: float) -> int:
-    """The status with which Triton says whether it is ready. Raises ProbeFailed without one."""
+    """The status of Triton's readiness endpoint. Raises ProbeFailed if there is no answer."""
     try:
         return _request(target, target.http_port, "/v2/health/ready", timeout)[0]
     except _Unanswered as error:
@@ -142,8 +142,8 @@ PROBES: Mapping[str, Callable[[Target, float], str]] = {
 
 
 def _canary(target: Target, timeout: float) -> None:
-    """Raises _Unanswered, or ProbeFailed where waiting will not help."""
-    name, inference = _canary_of_served_ensemble(target, timeout)
+    """Send the canary. Raises _Unanswered, or ProbeFailed where waiting will not help."""
+    name, inference = _find_canary(target, timeout)
     path = f"/v2/models/{name}/infer"
     status, answer = _request(target, target.http_port, path, timeout, inference)
     if status == http.client.SERVICE_UNAVAILABLE:
@@ -156,19 +156,19 @@ def _canary(target: Target, timeout: float) -> None:
         raise _Unanswered(str(error)) from error
 
 
-def _canary_of_served_ensemble(target: Target, timeout: float) -> tuple[str, tuple[bytes, bytes]]:
-    """The ensemble's name; the JSON header and binary part of its canary."""
+def _find_canary(target: Target, timeout: float) -> tuple[str, tuple[bytes, bytes]]:
+    """The name of the served ensemble, and its canary's JSON header and binary part."""
     for name in (FILE_ENSEMBLE, ENSEMBLE):
         path = f"/v2/models/{name}/config"
         status, config = _request(target, target.http_port, path, timeout)
         if status == http.client.OK:
-            made = file_canary() if name == FILE_ENSEMBLE else canary_request(json.loads(config))
-            return name, made
+            canary = file_canary() if name == FILE_ENSEMBLE else canary_request(json.loads(config))
+            return name, canary
     raise _Unanswered(f"{ENSEMBLE} is not served ({status})")
 
 
 def file_canary() -> tuple[bytes, bytes]:
-    """One click in the middle of a black picture."""
+    """A request with one click in the middle of a black image."""
     header = {
         "inputs": [
             {"name": "encoded_image", "datatype": "BYTES", "shape": [1, 1], "data": [BLACK_PNG]},
@@ -181,7 +181,7 @@ def file_canary() -> tuple[bytes, bytes]:
 
 
 def _finished(target: Target, timeout: float) -> dict[str, float]:
-    """How many requests each model has finished since it was loaded."""
+    """The number of requests that each model has finished since it was loaded."""
     try:
         status, text = _request(target, target.metrics_port, "/metrics", timeout)
     except _Unanswered as error:
@@ -198,11 +198,11 @@ def _request(
     timeout: float,
     inference: tuple[bytes, bytes] | None = None,
 ) -> tuple[int, bytes]:
-    """Raises ProbeFailed where nobody listens, _Unanswered where no answer came in time."""
+    """Status and body. Raises ProbeFailed if nothing listens, _Unanswered without an answer."""
     try:
         return Probe(target.host, port).request(path, max(timeout, 0.001), inference)
     except ConnectionRefusedError as error:
-        raise ProbeFailed(f"nobody listens on port {port}") from error
+        raise ProbeFailed(f"nothing listens on port {port}") from error
     except OSError as error:
         reason = f"no answer from {path} ({type(error).__name__})"
         raise _Unanswered(reason, busy=isinstance(error, TimeoutError)) from error

@@ -1,12 +1,12 @@
-"""Process 1 of the container: tritonserver from a guarded start to a drained end.
+"""Process 1 of the container: tritonserver from a guarded start to a graceful shutdown.
 
     this process ── keeper ── tritonserver ── Python stubs
-        │ SIGTERM: mark as draining, wait until proxies noticed, let requests in flight finish
-        │ every `watch_seconds`: is it alive? Not three times in a row: end it all, exit with 1
+        │ SIGTERM: mark as draining, wait until proxies notice, let requests in flight finish
+        │ every `watch_seconds`: liveness check; three failures in a row: stop everything, exit 1
         └ its output, as JSON lines
 
-It never restarts tritonserver itself: it exits, and the container's restart policy starts a
-clean one. Everything that must hold of a served model is decided here, on one command line.
+It never restarts tritonserver: it exits, and the container's restart policy starts a clean one.
+Everything that must hold for a served model is decided here, on one command line.
 """
 
 import os
@@ -29,25 +29,25 @@ from server.command import ENVIRONMENT, Address, command_line
 from server.errors import ServerError
 from server.triton import check_repository
 
-FAILURES_TO_END = 3
+MAX_FAILURES = 3
 KILL_AFTER_SECONDS = 5
-"""On top of the time requests in flight are given: unloading the models takes some as well."""
-SICK = 1
+"""On top of the time granted to requests in flight: unloading the models takes time as well."""
+EXIT_UNHEALTHY = 1
 
 
 @dataclass(frozen=True)
 class Options:
     """How to serve.
 
-    repository: a model repository; read only is enough.
-    address: where to listen. Off loopback, model control, client shared memory, logging and trace
-        settings are refused to everybody: their key is random and never leaves this process.
-    drain_seconds: from the mark until requests in flight are waited for.
-    exit_seconds: how long those may take.
-    watch_seconds: between looks at whether it is alive; 0 where an orchestrator looks.
-    watch_timeout: seconds one look may take.
-    otlp_url: where traces go; only requests that carry a trace context are traced, unless
-        `trace_rate` says one in how many others.
+    repository: a model repository; it may be read-only.
+    address: where to listen. Beyond loopback, model control, client shared memory, logging and
+        trace settings are refused to everyone: their key is random and never leaves this process.
+    drain_seconds: from the drain mark until Triton is told to stop.
+    exit_seconds: how long requests in flight may then take.
+    watch_seconds: time between liveness checks; 0 if an orchestrator does them.
+    watch_timeout: seconds that one check may take.
+    otlp_url: where traces go; only requests that carry a trace context are traced, plus one in
+        `trace_rate` of the others.
     extra_args: for tritonserver, after ours.
     """
 
@@ -74,17 +74,8 @@ def arguments(options: Options) -> list[str]:
     ]
 
 
-def without_model_control(command: Sequence[str]) -> list[str]:
-    """What is loaded at the start is all that is ever loaded: Triton's mode `none`, its default.
-
-    `server.command` loads in mode `explicit`, for developers who reload models in place.
-    """
-    explicit = ("--model-control-mode=", "--load-model=")
-    return [argument for argument in command if not argument.startswith(explicit)]
-
-
 def _tracing(options: Options) -> list[str]:
-    """Times only: the level TENSORS would put images into traces."""
+    """Timestamps only: the level TENSORS would put images into traces."""
     if options.otlp_url is None:
         return []
     settings = (
@@ -98,7 +89,7 @@ def _tracing(options: Options) -> list[str]:
 
 
 def serve(options: Options) -> int:
-    """Run until tritonserver ends, is found dead or SIGTERM comes; the exit status."""
+    """Run until tritonserver exits or is found unhealthy, or SIGTERM arrives; the exit status."""
     try:
         check_repository(options.repository)
         server = _Server(options)
@@ -106,7 +97,7 @@ def serve(options: Options) -> int:
         return _refuse(str(error))
     except OSError as error:
         return _refuse(
-            f"Its temporary files cannot be written: {error}. The root may be read only; "
+            f"Temporary files cannot be written: {error}. If the root is read-only, "
             f"mount a tmpfs at /tmp that user {os.getuid()} may write to"
         )
     return server.run()
@@ -114,18 +105,18 @@ def serve(options: Options) -> int:
 
 def _refuse(reason: str) -> int:
     logs.write(logs.event("entrypoint", reason, "fatal"), sys.stdout)
-    return SICK
+    return EXIT_UNHEALTHY
 
 
 class _Server:
-    """tritonserver under the keeper, which ends the whole family and its shared memory."""
+    """tritonserver under the keeper, which cleans up all its processes and shared memory."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._stop, self._hurry = threading.Event(), threading.Event()
-        self._sick = False
+        self._stop, self._skip_drain = threading.Event(), threading.Event()
+        self._unhealthy = False
         self._engines = EngineCaches(options.repository)
-        # After a crash the pod's memory volumes still hold what the last container left there.
+        # After a crash the pod's memory volumes still hold what the previous container left.
         options.drain_mark.unlink(missing_ok=True)
         self._shm_prefix = f"triton_sam3_port{options.address.http_port}_"
         work_dir = Path(tempfile.gettempdir(), f"triton-sam3-port{options.address.http_port}")
@@ -136,9 +127,9 @@ class _Server:
         self._process = self._start(work_dir)
 
     def run(self) -> int:
-        """Until the end; SICK if it had to be ended."""
+        """Wait for the exit; the exit status, EXIT_UNHEALTHY if it had to be stopped."""
         assert self._process.stdout is not None
-        pump = (self._engines.overhear(self._process.stdout), sys.stdout)
+        pump = (self._engines.watch(self._process.stdout), sys.stdout)
         output = threading.Thread(target=logs.translate, args=pump, daemon=True)
         output.start()
         if self._options.watch_seconds:
@@ -146,24 +137,26 @@ class _Server:
         while self._process.poll() is None and not self._stop.wait(0.2):
             pass
         if self._process.poll() is None:
-            self._end()
+            self._shut_down()
         status = self._process.wait()
-        output.join(KILL_AFTER_SECONDS)  # a stub that outlived it would hold the pipe open
+        output.join(KILL_AFTER_SECONDS)  # a stub that outlives it keeps the pipe open
         if not self._stop.is_set():
-            for sentence in self._engines.clear_blamed():
+            for sentence in self._engines.clear_failed():
                 self._say(sentence, "error")
-        return SICK if self._sick else status
+        return EXIT_UNHEALTHY if self._unhealthy else status
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        (self._skip_drain if self._stop.is_set() else self._stop).set()
 
-    def _end(self) -> None:
-        if self._sick:
+    def _shut_down(self) -> None:
+        if self._unhealthy:
             self._process.send_signal(signal.SIGUSR1)
             return
         self._say("draining")
         drain.mark(self._options.drain_mark)
-        self._hurry.wait(drain.remaining(self._options.drain_mark, self._options.drain_seconds))
+        self._skip_drain.wait(
+            drain.remaining(self._options.drain_mark, self._options.drain_seconds)
+        )
         self._process.send_signal(signal.SIGTERM)
 
     def _watch(self) -> None:
@@ -174,7 +167,7 @@ class _Server:
             address.metrics_port,
             self._options.drain_mark,
         )
-        started = False  # loading may take as long as it takes; a failed load ends tritonserver
+        started = False  # loading may take any time; tritonserver exits if it fails
         while not self._stop.wait(self._options.watch_seconds):
             started = started or loaded(target, self._options.watch_timeout)
             if not started:
@@ -184,9 +177,9 @@ class _Server:
                 failures = 0
             except ProbeFailed as failure:
                 failures += 1
-                self._say(f"not alive ({failures} of {FAILURES_TO_END}): {failure}", "error")
-            if failures == FAILURES_TO_END:
-                self._sick = True
+                self._say(f"not alive ({failures} of {MAX_FAILURES}): {failure}", "error")
+            if failures == MAX_FAILURES:
+                self._unhealthy = True
                 self._stop.set()
 
     def _start(self, work_dir: Path) -> "subprocess.Popen[str]":
@@ -199,10 +192,11 @@ class _Server:
             shm_prefix=self._shm_prefix,
             admin_key=secrets.token_hex(),
             backend_directory=found.backend_directory,
+            model_control=False,
             extra_args=arguments(options),
         )
         process, report = keeper.spawn(
-            without_model_control(command),
+            command,
             shm_prefix=self._shm_prefix,
             work_dir=work_dir,
             grace=options.exit_seconds + KILL_AFTER_SECONDS,
@@ -210,7 +204,7 @@ class _Server:
             environment={**ENVIRONMENT, **os.environ, **found.environment},
         )
         with report:
-            report.read()  # tritonserver's process id; the keeper waits for a reader
+            report.read()  # tritonserver's process id; the keeper waits until it is read
         return process
 
     def _say(self, message: str, level: str = "info") -> None:

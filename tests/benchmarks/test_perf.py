@@ -33,7 +33,7 @@ def inputs(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_is_parsed_and_reported_as_it_was(
     server: TritonServer, analyzer: PerfAnalyzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tests/test_readme.py runs the README's commands, which cover every transport's files."""
+    """Whether every transport accepts its files is tested by running the documented commands."""
     typed: list[str] = []
     run_as_typed = PerfAnalyzer.run
 

@@ -1,4 +1,4 @@
-"""One container's process 1 for all tests that do it no harm, and tools that may be missing."""
+"""One container's process 1 shared by all tests that do not harm it, and optional tools."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +11,14 @@ from tests.docker.harness import Container
 
 @pytest.fixture(scope="session")
 def container(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    """As in the image: on every interface, so that what administers a server is closed."""
+    """As in the image: listening on every interface, so administration is closed."""
     with Container(repository, tmp_path_factory.mktemp("container")) as one:
         yield one.wait_until_serving()
 
 
 @pytest.fixture(scope="session")
 def tool() -> Callable[[str, str], Path]:
-    """Find a program, or skip with how to install it."""
+    """Find a program, or skip the test and say how to install it."""
 
     def find(name: str, install: str) -> Path:
         found = program(name)

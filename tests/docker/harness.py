@@ -1,4 +1,4 @@
-"""What the tests of `docker/` stand on: process 1 of the container, and tools' output as text."""
+"""Helpers for the tests of `docker/`: process 1 of the container, and tools' output as text."""
 
 import subprocess
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ CHART = DOCKER / "helm" / "triton-sam3"
 
 
 def run(command: Sequence[str | Path], **options: Any) -> "subprocess.CompletedProcess[str]":
-    """A tool's whole output, as text; the caller judges its status."""
+    """Run a tool and capture its output as text; the caller checks its status."""
     return subprocess.run(
         [str(part) for part in command],
         check=False,

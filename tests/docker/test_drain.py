@@ -1,4 +1,4 @@
-"""The mark of a server that is taken out of service."""
+"""The file that marks a server as draining."""
 
 import os
 import time

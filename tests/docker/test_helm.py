@@ -1,4 +1,4 @@
-"""The chart, rendered by Helm's own library: valid objects, true probes, closed by default."""
+"""The chart, rendered by Helm's own library: valid objects, working probes, closed by default."""
 
 import hashlib
 import json
@@ -74,7 +74,7 @@ def server(objects: Mapping[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
 
 
 def commands(container: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What Kubernetes runs in the server's container, but for its main process."""
+    """The commands that Kubernetes runs in the server's container, besides its main process."""
     found = {probe: container[probe]["exec"]["command"] for probe in PROBES}
     return found | {"preStop": container["lifecycle"]["preStop"]["exec"]["command"]}
 
@@ -98,7 +98,7 @@ def test_lint_finds_nothing_but_the_missing_icon() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {},  # a proxy without a token would let nobody in, or everybody
+        {},  # a proxy without a token would admit nobody, or everybody
         {"proxy": {"tokens": ["short"]}},
         {"proxy": {"tokens": [TOKEN]}, "replcas": 3},
         {"proxy": {"tokens": [TOKEN]}, "image": {"tag": "latest"}},
@@ -111,7 +111,7 @@ def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_the_models_may_lie_on_a_volume_of_another_kind() -> None:
-    """Helm merges what is given into the default: a pod cannot have both."""
+    """Helm merges the given source into the default one, and a volume cannot have both."""
     folder = {"hostPath": {"path": "/srv/models"}}
     given = {"proxy": {"tokens": [TOKEN]}, "models": {"volume": folder}}
     with pytest.raises(helm.HelmError, match="/models/volume"):
@@ -152,7 +152,7 @@ def test_slow_starts_are_waited_for() -> None:
 
 
 def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> None:
-    """A canary is an image's encoding, 14 to 60 s at full size on two cores."""
+    """A canary encodes an image, which takes 14 to 60 s at full size on two cores."""
     values = {"proxy": {"tokens": [TOKEN]}, "probes": {"periodSeconds": 120}}
     (container,) = server(render(values))["containers"]
     periods = [container[probe]["periodSeconds"] for probe in PROBES]
@@ -160,7 +160,7 @@ def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> No
 
 
 def test_the_dead_are_not_drained() -> None:
-    """Else the hook and the requests in flight are waited for before the restart: a minute more."""
+    """Otherwise the restart waits for the hook and the requests in flight: a minute more."""
     pods = [o["spec"]["template"]["spec"] for (k, _), o in render().items() if k == "Deployment"]
     for pod in pods:
         (container,) = pod["containers"]
@@ -197,14 +197,14 @@ def test_ids_may_be_the_namespaces_own() -> None:
 
 
 def test_a_rollout_is_given_as_long_as_a_start() -> None:
-    """Pipelines call it failed after ten minutes else."""
+    """By default a rollout counts as failed after ten minutes."""
     spec = render()["Deployment", "r-triton-sam3"]["spec"]
     probe = spec["template"]["spec"]["containers"][0]["startupProbe"]
     assert spec["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_new_pods_are_spread_over_nodes_and_zones() -> None:
-    """Those of the rollout before do not count: they go."""
+    """Pods of the previous rollout do not count: they are going away."""
     for (kind, _), found in render().items():
         if kind != "Deployment":
             continue
@@ -229,7 +229,7 @@ def test_models_are_read_only_and_the_rest_is_bounded() -> None:
 
 
 def test_shared_memory_follows_the_formula_and_the_models_limits() -> None:
-    """The chart's defaults are the architecture's and the decoder's; its formula counts bytes."""
+    """The chart's defaults match the architecture and the decoder; its formula counts bytes."""
     architecture = Architecture()
     values = yaml.safe_load((CHART / "values.yaml").read_text())["shm"]
     assert values["grid"] == architecture.grid
@@ -244,7 +244,7 @@ def test_shared_memory_follows_the_formula_and_the_models_limits() -> None:
 
 @contextmanager
 def cluster(*deployments: dict[str, Any]) -> Iterator[str]:
-    """The kubeconfig of an API server that knows so many deployments, and nothing else."""
+    """The kubeconfig of an API server that knows only these deployments."""
     kinds = {"name": "deployments", "kind": "Deployment", "namespaced": True, "verbs": ["get"]}
     known = {
         "/apis/apps/v1": {
@@ -268,7 +268,7 @@ def cluster(*deployments: dict[str, Any]) -> Iterator[str]:
             self.wfile.write(json.dumps(answer or missing).encode())
 
         def log_message(self, format: str, *args: Any) -> None:
-            """pytest shows what matters."""
+            """Log nothing: pytest shows what matters."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), API) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -286,7 +286,7 @@ def cluster(*deployments: dict[str, Any]) -> Iterator[str]:
 
 
 def test_replicas_are_left_to_the_autoscaler() -> None:
-    """Those that run stay: an upgrade without their number would leave one."""
+    """An upgrade keeps the running replicas: without a number it would leave one."""
     name = "r-triton-sam3"
     assert "replicas" not in render(EVERYTHING)["Deployment", name]["spec"]
     running = {
@@ -321,7 +321,7 @@ def test_only_the_proxy_and_the_monitoring_reach_a_server() -> None:
 
 
 def test_policies_name_ports_that_pods_have_and_by_number() -> None:
-    """OVN-Kubernetes takes a name for every port there is."""
+    """OVN-Kubernetes treats a port name as all ports."""
     objects = render(EVERYTHING)
     for component in ("r-triton-sam3", "r-triton-sam3-proxy"):
         (container,) = objects["Deployment", component]["spec"]["template"]["spec"]["containers"]
@@ -367,7 +367,7 @@ def test_envoy_accepts_the_rendered_configuration(
 
 
 def tenant(token: str) -> str:
-    """As the proxy's log calls who has it."""
+    """The tenant's name in the proxy's log."""
     return f"tenant-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
@@ -395,11 +395,11 @@ def envoy(values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         ({"replicas": 2}, 2, 2, 128),
         ({"replicas": 6}, 2, 6, 384),
         ({"replicas": 1}, 4, 1, 32),
-        # Fewer would keep the autoscaler from ever seeing that more is asked for.
+        # Fewer would keep the autoscaler from ever seeing the demand.
         ({"replicas": 2, "autoscaling": {"enabled": True, "maxReplicas": 6}}, 2, 6, 384),
     ],
 )
-def test_every_proxy_has_its_share_of_what_may_be_under_way(
+def test_every_proxy_has_its_share_of_the_requests_in_flight(
     values: dict[str, Any], proxies: int, images: int, clicks: int
 ) -> None:
     config = envoy({**values, "proxy": {"tokens": [TOKEN], "replicas": proxies}})
@@ -430,7 +430,7 @@ def test_the_file_is_that_of_one_server_and_one_proxy() -> None:
 
 
 def test_a_new_server_is_found_before_the_old_one_ends() -> None:
-    """Endpoints within 2 s; a record that lives for 30, as CoreDNS has it in many clusters."""
+    """Endpoints within 2 s; a TTL of 30 s, as CoreDNS uses in many clusters."""
     (container,) = server(render())["containers"]
     for cluster in envoy()["static_resources"]["clusters"][1:]:
         (check,) = cluster["health_checks"]

@@ -30,7 +30,7 @@ def test_a_stubs_own_line_is_not_lost() -> None:
 
 def test_no_tensor_fits_through_a_line() -> None:
     written = json.loads(logs.record("2026-01-31T12:00:00Z W 1 a.cc:1] " + "255, " * 100_000))
-    assert len(written["message"]) < logs.LONGEST_MESSAGE + 50
+    assert len(written["message"]) < logs.MAX_MESSAGE + 50
     assert "500000 characters" in written["message"] or "499999" in written["message"]
 
 

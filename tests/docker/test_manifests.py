@@ -23,7 +23,7 @@ COMPOSE = DOCKER / "compose.yaml"
 
 
 def instruction(name: str) -> list[str]:
-    """The arguments of every such instruction, continued lines joined."""
+    """The arguments of every instruction of that name, with continuation lines joined."""
     text = re.sub(r"\\\n", " ", DOCKERFILE)
     return re.findall(rf"^{name} +(.*)$", text, re.M)
 
@@ -45,7 +45,7 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
 def test_the_bill_of_materials_names_every_package(
     tool: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    """By `make sbom`'s own command."""
+    """With the command of `make sbom`."""
     (line,) = re.findall(r"cyclonedx-py (.*)", (ROOT / "Makefile").read_text())
     words = line.replace("build/sbom.cdx.json", str(tmp_path / "sbom.json")).split()
     result = run([tool("cyclonedx-py", OPS), *words], cwd=ROOT)
@@ -88,7 +88,7 @@ def test_the_image_has_what_the_models_import(repository: Path) -> None:
 
 
 def test_what_the_models_import_is_found_without_the_environment() -> None:
-    """The stub of 2.51 embeds an isolated Python 3.12, which does not look at PYTHONPATH."""
+    """The stub of 2.51 embeds an isolated Python 3.12, which ignores PYTHONPATH."""
     assert not any("PYTHONPATH" in line for line in instruction("ENV"))
     (path,) = [line for line in instruction("RUN") if ".pth" in line]
     (packages,) = re.findall(r"--target (\S+)", DOCKERFILE)
@@ -98,7 +98,7 @@ def test_what_the_models_import_is_found_without_the_environment() -> None:
 
 
 def test_proxies_know_which_models_are_for_clients() -> None:
-    """A new model is a decision: for clients, or only for the other models."""
+    """Each new model needs a decision: for clients, or only for the other models."""
     internal = {"sam3_image_encoder", "sam3_image_reader", "sam3_mask_writer"}
     models = {path.parent.name for path in (ROOT / "model_repository").glob("*/config.pbtxt")}
     nginx = re.search(r'location ~ "\^(\S+infer)\$"', (DOCKER / "proxy/nginx.conf").read_text())
@@ -113,7 +113,7 @@ def test_the_image_understands_its_own_command() -> None:
     entrypoint, command = (json.loads(instruction(name)[-1]) for name in ("ENTRYPOINT", "CMD"))
     assert entrypoint == ["python3", "-m", "docker.entrypoint"]
     args = parse(command)
-    assert args.watch_seconds > 0  # Docker restarts what ends, not what is unhealthy
+    assert args.watch_seconds > 0  # Docker restarts containers that exit, not unhealthy ones
     (check,) = instruction("HEALTHCHECK")
     options, _, asked_by = check.partition("CMD ")
     asked = json.loads(asked_by)
@@ -147,7 +147,7 @@ def test_only_what_is_copied_reaches_the_build() -> None:
 
 
 def build_context() -> set[Path]:
-    """What Dockerfile.dockerignore lets through: of its lines the last that fits decides."""
+    """What Dockerfile.dockerignore lets through; the last matching line decides."""
     context: set[Path] = set()
     for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines():
         if line.startswith("!"):
@@ -157,17 +157,41 @@ def build_context() -> set[Path]:
     return context
 
 
-def test_the_image_has_every_module_that_process_1_imports(tmp_path: Path) -> None:
-    """From what the build context lets through, and the standard library, alone."""
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A folder with the files that the build context lets through."""
+    folder = tmp_path / "image"
     for source in build_context():
-        copy = tmp_path / source.relative_to(ROOT)
+        copy = folder / source.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, copy)
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import docker.entrypoint.__main__"
+    return folder
+
+
+def test_everything_that_reaches_the_build_is_copied() -> None:
+    sources = [ROOT / source for line in instruction("COPY") for source in line.split()[:-1]]
+    for path in build_context():
+        assert any(path.is_relative_to(source) for source in sources), path
+
+
+def test_the_image_has_every_module_that_process_1_imports(image: Path) -> None:
+    """Imports find only what the build context lets through, and the standard library."""
+    script = f"import sys; sys.path.insert(0, {str(image)!r}); import docker.entrypoint.__main__"
+    loaded = run([sys.executable, "-I", "-S", "-c", script], cwd=image)
+    assert loaded.returncode == 0, loaded.stderr
+    assert not (image / "server" / "__main__.py").exists()
+    assert not (image / "server" / "backends").exists()
+
+
+def test_the_entrypoint_is_found_beside_the_docker_sdk(image: Path, tmp_path: Path) -> None:
+    """A namespace package would lose to the SDK's regular one, even one later on the path."""
+    sdk = tmp_path / "site-packages" / "docker"
+    sdk.mkdir(parents=True)
+    (sdk / "__init__.py").touch()
+    path = [str(image), str(sdk.parent)]
+    script = f"import sys; sys.path[:0] = {path!r}; import docker.entrypoint.__main__"
     loaded = run([sys.executable, "-I", "-S", "-c", script], cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
-    assert not (tmp_path / "server" / "__main__.py").exists()
-    assert not (tmp_path / "server" / "backends").exists()
 
 
 def test_compose_is_valid(tool: Callable[[str, str], Path]) -> None:
@@ -201,7 +225,7 @@ def test_compose_opens_only_the_proxy() -> None:
 
 
 class _Overrides(yaml.SafeLoader):
-    """Reads Compose's tags as what they leave behind."""
+    """Reads Compose's tags as the values they leave."""
 
 
 _Overrides.add_constructor("!reset", lambda _loader, _node: None)
@@ -217,7 +241,7 @@ def test_without_a_gpu_compose_is_patient_and_asks_for_none() -> None:
     asked = parse(check["test"][4:])
     assert asked.question == "live"
     assert asked.timeout == args.watch_timeout < int(check["timeout"].removesuffix("s"))
-    # As the image's own, but for the patience.
+    # As in the image, except for the timeouts.
     assert check["start_period"] in instruction("HEALTHCHECK")[0]
 
 
@@ -230,7 +254,7 @@ def test_compose_mounts_files_that_exist() -> None:
 
 
 def test_nginx_sees_what_is_replaced() -> None:
-    """Of a single file a bind mount shows the one that lay there when the container was made."""
+    """A bind mount of a single file keeps showing the file that existed at container creation."""
     targets = []
     for volume in compose()["services"]["proxy"]["volumes"]:
         if isinstance(volume, dict):
@@ -246,14 +270,14 @@ def test_nginx_sees_what_is_replaced() -> None:
     assert folders == set(targets)
 
 
-def test_nginx_starts_anew_with_the_server() -> None:
-    """It looks an address up only once."""
+def test_nginx_restarts_with_the_server() -> None:
+    """It resolves an address only once."""
     needed = compose()["services"]["proxy"]["depends_on"]["triton"]
     assert needed == {"condition": "service_healthy", "restart": True}
 
 
 def test_a_signal_is_never_lost() -> None:
-    """Process 1 is sent none that it has no handler for: not Python, which starts slowly."""
+    """Process 1 must have a handler for it from the start, and Python starts slowly."""
     assert compose()["services"]["triton"]["init"] is True
 
 
@@ -286,5 +310,5 @@ def test_kserves_commands_are_the_images() -> None:
     assert container["image"] == image
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": args.http_port, "grpc": args.grpc_port}
-    assert container["ports"][0]["name"] == "http"  # KServe's service shows it at port 80
-    assert service["spec"]["predictor"]["maxReplicas"] == 1  # nothing here sends by image
+    assert container["ports"][0]["name"] == "http"  # KServe's service exposes it on port 80
+    assert service["spec"]["predictor"]["maxReplicas"] == 1  # nothing here routes by image

@@ -26,15 +26,15 @@ ADAPTER = DOCKER / "helm" / "prometheus-adapter.yaml"
 OPERATIONS = DOCKER.parent / "docs" / "operations.md"
 
 NOT_ON_A_CPU = {
-    "nv_gpu_utilization": "DCGM reports it where there is an NVIDIA GPU",
-    "nv_gpu_memory_used_bytes": "DCGM reports it where there is an NVIDIA GPU",
-    "nv_gpu_memory_total_bytes": "DCGM reports it where there is an NVIDIA GPU",
+    "nv_gpu_utilization": "DCGM reports it only with an NVIDIA GPU",
+    "nv_gpu_memory_used_bytes": "DCGM reports it only with an NVIDIA GPU",
+    "nv_gpu_memory_total_bytes": "DCGM reports it only with an NVIDIA GPU",
 }
-PROMETHEUSS_OWN = {"up", "ALERTS"}
+BUILT_IN = {"up", "ALERTS"}
 PROVOKED = {"SAM3ImagesMissed"}
-"""By what `fail` asks."""
+"""By the requests of `fail`."""
 TOLERATED = {
-    "SAM3NotAnswering": "nobody but the tests asks for anything",
+    "SAM3NotAnswering": "only the tests send requests",
     "SAM3QueueLong": "the machine is busy",
     "SAM3Slow": "the machine is busy",
     "SAM3HostMemoryLow": "the machine is busy",
@@ -84,7 +84,7 @@ def used() -> set[str]:
 
 
 def fail(container: Container) -> None:
-    """A click on a forgotten image, and a picture that is none."""
+    """Send a click on an evicted image, and a file that is no image."""
     click = {
         "points": {"datatype": "FP32", "shape": [1, 1, 1, 2], "data": [0.5, 0.5]},
         "point_labels": {"datatype": "INT32", "shape": [1, 1, 1], "data": [1]},
@@ -117,15 +117,15 @@ def busy(container: Container) -> Container:
 
 @pytest.fixture(scope="module")
 def exposed(busy: Container) -> set[str]:
-    """The series a real server has, by name."""
+    """The names of the series that a real server exposes."""
     with urllib.request.urlopen(f"http://127.0.0.1:{busy.metrics_port}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return {re.split(r"[{ ]", line)[0] for line in lines if line and not line.startswith("#")}
 
 
 def test_every_metric_in_use_is_exposed(exposed: set[str]) -> None:
-    unknown = used() - recorded() - PROMETHEUSS_OWN - set(NOT_ON_A_CPU) - exposed
-    assert not unknown, f"nobody exposes {sorted(unknown)}"
+    unknown = used() - recorded() - BUILT_IN - set(NOT_ON_A_CPU) - exposed
+    assert not unknown, f"not exposed: {sorted(unknown)}"
 
 
 def test_exceptions_are_in_use_and_really_missing_here(exposed: set[str]) -> None:
@@ -145,11 +145,12 @@ def test_every_metric_of_ours_is_on_the_dashboard(exposed: set[str]) -> None:
 
 
 def test_every_alert_has_a_runbook_and_an_action() -> None:
-    headings = re.findall(r"^#+ (SAM3\w+)$", OPERATIONS.read_text(), re.M)
-    assert sorted(headings) == sorted(alerts())
+    sections = dict(re.findall(r"^### (SAM3\w+)\n(.*?)(?=^#)", OPERATIONS.read_text(), re.M | re.S))
+    assert sorted(sections) == sorted(alerts())
     for rule in rules():
         if "alert" in rule:
-            assert rule["annotations"]["action"]
+            first_line = rule["annotations"]["action"].partition("; see ")[0].rstrip(".")
+            assert " ".join(sections[rule["alert"]].split()).startswith(first_line)
             assert rule["labels"]["severity"] in ("critical", "warning")
 
 
@@ -163,7 +164,7 @@ def test_rules_and_configuration_are_valid(
     commands: list[list[str | Path]] = [
         ["check", "rules", RULES],
         ["check", "config", tmp_path / CONFIG.name],
-        # Every alert fires on the fault it is for, and is silent on a healthy server.
+        # Every alert fires on its fault, and is silent on a healthy server.
         ["test", "rules", Path(__file__).with_name("rules_test.yml")],
     ]
     for command in commands:
@@ -201,7 +202,7 @@ def prometheus(
         deadline = time.monotonic() + 60
         while not value(url, "count_over_time(nv_inference_count[1m]) > 5"):
             assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            fail(busy)  # a rate is what grows between two scrapes
+            fail(busy)  # a rate needs growth between two scrapes
             time.sleep(0.2)
         yield url
     finally:
@@ -210,7 +211,7 @@ def prometheus(
 
 
 def value(url: str, expression: str) -> list[dict[str, Any]]:
-    """The result of an instant query; nothing while Prometheus starts."""
+    """The result of an instant query; empty while Prometheus starts."""
     query = urllib.parse.urlencode({"query": expression})
     try:
         with urllib.request.urlopen(f"{url}/api/v1/query?{query}") as answer:
@@ -221,7 +222,7 @@ def value(url: str, expression: str) -> list[dict[str, Any]]:
 
 
 def wait_for_value(url: str, expression: str) -> list[dict[str, Any]]:
-    """After a scrape that took longer than its short interval there is a gap until the next."""
+    """Wait: after a scrape longer than its short interval there is a gap until the next."""
     return tiny.wait_for(lambda: value(url, expression), 10)
 
 
@@ -239,7 +240,7 @@ def test_a_real_prometheus_has_data_for_every_panel(
 
 @pytest.mark.proxy
 def test_alerts_see_what_fails_here_and_nothing_else(prometheus: str) -> None:
-    """None fires so soon; those whose fault there is are pending."""
+    """None fires so soon; those whose fault was provoked are pending."""
     for alert in PROVOKED:
         assert wait_for_value(prometheus, f'ALERTS{{alertname="{alert}"}}'), alert
     seen = {one["metric"]["alertname"] for one in value(prometheus, "ALERTS")}

@@ -1,4 +1,4 @@
-"""Probes against a real server: in order, dead behind a ready face, busy, hung and gone."""
+"""Probes against a real server: healthy, dead but reporting ready, busy, hung and gone."""
 
 import re
 import threading
@@ -19,7 +19,7 @@ from triton_sam3 import Client, SAM3Error
 
 @pytest.fixture
 def own(repository: Path, tmp_path: Path) -> Iterator[Container]:
-    """One to be harmed."""
+    """A server that the test may harm."""
     with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0") as one:
         yield one.wait_until_serving()
 
@@ -62,7 +62,7 @@ def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
     target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
     for probe in (startup, live, ready):
         began = time.monotonic()
-        with pytest.raises(ProbeFailed, match="nobody listens"):
+        with pytest.raises(ProbeFailed, match="nothing listens"):
             probe(target, 30.0)
         assert time.monotonic() - began < 15
 
@@ -88,7 +88,7 @@ def test_a_dead_model_is_named_where_triton_itself_is_not_ready_for_it(tmp_path:
 
 @pytest.mark.parametrize("status", [200, 400])
 def test_loaded_is_what_answers_for_it_opens_its_port_then(tmp_path: Path, status: int) -> None:
-    """Else one that lost a model before the first look would never be watched."""
+    """Otherwise a server that lost a model before the first check would never be watched."""
     with misbehaving.http((status, b"")) as (url, _):
         port = int(url.rpartition(":")[2])
         target = Target("127.0.0.1", port, port, tmp_path / "draining")
@@ -106,7 +106,7 @@ def test_another_repository_is_not_taken_for_ours(tmp_path: Path) -> None:
         for probe in (startup, live, ready):
             with pytest.raises(ProbeFailed, match="sam3_interactive is not served"):
                 probe(target, 1.0)
-        server.kill()  # an orderly end takes seconds
+        server.kill()  # a graceful shutdown takes seconds
 
 
 @pytest.mark.parametrize("model", ["sam3_prompt_decoder", "sam3_image_reader", "sam3_mask_writer"])
@@ -114,9 +114,9 @@ def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, mode
     for stub in own.stubs(model):
         stub.kill()
     deadline, said = time.monotonic() + 60, ""
-    # One of its instances by name: that it was slow would say less.
+    # By the name of one of its instances: a mere timeout would say less.
     while not re.search(rf"'{model}_\d+_\d+' is not healthy", said):
-        assert time.monotonic() < deadline, f"a server without {model} passes for alive: {said}"
+        assert time.monotonic() < deadline, f"a server without {model} counts as alive: {said}"
         try:
             said = live(own.target, 2.0)
         except ProbeFailed as failure:
@@ -126,13 +126,13 @@ def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, mode
         with pytest.raises(ProbeFailed, match="not healthy"):
             probe(own.target, 120.0)  # as on a CPU, where one image takes long
     assert time.monotonic() - began < 60, "callers got errors while the probes waited"
-    assert own.call("/v2/health/ready")[0] == 200  # what a probe without a canary would believe
+    assert own.call("/v2/health/ready")[0] == 200  # which a probe without a canary would trust
 
 
 def test_a_hung_decoder_is_noticed_and_does_not_stay(repository: Path, tmp_path: Path) -> None:
-    """Once it goes on, the server answers again or ends.
+    """Once it resumes, the server answers again or exits.
 
-    Its return may crash Triton 2.51; where Triton has given it up by then, the watch ends it all.
+    Resuming may crash Triton 2.51; if Triton has given up on it, the watch stops the server.
     """
     watch = ("--watch-seconds=2", "--watch-timeout=10")
     with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", *watch) as own:
@@ -158,12 +158,12 @@ def _wait_until_alive_or_ended(own: Container, seconds: float) -> None:
             assert live(own.target, 10.0)
             return
         except ProbeFailed:
-            assert time.monotonic() < deadline, "neither alive nor ended"
+            assert time.monotonic() < deadline, "neither alive nor exited"
     assert own.process.returncode != 0
 
 
 def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
-    """Too short a time for the canary while others are served: busy, not dead."""
+    """Too little time for the canary while other requests are served: busy, not dead."""
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     stop, answered = threading.Event(), threading.Event()
 
@@ -187,11 +187,11 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
                 try:
                     said = probe(container.target, timeout)
                 except ProbeFailed:
-                    continue  # nothing at all was finished in so short a time
+                    continue  # nothing at all was finished in that time
                 assert said.startswith(("busy", "the canary"))
                 break
             else:
-                pytest.fail("a busy server passes for dead")
+                pytest.fail("a busy server counts as dead")
     finally:
         stop.set()
         for thread in threads:

@@ -1,7 +1,7 @@
 """Two real servers behind the shipped nginx and Envoy configurations.
 
 Affinity keeps each image on one server; a server that is killed or drained under load loses no
-request; nobody without a token, and nothing but segmentation, comes through.
+request; nobody gets through without a token, and nothing gets through but segmentation.
 """
 
 import socket
@@ -41,7 +41,7 @@ PROGRAMS = {"nginx": "apt-get install nginx", "envoy": "pip install '.[ops]'"}
 def servers(
     repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Container, Container]]:
-    """Two servers; a test that ends one starts it again."""
+    """Two servers; a test that stops one starts it again."""
     options = ("--host=127.0.0.1", "--drain-seconds=1", "--exit-seconds=4")
     with (
         Container(repository, tmp_path_factory.mktemp("one"), *options) as one,
@@ -52,7 +52,7 @@ def servers(
 
 @pytest.fixture(scope="module")
 def asked(servers: tuple[Container, Container]) -> list[Question]:
-    """What the load asks, answered by a server without a proxy."""
+    """The questions of the load, answered by a server without a proxy."""
     with Client(f"http://127.0.0.1:{servers[0].http_port}") as direct:
         return questions(direct)
 
@@ -74,7 +74,7 @@ def proxy(
 
 
 def wait_for(proxy: Proxy) -> None:
-    """Until it has found its servers; with a picture that no test asks about."""
+    """Wait until it has found its servers, with a picture that no test uses."""
     with connect(proxy, "https") as client:
         client.segment(BLACK, points=[(5, 5)])
 
@@ -95,7 +95,7 @@ def pictures(count: int) -> list[npt.NDArray[np.uint8]]:
 
 
 def wait_for_record(proxy: Proxy, image: npt.NDArray[np.uint8], count: int = 1) -> None:
-    """Until the access log tells of so many requests about an image; it is written in pieces."""
+    """Wait until the access log, which is flushed in pieces, has `count` records of an image."""
 
     def told() -> int:
         return sum(record["image"] == digest(image) for record in proxy.records())
@@ -115,7 +115,7 @@ def call(proxy: Proxy, path: str, body: bytes | None, headers: dict[str, str]) -
 
 @contextmanager
 def begun(proxy: Proxy, length: str) -> Iterator[ssl.SSLSocket]:
-    """A connection that has sent the head of a request, and of whose body `length` tells."""
+    """Send the head of a request, with `length` as its body's header, and yield the connection."""
     context = ssl.create_default_context(cafile=str(trusted(proxy)))
     path = "/v2/models/sam3_interactive/infer"
     lines = (f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}", length)
@@ -150,7 +150,9 @@ def test_every_image_stays_on_one_server(proxy: Proxy, scheme: str) -> None:
     assert len(placed) == 12
     assert {len(found) for found in placed.values()} == {1}
     assert len(set().union(*placed.values())) == 2
-    assert not [record for record in proxy.records() if record["status"] == 404]  # none was missed
+    assert not [
+        record for record in proxy.records() if record["status"] == 404
+    ]  # no click missed its image
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -164,7 +166,7 @@ def test_too_many_new_images_are_refused_and_clicks_are_not(proxy: Proxy, scheme
             return "refused"
         return "answered"
 
-    # Over HTTP the path says what is asked; a caller's word does not count there.
+    # Over HTTP the path decides; the client's header does not count there.
     headers = HEADERS if scheme == "grpcs" else {**HEADERS, "x-sam3-work": "click"}
     with (
         connect(proxy, scheme, headers, retries=0, remember_images=0) as client,
@@ -186,7 +188,7 @@ def test_nobody_enters_without_a_token(proxy: Proxy) -> None:
         headers = {} if token is None else {"authorization": token}
         for path in ("/v2/health/ready", "/v2/models/sam3_interactive/config", "/"):
             status = call(proxy, path, None, headers)
-            trimmed = token == f"Bearer {TOKEN} "  # HTTP knows no spaces around a header's value
+            trimmed = token == f"Bearer {TOKEN} "  # HTTP trims spaces around a header's value
             assert status in ((200, 404) if trimmed else (401, 403)), (token, path)
     with (
         Client(proxy.url("grpcs"), root_certificates=trusted(proxy)) as client,
@@ -202,7 +204,7 @@ def nginx(
     tmp_path: Path,
     tool: Callable[[str, str], Path],
 ) -> Nginx:
-    """Configured, to be changed and started."""
+    """A configured nginx, for the test to change and start."""
     made = Nginx(tool("nginx", PROGRAMS["nginx"]), tmp_path, certificate)
     made.configure(servers)
     return made
@@ -229,7 +231,7 @@ def test_nginx_takes_new_tokens_and_certificates_with_a_reload(
 
 
 def test_nginx_counts_a_tenant_however_its_token_is_written(nginx: Nginx, tmp_path: Path) -> None:
-    """It compares without regard to case, and would count every spelling by itself."""
+    """It compares case-insensitively, and would count every spelling separately."""
     config = tmp_path / "nginx.conf"
     config.write_text(config.read_text().replace("limit_conn tenants 64", "limit_conn tenants 1"))
     shouted = {"authorization": HEADERS["authorization"].upper()}
@@ -286,10 +288,10 @@ def test_methods_and_sizes_are_limited(proxy: Proxy) -> None:
         assert call(proxy, infer, b"{}", {**HEADERS, "content-encoding": coding}) == 415
 
 
-def test_a_body_in_a_million_chunks_ends_no_server(
+def test_a_body_in_a_million_chunks_crashes_no_server(
     proxy: Proxy, servers: tuple[Container, Container]
 ) -> None:
-    """Straight to Triton 2.51 it does: what a proxy gathers first arrives in one piece."""
+    """It crashes Triton 2.51 directly, but a proxy buffers the body and sends it in one piece."""
     with begun(proxy, "Transfer-Encoding: chunked") as connection:
         connection.sendall(b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
         assert connection.recv(15).split()[1] in (b"400", b"500")
@@ -300,10 +302,10 @@ def test_a_body_in_a_million_chunks_ends_no_server(
         server.wait_until_serving()
 
 
-def test_a_body_that_calls_itself_a_form_ends_no_server(
+def test_a_body_labelled_as_a_form_crashes_no_server(
     proxy: Proxy, servers: tuple[Container, Container]
 ) -> None:
-    """As curl does unless told otherwise; Triton 2.51 would read it as one."""
+    """As curl's default is; Triton 2.51 would parse it as one."""
     form = {**HEADERS, "content-type": "application/x-www-form-urlencoded"}
     status = call(proxy, "/v2/models/sam3_interactive/infer", b"x" * 9 * 2**20, form)
     assert status in (400, 500)
@@ -313,7 +315,7 @@ def test_a_body_that_calls_itself_a_form_ends_no_server(
 
 
 def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
-    """In JSON whatever a path has in it."""
+    """As JSON, whatever characters a path contains."""
     (image,) = pictures(1)
     call(proxy, '/v2/"quoted"', None, HEADERS)
     with connect(proxy, "https") as client:
@@ -342,19 +344,19 @@ def test_logs_tell_who_asked_and_how_grpc_ended(proxy: Proxy) -> None:
     def strangers() -> list[dict[str, object]]:
         return [one for one in proxy.records() if one["status"] in (401, 403)]
 
-    assert tiny.wait_for(lambda: told() and strangers(), 20)  # the log is written in pieces
+    assert tiny.wait_for(lambda: told() and strangers(), 20)  # the log is flushed in pieces
     (record,) = told()
     assert record["tenant"] == proxy.tenant
     assert record["address"] == "127.0.0.1"
     assert refused.value.status() == "StatusCode.NOT_FOUND"
     assert (record["status"], int(str(record["grpc"]))) == (200, grpc.StatusCode.NOT_FOUND.value[0])
     assert [one["tenant"] for one in strangers()] in ([""], [None])
-    assert [one["address"] for one in strangers()] == ["127.0.0.1"]  # and not what they say
+    assert [one["address"] for one in strangers()] == ["127.0.0.1"]  # and not the forwarded one
 
 
 @contextmanager
 def load(proxy: Proxy, asked: list[Question], scheme: str, retries: int) -> Iterator[Load]:
-    """Two callers that ask about the same few pictures; every error counts as a loss."""
+    """Two clients that send the same few pictures; every error counts as a loss."""
     options = {"headers": HEADERS, "root_certificates": trusted(proxy), "retries": retries}
     callers = [Caller(proxy.url(scheme), options)] * 2
     with Load(callers, asked, timeout=30, hidden=(SAM3Error,)) as running:
@@ -363,10 +365,10 @@ def load(proxy: Proxy, asked: list[Question], scheme: str, retries: int) -> Iter
 
 
 def wait_for_more(load: Load, more: int) -> None:
-    """Until so many more requests came to an end."""
+    """Wait until that many more requests have finished."""
     deadline, wanted = time.monotonic() + 120, load.ended + more
     while load.ended < wanted:
-        assert time.monotonic() < deadline, "no answers come any more"
+        assert time.monotonic() < deadline, "no more answers arrive"
         time.sleep(0.05)
 
 
@@ -377,10 +379,10 @@ def harm(
     fault: Callable[[], object],
     http_retries: int = 0,
 ) -> None:
-    """Do it under load over both protocols; nothing may be lost.
+    """Inject the fault under load over both protocols; nothing may be lost.
 
-    Over HTTP the proxy alone hides it: the client sends nothing again. A gRPC request that has
-    begun to leave nginx cannot be taken back, and is the client's to send again.
+    Over HTTP the proxy alone hides it: the client does not retry. A gRPC request that nginx has
+    begun to send cannot be taken back, and is the client's to retry.
     """
     http_load = load(proxy, asked, "https", http_retries)
     try:
@@ -402,7 +404,7 @@ def test_a_killed_server_loses_nothing(
 
     def kill() -> None:
         for process in victim.descendants():
-            with suppress(psutil.NoSuchProcess):  # the end of one may be that of another
+            with suppress(psutil.NoSuchProcess):  # killing one may end another
                 process.kill()
         victim.process.wait(30)
 
@@ -414,8 +416,8 @@ def test_a_drained_server_loses_nothing(
 ) -> None:
     """nginx is told first, as an operator would; Envoy has to find out.
 
-    nginx closes the connections it keeps when it is told: a request that was just leaving on one
-    is the client's to send again.
+    When told, nginx closes its idle connections: a request just being sent on one is the client's
+    to retry.
     """
 
     def drain() -> None:

@@ -1,4 +1,4 @@
-"""Process 1 of the container, with a real tritonserver below it."""
+"""Process 1 of the container, with a real tritonserver under it."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz.census import is_alive
-from docker.entrypoint.serve import SICK, Options, arguments
+from docker.entrypoint.serve import EXIT_UNHEALTHY, Options, arguments
 from server.command import ENVIRONMENT, Address
 from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
@@ -114,18 +114,18 @@ class TritonPythonModel:
         scores = np.full((1, 1, 3), 0.5, np.float32)
         return pb_utils.InferenceResponse([pb_utils.Tensor("iou_predictions", scores)])
 """
-"""Answers at once about a black image, as the canary's, and about others when the gate is there."""
+"""Answers black images, such as the canary's, at once, and others once the gate file exists."""
 
 
 def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) -> None:
-    """What has been asked is answered after Triton was told to end, not only while it drains."""
+    """Requests in flight are answered even after Triton is told to stop, not only in the drain."""
     gate, models = tmp_path / "gate", tmp_path / "models"
     config = tiny.config("python", INPUTS, SCORES)
     tiny.add_model(models, ENSEMBLE, config, python=GATED.format(gate=str(gate)))
     one = Container(models, tmp_path, "--host=127.0.0.1", "--drain-seconds=0.5")
     leftover = Path("/dev/shm", f"triton_sam3_port{one.http_port}_of_a_crash")
     leftover.write_bytes(b"x")
-    one.drain_mark.touch()  # of a crash, too: the pod's volumes outlive the container
+    one.drain_mark.touch()  # also from a crash: the pod's volumes outlive the container
     with ThreadPoolExecutor(4) as pool, one:
         one.wait_until_serving()
         assert not leftover.exists()
@@ -135,7 +135,9 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) ->
         asked = [pool.submit(status_of_a_gated_request, one) for _ in range(4)]
         queued = f'nv_inference_pending_request_count{{model="{ENSEMBLE}",version="1"}} 3\n'
         metrics = f"http://127.0.0.1:{one.metrics_port}/metrics"
-        assert tiny.wait_for(lambda: queued in tiny.get(metrics), 60)  # behind the one at work
+        assert tiny.wait_for(
+            lambda: queued in tiny.get(metrics), 60
+        )  # behind the one being executed
         one.process.send_signal(signal.SIGTERM)
         assert tiny.wait_for(lambda: "Signal (15) received" in one.log.read_text(), 60)
         assert not any(request.done() for request in asked)
@@ -166,18 +168,18 @@ def test_a_model_that_cannot_load_ends_it_with_an_error(repository: Path, tmp_pa
 
 def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
     with Container(tmp_path / "nothing", tmp_path) as one:
-        assert one.process.wait(30) == SICK
+        assert one.process.wait(30) == EXIT_UNHEALTHY
     (record,) = one.records()
     assert record["level"] == "fatal"
     assert "No model repository" in record["message"]
 
 
 def test_no_room_for_temporary_files_is_said_in_one_line(repository: Path, tmp_path: Path) -> None:
-    """As without a tmpfs at /tmp: a file that cannot be removed where one is to be made."""
+    """As without a tmpfs at /tmp: a path that can be neither removed nor created."""
     one = Container(repository, tmp_path)
     one.drain_mark.mkdir()
     with one:
-        assert one.process.wait(30) == SICK
+        assert one.process.wait(30) == EXIT_UNHEALTHY
     (record,) = one.records()
     assert record["level"] == "fatal"
     assert str(one.drain_mark) in record["message"]
@@ -191,10 +193,10 @@ def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path:
         family = one.descendants()
         (stub,) = one.stubs("sam3_prompt_decoder")
         stub.kill()
-        assert one.process.wait(120) == SICK
+        assert one.process.wait(120) == EXIT_UNHEALTHY
         assert not [process for process in family if is_alive(process.pid)]
     said = "".join(r["message"] for r in one.records() if r["source"] == "entrypoint")
-    # Before them a busy machine may have been too slow, which by itself ends nothing.
+    # Earlier failures may come from a busy machine, and do not stop the server on their own.
     assert re.findall(r"not alive \((\d) of 3\)", said)[-3:] == ["1", "2", "3"]
 
 
@@ -221,15 +223,17 @@ def test_one_trace_from_the_client_to_the_decoder(
         one.wait_until_serving()  # its canary is not traced
         ports = {"http": one.http_port, "grpc": one.grpc_port}
         with Client(f"{protocol}://127.0.0.1:{ports[protocol]}") as client:
-            client.segment(IMAGE, boxes=[(10, 10, 60, 60)])  # nor is who brings no trace
+            client.segment(
+                IMAGE, boxes=[(10, 10, 60, 60)]
+            )  # nor are requests without a trace context
             made = TracerProvider()
             monkeypatch.setattr(trace, "get_tracer", made.get_tracer)
 
-            def arrived() -> bool:  # Triton sends what it has every five seconds
+            def arrived() -> bool:  # Triton exports every five seconds
                 return b"sam3_prompt_decoder" in b"".join(received)
 
             asked = 0
-            # Of a server that has just started, no span of a request came in one run of three.
+            # In one run of three, a server that had just started exported no span of a request.
             while not arrived() and asked < 3:
                 with made.get_tracer("caller").start_as_current_span("photo") as span:
                     client.segment(IMAGE[::-1], points=[(50, 40)])

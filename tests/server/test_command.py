@@ -39,6 +39,11 @@ def test_everything_that_is_passed() -> None:
     ]
 
 
+def test_without_model_control_triton_keeps_its_default_mode() -> None:
+    removed = ["--model-control-mode=explicit", "--load-model=*"]
+    assert build(model_control=False) == [arg for arg in build() if arg not in removed]
+
+
 def test_backend_directory_is_the_servers_own_unless_given() -> None:
     assert not any("--backend-directory" in arg for arg in build())
 

@@ -28,11 +28,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 
 {{/*
-Bytes of /dev/shm: what Triton passes to and from the Python models' processes; it grows and never
-shrinks. An image: its three embeddings, 4·(256·E² + 32·(4E)² + 64·(2E)²) = 4096·E² bytes, and its
-pixels from the reader, 3·(14E)² = 588·E². An object: its mask input and three masks at the decoder,
-4·2·(4E)² = 128·E², and the three again at the writer, 96·E². Twice that, as regions fragment and
-one execution's answers leave while the next one's requests arrive, and 64 MiB for the rest.
+Bytes of /dev/shm, through which Triton exchanges tensors with the Python models' processes; it grows
+and never shrinks. Per image: its three embeddings, 4·(256·E² + 32·(4E)² + 64·(2E)²) = 4096·E² bytes,
+and its pixels from the reader, 3·(14E)² = 588·E². Per object: its mask input and three masks at the
+decoder, 4·2·(4E)² = 128·E², and the three again at the writer, 96·E². Twice that, as regions fragment
+and one execution's responses leave while the next one's requests arrive, and 64 MiB for the rest.
 */}}
 {{- define "triton-sam3.shmBytes" -}}
 {{- with .Values.shm -}}
@@ -56,7 +56,7 @@ securityContext:
     type: RuntimeDefault
 {{- end -}}
 
-{{/* New pods apart from each other, by node and by zone; those that they replace do not count. */}}
+{{/* Spread new pods over nodes and zones; the pods that they replace do not count. */}}
 {{- define "triton-sam3.spread" -}}
 {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
 - maxSkew: 1
@@ -91,7 +91,7 @@ periodSeconds: {{ .period }}
 timeoutSeconds: {{ add .probes.timeoutSeconds 5 }}
 {{- end -}}
 
-{{/* A quantity of memory, such as 4Gi, in bytes. */}}
+{{/* Convert a memory quantity such as 4Gi to bytes. */}}
 {{- define "triton-sam3.bytes" -}}
 {{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 -}}
 {{- $number := regexFind "^[0-9]+" . -}}
