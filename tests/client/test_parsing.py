@@ -77,8 +77,8 @@ def test_no_points() -> None:
 @pytest.mark.parametrize(
     ("given_points", "message"),
     [
-        ([{"x": 3}], f"point {{'x': 3}} has no y: {A_POINT}"),
-        ([{"positive": True}], f"point {{'positive': True}} has no x and no y: {A_POINT}"),
+        ([{"x": 3}], f"point {{'x': 3}} is missing 'y': {A_POINT}"),
+        ([{"positive": True}], f"point {{'positive': True}} is missing 'x', 'y': {A_POINT}"),
         ([(True, 2)], "point (True, 2): coordinates must be numbers, got True"),
         (
             [{"x": np.int64(1), "y": np.bool_(False)}],

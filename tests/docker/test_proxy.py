@@ -286,6 +286,10 @@ def test_methods_and_sizes_are_limited(proxy: Proxy) -> None:
     assert call(proxy, infer, bytes(2**26 + 1), HEADERS) == 413
     for coding in ("gzip", "deflate", "identity"):
         assert call(proxy, infer, b"{}", {**HEADERS, "content-encoding": coding}) == 415
+    rpc = "/inference.GRPCInferenceService/ModelInfer"
+    for coding in ("gzip", "deflate"):
+        assert call(proxy, rpc, b"", {**HEADERS, "grpc-encoding": coding}) == 415
+    assert call(proxy, rpc, b"", {**HEADERS, "grpc-encoding": "identity"}) != 415
 
 
 def test_a_body_in_a_million_chunks_crashes_no_server(

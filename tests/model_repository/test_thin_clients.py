@@ -53,7 +53,7 @@ def flag(value: bool) -> NDArray[np.bool_]:
     return np.array([[value]])
 
 
-def prompt_inputs(prompts: list[Prompt], mask_side: int | None = None) -> dict[str, NDArray[Any]]:
+def prompt_inputs(prompts: list[Prompt], mask_side: int = 0) -> dict[str, NDArray[Any]]:
     """Prompts on the photo and its size."""
     packed = pack(prompts, *SIZE, mask_side)
     inputs = {
