@@ -69,7 +69,7 @@ class Retries:
                 if isinstance(error, ModelGone) and isinstance(request, Query):
                     raise  # a query about a model reports this at once
                 failed += not isinstance(error, Refused)
-                longest = min(self.cap, self.base * 2**attempt)
+                longest = min(self.cap, self.base * 2 ** min(attempt, 30))
                 pause = self.uniform(longest / 2, longest)
                 spent = not self.attempts or failed > self.attempts
                 if spent or self.clock() + pause >= deadline:

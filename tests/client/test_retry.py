@@ -206,3 +206,9 @@ def test_attempts_are_a_whole_number(attempts: Any) -> None:
 def test_a_number_of_numpys_is_a_number() -> None:
     numbers: tuple[Any, Any] = np.int64(1), np.float32(2)
     assert type(Retries(*numbers).timeout) is float
+
+
+def test_hours_of_refusals_wait_for_their_turn() -> None:
+    clock = Clock()
+    retries = Retries(4, 86400.0, clock=clock, uniform=longest)
+    assert drive(retries, clock, failing(Refused, 2000))[0] == "yes"
