@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
-import urllib.request
 from dataclasses import dataclass
+
+from triton_sam3.status import store_metrics
 
 PERIOD = 1.2
 """Seconds; slightly longer than the decoder's update interval."""
 SETTLING_SECONDS = 20.0
-_NUMBER = re.compile(r"^(sam3_\w+)\{.*\} (\S+)$", re.M)
-
-
-def read_metrics(url: str) -> dict[str, float]:
-    """Current values by metric name; for a histogram, its last bucket."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, timeout=10) as answer:
-        return {name: float(value) for name, value in _NUMBER.findall(answer.read().decode())}
+METRICS_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,5 +38,5 @@ def settled(url: str, launches: int = 0) -> Decoded:
 
 
 def _decoded(url: str) -> Decoded:
-    metrics = read_metrics(url)
+    metrics = store_metrics(url, METRICS_TIMEOUT)
     return Decoded(int(metrics["sam3_decode_launches_total"]), metrics["sam3_decode_seconds_total"])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from benchmarks import decoding
+from benchmarks.decoding import METRICS_TIMEOUT
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.load import Caller, Kind, Outcome, Question, observe, questions
 from benchmarks.faults.relay import AT_ONCE, Relay
@@ -26,6 +26,7 @@ from benchmarks.wire import Wire, tensor
 from server.health import ENSEMBLE, canary_request
 from triton_sam3 import Client, SAM3Error, ServerUnreachable
 from triton_sam3.contract import DECODER
+from triton_sam3.status import store_metrics
 
 SECONDS = 6.0
 """How long a fault lasts."""
@@ -291,7 +292,7 @@ def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
     url = f"http://127.0.0.1:{stand.container.metrics_port}/metrics"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        told = decoding.read_metrics(url).get("sam3_kept_images_bytes")
+        told = store_metrics(url, METRICS_TIMEOUT).get("sam3_kept_images_bytes")
         if told is not None:
             kept.append(int(told))
         time.sleep(0.2)

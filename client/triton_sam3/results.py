@@ -53,6 +53,14 @@ def import_supervision() -> Any:
     return supervision
 
 
+def _reaches(scores: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
+    """Whether each score is at least `threshold`, compared in double precision as Roboflow does.
+
+    In FP32 a threshold such as 0.9 would be rounded down, to a score that it is to exclude.
+    """
+    return scores.astype(np.float64) >= threshold
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """One object's mask.
@@ -139,8 +147,7 @@ class Segmentation:
         logits: [N, M, M], the chosen candidate of each prompt; scores: [N], its predicted IoU.
         A prompt without a detection id gets a new one.
         """
-        # In double precision, as Roboflow compares: FP32 would round a threshold such as 0.9 up.
-        kept = np.flatnonzero(scores.astype(np.float64) >= threshold)
+        kept = np.flatnonzero(_reaches(scores, threshold))
         chosen = [prompts[index] for index in kept]
         masks = finish_masks(logits[kept], *image_size)
         return cls(
@@ -219,7 +226,7 @@ class Segmentation:
 
     def filter(self, threshold: float) -> Segmentation:
         """The masks with a score of at least `threshold`."""
-        return self[self.scores.astype(np.float64) >= threshold]
+        return self[_reaches(self.scores, threshold)]
 
     @property
     def areas(self) -> NDArray[np.int64]:
