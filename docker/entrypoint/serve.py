@@ -41,7 +41,8 @@ class Options:
 
     repository: a model repository; it may be read-only.
     address: where to listen. Beyond loopback, model control, client shared memory, logging and
-        trace settings are refused to everyone: their key is random and never leaves this process.
+        trace settings need a random key that nobody is given; only those who can list this host's
+        processes can read it, in tritonserver's command line.
     drain_seconds: from the drain mark until Triton is told to stop.
     exit_seconds: how long requests in flight may then take.
     watch_seconds: time between liveness checks; 0 if an orchestrator does them.
