@@ -223,9 +223,7 @@ def test_one_trace_from_the_client_to_the_decoder(
         one.wait_until_serving()  # its canary is not traced
         ports = {"http": one.http_port, "grpc": one.grpc_port}
         with Client(f"{protocol}://127.0.0.1:{ports[protocol]}") as client:
-            client.segment(
-                IMAGE, boxes=[(10, 10, 60, 60)]
-            )  # nor are requests without a trace context
+            client.segment(IMAGE, boxes=[(10, 10, 60, 60)])  # nor are requests without a context
             made = TracerProvider()
             monkeypatch.setattr(trace, "get_tracer", made.get_tracer)
 
@@ -236,7 +234,8 @@ def test_one_trace_from_the_client_to_the_decoder(
             # In one run of three, a server that had just started exported no span of a request.
             while not arrived() and asked < 3:
                 with made.get_tracer("caller").start_as_current_span("photo") as span:
-                    client.segment(IMAGE[::-1], points=[(50, 40)])
+                    # A new image each time: a kept one would pass through the decoder alone.
+                    client.segment(np.roll(IMAGE, 1 + asked, axis=0), points=[(50, 40)])
                 asked += 1
                 tiny.wait_for(arrived, 12)
         assert one.stop() == 0
