@@ -1,6 +1,7 @@
 """The command line of tritonserver, in one place."""
 
 import ipaddress
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
 """Triton's own defaults."""
 
 EXIT_TIMEOUT_SECONDS = 5
-ADMINISTRATION = "model-repository,shared-memory,trace,logging"
-ADMIN_HEADER = "triton-sam3-admin"
+ADMINISTRATION = "model-repository,trace,logging"
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
@@ -58,18 +58,14 @@ def command_line(
     address: Address,
     *,
     shm_prefix: str,
-    admin_key: str,
     backend_directory: Path | None = None,
-    model_control: bool = True,
     extra_args: Sequence[str] = (),
 ) -> list[str]:
     """The arguments that start `executable` on `repository`.
 
-    - `model_control`: mode `explicit`, in which every model is loaded at the start, and one whose
-      Python stub died can be unloaded and loaded again, which no other mode allows. False: Triton's
-      default mode `none`, in which only what is loaded at the start is ever loaded.
-    - beyond loopback, what administers a server asks for `admin_key`: who may load a model may
-      run any code, who may set the log or trace file may write any file.
+    - no model control, which is Triton's default: whoever may load a model may run any code.
+    - model repository, trace and log settings are refused to everybody: whoever may set the log or
+      trace file may write any file. Beyond loopback, so is shared memory.
     - no auto-completion: the configs are complete, and anything missing is an error.
     - a short exit timeout: a model that is still loading would delay the exit by 30 s.
     - `shm_prefix`: distinguishes this server's shared memory from any other's.
@@ -94,10 +90,11 @@ def command_line(
     return [
         str(executable),
         f"--model-repository={repository}",
-        *(["--model-control-mode=explicit", "--load-model=*"] if model_control else []),
         "--disable-auto-complete-config",
         *(f"{option}={value}" for option, value in listen.items()),
-        *([] if address.is_loopback else _restrictions(admin_key)),
+        *_restrictions(
+            ADMINISTRATION if address.is_loopback else f"{ADMINISTRATION},shared-memory"
+        ),
         f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
         *([f"--backend-directory={backend_directory}"] if backend_directory else []),
@@ -105,6 +102,10 @@ def command_line(
     ]
 
 
-def _restrictions(admin_key: str) -> list[str]:
-    guard = f"{ADMINISTRATION}:{ADMIN_HEADER}={admin_key}"
+def _restrictions(apis: str) -> list[str]:
+    """Triton restricts by a header's value, and no header can carry one with a line break.
+
+    Otherwise whoever lists the host's processes could read the value and send it.
+    """
+    guard = f"{apis}:nobody={secrets.token_hex()}\n"
     return [f"--http-restricted-api={guard}", f"--grpc-restricted-protocol={guard}"]

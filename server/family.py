@@ -40,7 +40,6 @@ class Family:
         env: Mapping[str, str],
         log: Path | None,
     ) -> None:
-        self.admin_key = secrets.token_hex()
         self.pid = 0
         self._shm_prefix = f"triton_sam3_{secrets.token_hex(6)}_"
         self._keeper: subprocess.Popen[str] | None = None
@@ -91,7 +90,6 @@ class Family:
             self._safe_repository(),
             address,
             shm_prefix=self._shm_prefix,
-            admin_key=self.admin_key,
             backend_directory=found.backend_directory,
             extra_args=extra_args,
         )

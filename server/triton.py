@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from server import failure, ports
-from server.command import ADMIN_HEADER, Address
+from server.command import Address
 from server.errors import RepositoryError, StartError
 from server.family import Family
 from server.health import Probe
@@ -20,8 +20,8 @@ class TritonServer:
     """A model repository under a real tritonserver; a context manager.
 
     repository: a folder of models, each with a `config.pbtxt`.
-    host: the IPv4 address to listen on, or a name for it. Beyond loopback, requests for model
-        control, shared memory, logging and trace settings are rejected without `admin_headers`.
+    host: the IPv4 address to listen on, or a name for it. Requests for model control, log and
+        trace settings are always refused, and beyond loopback those for shared memory.
     http_port, grpc_port, metrics_port: None or 0 chooses a free port, kept across restarts.
     log: file to append the output of the server and its stubs to.
     extra_args: appended to tritonserver's command line; paths must be absolute, because it runs in
@@ -82,11 +82,6 @@ class TritonServer:
     def pid(self) -> int:
         """The process id of tritonserver itself, as of the latest start."""
         return self._latest.pid
-
-    @property
-    def admin_headers(self) -> dict[str, str]:
-        """HTTP headers that model control requires; none on loopback."""
-        return {} if self.address.is_loopback else {ADMIN_HEADER: self._latest.admin_key}
 
     def is_alive(self) -> bool:
         """Whether tritonserver is running. If not, its stubs have exited as well."""

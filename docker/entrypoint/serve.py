@@ -10,7 +10,6 @@ Everything that must hold for a served model is decided here, on one command lin
 """
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -40,9 +39,8 @@ class Options:
     """How to serve.
 
     repository: a model repository; it may be read-only.
-    address: where to listen. Beyond loopback, model control, client shared memory, logging and
-        trace settings need a random key that nobody is given; only those who can list this host's
-        processes can read it, in tritonserver's command line.
+    address: where to listen. Model control, log and trace settings are refused to everybody, and
+        beyond loopback so is client shared memory.
     drain_seconds: from the drain mark until Triton is told to stop.
     exit_seconds: how long requests in flight may then take.
     watch_seconds: time between liveness checks; 0 if an orchestrator does them.
@@ -191,9 +189,7 @@ class _Server:
             options.repository.resolve(),
             options.address,
             shm_prefix=self._shm_prefix,
-            admin_key=secrets.token_hex(),
             backend_directory=found.backend_directory,
-            model_control=False,
             extra_args=arguments(options),
         )
         process, report = keeper.spawn(

@@ -1,9 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from server import SetupError
-from server.command import ADMIN_HEADER, Address, command_line
+from server.command import Address, command_line
 
 LOOPBACK = Address("127.0.0.1", 1, 2, 3)
 
@@ -14,17 +15,15 @@ def build(address: Address = LOOPBACK, **options: object) -> list[str]:
         Path("/models"),
         address,
         shm_prefix="mine_",
-        admin_key="secret",
         **options,  # type: ignore[arg-type]
     )
 
 
 def test_everything_that_is_passed() -> None:
-    assert build(backend_directory=Path("/backends"), extra_args=["--log-verbose=1"]) == [
+    arguments = build(backend_directory=Path("/backends"), extra_args=["--log-verbose=1"])
+    assert [arg for arg in arguments if "restricted" not in arg] == [
         "/bin/tritonserver",
         "--model-repository=/models",
-        "--model-control-mode=explicit",
-        "--load-model=*",
         "--disable-auto-complete-config",
         "--http-address=127.0.0.1",
         "--http-port=1",
@@ -39,28 +38,36 @@ def test_everything_that_is_passed() -> None:
     ]
 
 
-def test_without_model_control_triton_keeps_its_default_mode() -> None:
-    removed = ["--model-control-mode=explicit", "--load-model=*"]
-    assert build(model_control=False) == [arg for arg in build() if arg not in removed]
-
-
 def test_backend_directory_is_the_servers_own_unless_given() -> None:
     assert not any("--backend-directory" in arg for arg in build())
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7"])
-def test_beyond_loopback_administration_needs_the_key(host: str) -> None:
-    restricted = [arg for arg in build(Address(host, 1, 2, 3)) if "restricted" in arg]
-    guard = f"model-repository,shared-memory,trace,logging:{ADMIN_HEADER}=secret"
-    assert restricted == [
-        f"--http-restricted-api={guard}",
-        f"--grpc-restricted-protocol={guard}",
-    ]
+ADMINISTRATION = "model-repository,trace,logging"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8"])
-def test_loopback_is_open(host: str) -> None:
-    assert not any("restricted" in arg for arg in build(Address(host, 1, 2, 3)))
+@pytest.mark.parametrize(
+    ("host", "refused"),
+    [
+        ("127.0.0.1", ADMINISTRATION),
+        ("127.8.8.8", ADMINISTRATION),
+        ("0.0.0.0", f"{ADMINISTRATION},shared-memory"),
+        ("192.0.2.7", f"{ADMINISTRATION},shared-memory"),
+    ],
+)
+def test_administration_asks_for_what_no_header_can_carry(host: str, refused: str) -> None:
+    options, values = zip(
+        *(arg.split("=", 1) for arg in build(Address(host, 1, 2, 3)) if "restricted" in arg),
+        strict=True,
+    )
+    assert options == ("--http-restricted-api", "--grpc-restricted-protocol")
+    for value in values:
+        apis, key = value.split(":nobody=")
+        assert apis == refused
+        assert re.fullmatch(r"[0-9a-f]{64}\n", key)
+
+
+def test_each_server_has_a_key_of_its_own() -> None:
+    assert build() != build()
 
 
 def test_extra_args_must_not_move_the_server() -> None:
