@@ -222,6 +222,7 @@ class Settings:
     work: Path
     start: Path | None
     begin: float
+    keep: float
     steps: int
     minutes: float
     pictures: int
@@ -242,6 +243,9 @@ def main(
     begin: Annotated[
         float, typer.Option(help="share of the run already completed by --start's weights")
     ] = FULL_SIZE_FROM,
+    keep: Annotated[
+        float, typer.Option(min=0, max=1, help="share of --start's weights in the result")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="total updates")] = 4000,
     minutes: Annotated[
         float, typer.Option(help="finish after this long instead, at any step; 0: no limit")
@@ -251,7 +255,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train the demo model from scratch, or resume an interrupted run."""
-    settings = Settings(output, work, first, begin, steps, minutes, count, threads, seed)
+    settings = Settings(output, work, first, begin, keep, steps, minutes, count, threads, seed)
     _keep_memory()
     torch.set_num_threads(threads)
     _train(settings)
@@ -314,12 +318,22 @@ def _save(run: Run, state: Path, settings: Settings) -> None:
     output = settings.output
     output.parent.mkdir(parents=True, exist_ok=True)
     full_size = resized(run.average, ARCHITECTURE.image_size)
+    if settings.start is not None and settings.keep:
+        _keep_weights(full_size, settings.start, settings.keep)
     partial = output.with_suffix(".partial")
     checkpoint.save(full_size, partial, dtype=torch.float16)
     partial.replace(output)
     partial = state.with_suffix(".partial")
     torch.save({**run.state(), "start": _origin(settings)}, partial)
     partial.replace(state)
+
+
+@torch.no_grad()
+def _keep_weights(model: InteractiveModel, start: Path, share: float) -> None:
+    """Average the weights with those training started from (WiSE-FT, arXiv 2109.01903, eq. 1)."""
+    first = resized(checkpoint.load(start), ARCHITECTURE.image_size)
+    for trained, before in zip(model.parameters(), first.parameters(), strict=True):
+        trained.lerp_(before, share)
 
 
 if __name__ == "__main__":

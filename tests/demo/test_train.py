@@ -28,7 +28,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(folder: Path, steps: int) -> train.Settings:
-    return train.Settings(folder / "model.pt", folder, None, 0.0, steps, 0, 4, 2, seed=0)
+    return train.Settings(folder / "model.pt", folder, None, 0.0, 0.0, steps, 0, 4, 2, seed=0)
 
 
 def test_pictures_are_generated_once_and_are_not_the_held_out_ones(
@@ -79,6 +79,22 @@ def test_a_checkpoint_continues_at_full_size_with_falling_rates(few: None, tmp_p
     assert train._progress(run, goes_on) == 0.85
     run.step = 2
     assert train._progress(run, goes_on) == 1
+
+
+def test_weights_are_averaged_with_those_of_the_start(few: None, tmp_path: Path) -> None:
+    run = train.new_run(build(1, ARCHITECTURE.image_size))
+    first = build(2, ARCHITECTURE.image_size)
+    checkpoint.save(first, tmp_path / "first.pt")
+    train._save(
+        run,
+        tmp_path / "state.pt",
+        replace(settings(tmp_path, 1), start=tmp_path / "first.pt", keep=0.25),
+    )
+    saved = checkpoint.load(tmp_path / "model.pt")
+    for mean, trained, before in zip(
+        saved.parameters(), run.average.parameters(), first.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mean, 0.75 * trained + 0.25 * before, rtol=2e-3, atol=1e-4)
 
 
 def test_one_batch_is_learnt(few: None) -> None:
