@@ -107,19 +107,23 @@ def http(*answers: tuple[int, bytes]) -> Iterator[tuple[str, Counter]]:
 
 @contextmanager
 def grpc_server(*answers: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, Counter]]:
-    """A gRPC server that gives these codes in turn; yields URL and counter."""
+    """A gRPC server that gives these codes in turn; yields URL and counter.
+
+    The text is the error's, or where there is none the version that the server says it has.
+    """
     counter = Counter(answers)
 
-    def answer(context: Any) -> None:
+    def answer(context: Any) -> str:
         counter.headers.append(dict(context.invocation_metadata()))
         code, text = counter.next()
         if code is not grpc.StatusCode.OK:
             context.abort(code, text)
+        return str(text)
 
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - Triton's
-            answer(context)
-            return service_pb2.ServerMetadataResponse(name="triton", version="1")
+            version = answer(context) or "1"
+            return service_pb2.ServerMetadataResponse(name="triton", version=version)
 
         def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - Triton's
             answer(context)

@@ -297,3 +297,21 @@ async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pi
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         await client.segment(coins[:100], POINTS)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_a_cancelled_call_is_not_left_under_way(scheme: str) -> None:
+    """It would go on sending its image, and hold its connection until its timeout."""
+    with misbehaving.tcp(hang_up=False) as port:
+        transport = open_async_transport(Endpoint.parse(f"{scheme}://127.0.0.1:{port}"), {})
+        others = asyncio.all_tasks()
+        task = asyncio.ensure_future(_calls_until_cancelled(transport))
+        while asyncio.all_tasks() <= {*others, task}:
+            await asyncio.sleep(0)  # until it is on its way, in a task of its own
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with timeout(5):
+            while asyncio.all_tasks() - others:
+                await asyncio.sleep(0.01)
+        await transport.close()

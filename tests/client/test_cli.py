@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 
 from server import TritonServer
 from tests.client import misbehaving
-from triton_sam3 import Client, Segmentation
+from triton_sam3 import Client, Segmentation, ServerError, cli
 from triton_sam3.cli import BAD_INPUT, FAILED, SOME_FAILED, app
+from triton_sam3.status import ServerStatus
 
 POINT, BOX = ["--point", "110,80"], ["--box", "95,60,140,110"]
 
@@ -247,3 +248,58 @@ def test_help_names_every_exit_code() -> None:
     printed = invoke("--help").stdout
     for code in (0, FAILED, BAD_INPUT, SOME_FAILED):
         assert f" {code}  " in printed
+
+
+@pytest.mark.parametrize("command", ["segment", "segment-dir", "status"])
+def test_every_option_reaches_the_client(
+    command: str, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    class Told:
+        def __init__(self, url: str, **options: Any) -> None:
+            told.update(options, url=url)
+
+        def __enter__(self) -> "Told":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def status(self) -> ServerStatus:
+            return ServerStatus("", "triton", "1", (), None)
+
+        def segment(self, *_: object, **asked: Any) -> None:
+            told.update(asked)
+            raise ServerError("that was all")
+
+        segment_many = segment
+
+    monkeypatch.setattr(cli, "Client", Told)
+    options: dict[str, Any] = {"timeout": 7.0, "root_certificates": photo}
+    more: list[Any] = []
+    if command != "status":
+        options |= {"threshold": 0.25, "shared_memory": "system"}
+        more = [photo, *POINT, "--single-mask"]
+    if command == "segment-dir":
+        options["concurrency"] = 3
+        more[0] = photo.parent
+        more += ["--output", tmp_path / "out"]
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    headers = ["--header", "authorization: Bearer a:b", "--header", "x-y:z"]
+    result = invoke(command, *more, *named, *headers, url="grpcs://host")
+    assert "that was all" in result.stderr or command == "status", result.output
+    options["headers"] = {"authorization": "Bearer a:b", "x-y": "z"}
+    options["url"] = "grpcs://host"
+    if command != "status":
+        options["multimask_output"] = False
+    assert {name: told.get(name) for name in options} == options
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_server_that_is_not_ready_is_exit_1(more: list[str]) -> None:
+    missing = b'{"error": "Request for unknown model: \'x\' is not found"}'
+    with misbehaving.http((200, misbehaving.METADATA), (404, missing)) as (url, _):
+        result = invoke("status", *more, url=url)
+    assert result.exit_code == FAILED
+    assert "sam3_prompt_decoder" in result.stdout
+    assert not result.stderr

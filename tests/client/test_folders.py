@@ -3,10 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from triton_sam3.errors import ImageError, PromptError
-from triton_sam3.folders import check_output, images_in, read_prompts
+from triton_sam3.folders import check_output, images_in, read_prompts, write
+from triton_sam3.many import Outcome
+from triton_sam3.prompts import Prompt
+from triton_sam3.results import Segmentation
 
 
 def test_hidden_files_and_other_kinds_are_left_out(tmp_path: Path) -> None:
@@ -37,3 +42,21 @@ def test_results_do_not_go_among_the_images(tmp_path: Path) -> None:
     check_output(tmp_path / "in", tmp_path / "in" / "masks")
     with pytest.raises(ValueError, match="cannot go into the folder of the images"):
         check_output(tmp_path / "in", tmp_path / "in" / ".." / "in")
+
+
+def test_postscript_is_left_out(tmp_path: Path) -> None:
+    """Pillow opens it by running Ghostscript; the client reads none, however it is named."""
+    for name in ("a.jpg", "b.eps", "c.PS"):
+        (tmp_path / name).touch()
+    assert [path.name for path in images_in(tmp_path)] == ["a.jpg"]
+
+
+def test_a_picture_of_a_result_is_the_overlay(tmp_path: Path) -> None:
+    image = tmp_path / "in" / "a.png"
+    image.parent.mkdir()
+    Image.new("RGB", (30, 20), (9, 90, 200)).save(image)
+    logits, scores = np.ones((1, 16, 16), np.float16), np.ones(1, np.float32)
+    result = Segmentation.from_logits(logits, scores, [Prompt(points=[(1, 1)])], (30, 20))
+    line = write(Outcome(0, image, result), image.parent, tmp_path / "out", "png")
+    written = np.asarray(Image.open(line["output"]))
+    np.testing.assert_array_equal(written, result.draw(image))

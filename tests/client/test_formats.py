@@ -142,3 +142,11 @@ def test_index_masks_of_many_objects() -> None:
 def test_polygons_are_values() -> None:
     with pytest.raises(AttributeError):
         Polygon(np.zeros((3, 2), np.int32)).holes = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(255, np.uint8), (256, np.uint16)])
+def test_no_mask_has_the_index_of_the_background(count: int, dtype: type) -> None:
+    masks = np.eye(count, dtype=np.bool_)[:, np.newaxis]
+    indices = index_mask(masks, np.ones(count))
+    assert indices.dtype == dtype
+    assert indices[0].tolist() == list(range(1, count + 1))

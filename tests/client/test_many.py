@@ -226,3 +226,25 @@ def test_the_images_are_not_kept(url: str, fresh: Fresh, server: TritonServer) -
         assert all(not o.error for o in client.segment_many([image, image], POINT))
         client.segment(image, points=POINT["points"])
         assert encodings(server) == before + 3
+
+
+async def test_nor_are_those_of_the_awaited_client(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
+    image = fresh()
+    async with AsyncClient(url) as client:
+        before = encodings(server)
+        assert not any([o.error async for o in client.segment_many([image, image], POINT)])
+        await client.segment(image, points=POINT["points"])
+        assert encodings(server) == before + 3
+
+
+async def test_stopping_early_cancels_what_is_awaited() -> None:
+    async def attempt(job: Job) -> Outcome:
+        if job.index:
+            await asyncio.sleep(3600)
+        return Outcome(job.index, job.image)
+
+    outcomes = run_async(jobs(list("abc"), POINT, 2), attempt, 2, True)
+    assert (await anext(outcomes)).index == 0
+    await asyncio.wait_for(outcomes.aclose(), 20)  # type: ignore[attr-defined]

@@ -270,3 +270,12 @@ def test_regions_beyond_what_16_bits_number(side: int) -> None:
 def test_half_precision_is_widened_exactly() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     np.testing.assert_array_equal(masks_module._float32(every), every.astype(np.float32))
+
+
+@pytest.mark.parametrize(("limit", "filled"), [(1799, False), (1800, True)])
+def test_holes_that_touch_by_their_corners_are_one_where_16_bits_do_not_number(
+    limit: float, filled: bool
+) -> None:
+    logits = np.ones((1, 600, 600), np.float16)
+    logits[0, 100:130, 100:130] = logits[0, 130:160, 130:160] = -1  # 900 px each
+    assert finished(logits, 600, 600, limit).all() == filled

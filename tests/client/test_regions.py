@@ -135,3 +135,10 @@ def test_kinds_that_do_not_exist_are_said() -> None:
 def test_cuda_without_a_gpu_is_said_before_anything_is_sent() -> None:
     with pytest.raises(TransportError, match="needs an NVIDIA GPU"):
         check_available("cuda")
+
+
+def test_a_regions_memory_is_reserved() -> None:
+    """Sized alone, writing to a full /dev/shm would end the process (SIGBUS)."""
+    region = SystemRegion(1 << 20)
+    assert (SYSTEM_FOLDER / region.name).stat().st_blocks * 512 >= 1 << 20
+    region.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import mmap
 import os
 import resource
 import time
@@ -28,6 +29,7 @@ from triton_sam3 import (
     DeadlineExceeded,
     InvalidRequest,
     SAM3Error,
+    ServerUnreachable,
     TransportError,
     shared_memory,
 )
@@ -37,7 +39,7 @@ from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name, owner_is_
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
 from triton_sam3.steps import perform
-from triton_sam3.translation import RegionInUse
+from triton_sam3.translation import RegionInUse, RegionLost
 
 Pixels = NDArray[np.uint8]
 Fresh = Callable[[], Pixels]
@@ -421,3 +423,79 @@ def test_a_server_elsewhere_is_told_apart(
     told = pytest.raises(TransportError, match="must run on this host")
     with Client(url, shared_memory="system") as client, told:
         client.segment(coins, POINTS)
+
+
+def sent_at_once(*flows: Flow[Any]) -> list[Infer]:
+    """The inferences of flows that all wait for their answers at the same time, then get them."""
+    sent = []
+    for flow in flows:
+        step = next(flow)
+        while not (isinstance(step, Call) and isinstance(step.request, Infer)):
+            step = flow.send({})
+        sent.append(step.request)
+    for flow in flows:
+        with pytest.raises(StopIteration):
+            flow.send({})
+    return sent
+
+
+def test_requests_beyond_the_bound_on_regions_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_MAX_REGIONS", 2)
+    memory = SharedMemory("system")
+    sent = sent_at_once(*(an_image(memory) for _ in range(3)))
+    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    placed = [isinstance(request.inputs["image"], InSharedMemory) for request in sent]
+    assert placed == [True, True, False]
+
+
+def test_a_restarted_server_is_asked_through_none_of_the_regions_it_lost() -> None:
+    memory = SharedMemory("system")
+    known = {region_of([request]) for request in sent_at_once(an_image(memory), an_image(memory))}
+
+    def restarted(request: Infer | Query) -> Any:
+        if isinstance(request, Infer) and (region := region_of([request])) in known:
+            raise RegionLost(region)
+        return {}
+
+    tries = [r for r in by_hand(an_image(memory), restarted) if isinstance(r, Infer)]
+    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    assert len(known) == len(tries) == 2
+    assert region_of([tries[1]]) not in known
+
+
+def test_closing_asks_once_and_waits_less_than_for_a_mask() -> None:
+    """A server that hangs or is gone keeps nobody who closes for a request's whole timeout."""
+    memory = SharedMemory("system")
+    by_hand(an_image(memory), answering(None))
+    closing = memory.close(Retries(4, 120.0))
+    asked = next(closing)
+    assert isinstance(asked, Call)
+    assert asked.timeout < 10
+    with pytest.raises(StopIteration):  # no pause, no second try
+        closing.throw(ServerUnreachable("gone"))
+
+
+def test_an_image_and_the_masks_of_many_objects_lie_side_by_side_in_a_region() -> None:
+    arrays: dict[str, NDArray[Any]] = {
+        "image": np.full((1, 500, 500, 3), 7, np.uint8),
+        "mask_input": np.full((1, 40, 96, 96), -2.5, np.float16),
+    }
+    mapped: dict[str, mmap.mmap] = {}
+
+    def reading(request: Infer | Query) -> Any:
+        if isinstance(request, Query) and request.method.startswith("register"):
+            region = str(request.args[0])
+            with (SYSTEM_FOLDER / region).open("rb") as file:
+                mapped[region] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        if isinstance(request, Infer):
+            for name, array in arrays.items():
+                placed = request.inputs[name]
+                assert isinstance(placed, InSharedMemory)
+                end = placed.offset + placed.nbytes
+                assert mapped[placed.region][placed.offset : end] == array.tobytes()
+        return {}
+
+    memory = SharedMemory("system")
+    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0, 9.0)), ByHand(reading))
+    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    assert len(mapped) == 1

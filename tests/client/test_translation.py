@@ -225,3 +225,18 @@ def test_a_full_dev_shm_is_named_and_its_region_is_not() -> None:
 def test_a_refused_client_is_sent_to_its_headers() -> None:
     raised = InferenceServerException("no token", status="401")
     assert "check the headers, such as authorization" in str(translate(raised, URL, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "error"),
+    [
+        ("StatusCode.UNAVAILABLE", "Received http2 header with status: 429", Refused),
+        ("422", "because", InvalidRequest),
+        ("StatusCode.OUT_OF_RANGE", "because", InvalidRequest),
+    ],
+)
+def test_a_proxys_refusal_and_a_bad_value_are_told_from_failures(
+    status: str, text: str, error: type[SAM3Error]
+) -> None:
+    raised = InferenceServerException(text, status=status)
+    assert type(translate(raised, URL, 1.0)) is error

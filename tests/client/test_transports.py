@@ -24,7 +24,7 @@ from triton_sam3.endpoint import Endpoint
 from triton_sam3.flow import Call, Flow, Infer, Query
 from triton_sam3.retry import Retries
 from triton_sam3.steps import perform, perform_async
-from triton_sam3.transports import open_async_transport, open_transport
+from triton_sam3.transports import _GRPC_OPTIONS, open_async_transport, open_transport
 
 Pixels = NDArray[np.uint8]
 METADATA = Query("get_server_metadata")
@@ -244,3 +244,53 @@ def test_a_client_without_its_certificate_is_turned_away(secured: Secured, coins
 def test_missing_pem_files_are_named(scheme: str) -> None:
     with pytest.raises(ValueError, match=r"no PEM file 'nowhere\.pem'"):
         Client(f"{scheme}://localhost:1", root_certificates="nowhere.pem")
+
+
+async def _status(url: str, **options: Any) -> None:
+    async with AsyncClient(url, **options) as client:
+        await client.status()
+
+
+def ask(url: str, **options: Any) -> None:
+    with Client(url, **options) as client:
+        client.status()
+
+
+def ask_async(url: str, **options: Any) -> None:
+    asyncio.run(_status(url, **options))
+
+
+@pytest.mark.parametrize("ask_once", [ask, ask_async])
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_clients_headers_and_retries_are_its_calls(
+    ask_once: Callable[..., None], scheme: str
+) -> None:
+    server = {
+        "grpc": misbehaving.grpc_server((grpc.StatusCode.UNAVAILABLE, "down")),
+        "http": misbehaving.http((503, b"{}")),
+    }[scheme]
+    with server as (url, counter), pytest.raises(ServerUnreachable):
+        ask_once(url, headers=HEADERS, retries=1)
+    assert [sent["authorization"] for sent in counter.headers] == ["Bearer token"] * 2
+
+
+@both
+def test_an_answer_of_many_masks_comes_over_grpc(perform_flow: Run) -> None:
+    """gRPC by itself takes 4 MiB: 25 masks of SAM 3's size."""
+    large = "x" * (5 << 20)
+    with misbehaving.grpc_server((grpc.StatusCode.OK, large)) as (url, _):
+        assert perform_flow(QUICK.send(METADATA), url)["version"] == large
+
+
+async def test_over_http_the_calls_deadline_is_the_only_one() -> None:
+    """tritonclient has one of its own, 60 s in all, less than a photo may take on a CPU."""
+    transport: Any = open_async_transport(Endpoint.parse("http://127.0.0.1:1"), {})
+    assert transport._client._stub.timeout.total is None
+    await transport.close()
+
+
+def test_a_server_that_was_down_for_long_is_tried_again_soon() -> None:
+    """gRPC by itself would fail every call meanwhile, after a long outage for two minutes."""
+    options = dict(_GRPC_OPTIONS)
+    first, longest = (options[f"grpc.{n}_reconnect_backoff_ms"] for n in ("initial", "max"))
+    assert first <= longest <= 500
