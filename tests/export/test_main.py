@@ -12,14 +12,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import skimage.data
 import torch
 from typer.testing import Result
 
-from export import pipeline
-from export.check import PROMPTS
+from export import check, checkpoint, pipeline
+from export.accelerator import Accelerator
+from export.check import PHOTOS, PROMPTS
 from export.repository import DECODER, ENCODER, MODELS
 from tests.conftest import DEMO_CHECKPOINT
 from tests.export import tiny
@@ -263,3 +266,46 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sentence.startswith(f"{tmp_path}/models cannot be written: File too large; it is built")
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_checked_on_every_photo(
+    exported: tiny.Export, exported_fp16: tiny.Export
+) -> None:
+    for export, photos in ((exported, PHOTOS[:1]), (exported_fp16, PHOTOS)):
+        told = re.findall(r"checking against PyTorch: (\w+)", export.stderr)
+        assert tuple(dict.fromkeys(told)) == photos
+
+
+@pytest.mark.parametrize("accelerator", [None, *Accelerator])
+def test_only_tensorrt_gets_a_graph_of_plain_operators(
+    accelerator: Accelerator | None,
+    exported: tiny.Export,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused: list[bool] = []
+    model: Any = SimpleNamespace(architecture=checkpoint.load(exported.checkpoint).architecture)
+    monkeypatch.setattr(pipeline, "ImageEncoder", lambda *_, **given: fused.append(given["fused"]))
+    for slow in ("export_encoder", "export_decoder", "save_decoder"):
+        monkeypatch.setattr(pipeline, slow, lambda *_: None)
+    pipeline.write_repository(tmp_path, model, torch.float16, accelerator)
+    assert fused == [accelerator is not Accelerator.TENSORRT]
+
+
+def test_an_export_is_held_to_its_configs_and_checked_as_the_graph_is_made(
+    exported: tiny.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def check_values(*_: object, fused: bool = True, **__: object) -> list[check.Check]:
+        asked.append(fused)
+        return []
+
+    monkeypatch.setattr(pipeline, "write_repository", _write_copy(exported.repository))
+    monkeypatch.setattr(pipeline, "check_signatures", lambda *_: asked.append("signatures"))
+    monkeypatch.setattr(check, "check_values", check_values)
+    monkeypatch.setattr(torch.export, "load", lambda _: None)
+    for accelerator in (Accelerator.TENSORRT, Accelerator.CUDA):
+        output = tmp_path / accelerator.value
+        pipeline.export_repository(exported.checkpoint, output, accelerator=accelerator)
+    assert asked == ["signatures", False, "signatures", True]

@@ -386,3 +386,10 @@ def test_masks_are_written_for_every_image_that_is_read(repository: Path) -> Non
     reader, writer = (read_config(repository, model).parameters for model in (READER, WRITER))
     for limit in ("max_pixels", "max_side"):
         assert reader[limit].string_value == writer[limit].string_value
+
+
+def test_the_largest_file_may_come_as_base64_in_lines(ask: Ask) -> None:
+    """Which takes 1.37 times its bytes."""
+    picture = saved(small(), "JPEG")
+    largest = picture + bytes(32 * 1024**2 - len(picture))  # like a photo with its film
+    assert read(ask, base64.encodebytes(largest))["image_size"].tolist() == [[37, 23]]

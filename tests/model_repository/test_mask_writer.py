@@ -77,3 +77,11 @@ def test_no_objects_give_no_masks(ask: Ask, foreground: dict[str, NDArray[Any]])
     answer = ask(WRITER, **none, image_size=size(30, 20))
     shapes = {name: array.shape for name, array in answer.items()}
     assert shapes == {"masks": (1, 0), "scores": (1, 0), "boxes": (1, 0, 4)}
+
+
+def test_the_pixels_of_all_images_of_a_batch_count(
+    ask: Ask, foreground: dict[str, NDArray[Any]]
+) -> None:
+    many = {name: np.tile(a, (8, 16, *[1] * (a.ndim - 2))) for name, a in foreground.items()}
+    sentence = refusal(ask, WRITER, **many, image_size=np.repeat(size(7_000, 7_000), 8, axis=0))
+    assert "16 masks of each image would have 6272000000 pixels in all" in sentence

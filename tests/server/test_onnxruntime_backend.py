@@ -391,3 +391,15 @@ def test_accelerators_are_read_as_triton_writes_them(backend: ModuleType) -> Non
 def test_outputs_of_another_length_are_not_handed_out(backend: ModuleType) -> None:
     with pytest.raises(ValueError, match="differ in batch size"):
         backend.split({"y": np.zeros((1, 3))}, [1, 2])
+
+
+def test_threads_do_not_spin_on_the_next_models_cores(backend: ModuleType) -> None:
+    options = backend.session_options({})
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_what_the_graph_refuses_is_the_callers_to_correct(client: InferenceServerClient) -> None:
+    index = np.array([[1], [7], [2], [0]], np.int32)  # as many as are merged: nothing is waited for
+    with pytest.raises(InferenceServerException, match="out of data bounds") as caught:
+        client.infer("table", [tensor("index", index)])
+    assert caught.value.status() == "400"

@@ -1,10 +1,12 @@
-"""Metrics when Triton fails, which the real one does only when it runs out of memory."""
+"""Metrics when Triton fails, which the real one does only without memory, and idle images."""
 
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import Any
 
+import pytest
 from store import ImageStore
 
 
@@ -37,4 +39,19 @@ def test_a_failed_update_is_told_once_and_made_up_for(backend: Any) -> None:
         assert metrics._metrics["sam3_objects_total"]._metric.value == 3
     finally:
         Broken.fails = True
+        metrics.close()
+
+
+def test_idle_images_are_forgotten_when_no_request_comes(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.Metric = Broken
+    module = importlib.import_module("metrics")
+    swept, store = threading.Event(), ImageStore(1, 1.0)
+    monkeypatch.setattr(module, "PERIOD_SECONDS", 0.01)
+    monkeypatch.setattr(store, "sweep", swept.set)
+    metrics = module.Metrics(store, {})
+    try:
+        assert swept.wait(20)
+    finally:
         metrics.close()

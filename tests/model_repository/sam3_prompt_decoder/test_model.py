@@ -245,3 +245,14 @@ def test_an_image_that_there_is_no_room_to_keep(
     assert refused.error.code == "INVALID_ARG"
     assert refused.error.sentence.startswith("keep_image is not possible: one image's embeddings")
     assert_answered(answered, expected)
+
+
+def test_a_server_that_keeps_no_images_answers_without_an_id(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `kept_images_bytes` 0: clients ask to keep every image, and are not refused."""
+    (expected,) = answer_alone(model, [request(1)])
+    monkeypatch.setattr(model._store, "max_bytes", 0)
+    (answered,) = model.execute([request(1, keep_image=flag(True))])
+    assert_answered(answered, expected)
+    assert answered.arrays["image_id"].tolist() == [[""]]
