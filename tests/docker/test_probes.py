@@ -9,8 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from docker.entrypoint import probes
 from docker.entrypoint.__main__ import main
-from docker.entrypoint.probes import ProbeFailed, Target, live, loaded, ready, startup
+from docker.entrypoint.probes import (
+    WORKERS,
+    ProbeFailed,
+    Target,
+    live,
+    loaded,
+    ready,
+    startup,
+)
 from server import TritonServer
 from tests.client import misbehaving
 from tests.docker.harness import Container, free_ports
@@ -196,3 +205,28 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_full_queue_is_no_reason_to_restart_a_server_that_finishes_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finished(count: int) -> tuple[int, bytes]:
+        line = 'nv_inference_request_success{{model="{}",version="1"}} {}\n'
+        return 200, "".join(line.format(model, count) for model in WORKERS).encode()
+
+    monkeypatch.setattr(probes, "RETRY_SECONDS", 30)  # too late: the canary is sent once
+    refused = (503, b'{"error":"Exceeds maximum queue size 64"}')
+    with misbehaving.http(finished(1), (200, b"{}"), refused, finished(2)) as (url, _):
+        port = int(url.rpartition(":")[2])
+        said = live(Target("127.0.0.1", port, port, tmp_path / "draining"), 20)
+    assert said.startswith("busy: the canary was refused")
+
+
+@pytest.mark.parametrize("question", ["startup", "live", "ready"])
+def test_the_command_waits_as_long_as_it_is_told(question: str, tmp_path: Path) -> None:
+    with misbehaving.tcp(hang_up=False) as port:
+        target = (f"--http-port={port}", f"--metrics-port={port}")
+        mark = f"--drain-mark={tmp_path / 'draining'}"
+        began = time.monotonic()
+        assert main(["probe", question, *target, mark, "--timeout=0.1"]) == 1
+        assert time.monotonic() - began < 5

@@ -4,10 +4,12 @@ import http.server
 import json
 import re
 import signal
+import tempfile
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz.census import is_alive
-from docker.entrypoint.serve import EXIT_UNHEALTHY, Options, arguments
+from docker.entrypoint import serve as serving
+from docker.entrypoint.__main__ import main
+from docker.entrypoint.probes import ProbeFailed
+from docker.entrypoint.serve import EXIT_UNHEALTHY, Options, arguments, serve
+from server import installation, keeper
 from server.command import ENVIRONMENT, Address
+from server.errors import SetupError
 from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
 from tests.server import tiny
@@ -252,3 +259,61 @@ def test_what_it_exposes_is_what_the_probes_need(container: Container) -> None:
     text = urllib.request.urlopen(url).read().decode()
     assert 'nv_inference_request_success{model="sam3_prompt_decoder",version="1"}' in text
     assert "nv_inference_request_summary_us" in text
+
+
+@pytest.fixture
+def without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository to serve from this process, whose temporary files are the test's own."""
+    found = installation.Installation(Path("tritonserver"))
+    monkeypatch.setattr(installation, "find", lambda *_: found)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tiny.add_plus_one(tmp_path / "models")
+    return tmp_path / "models"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_only_failures_in_a_row_end_a_watched_server(
+    without_triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two failed checks in one week and one in the next are no reason."""
+    checks = iter([False, False, True, False, False, True])
+    end = tmp_path / "end"
+    program = ("sh", "-c", 'until [ -e "$1" ]; do sleep 0.01; done', "sh", str(end))
+
+    def check(*_: object) -> str:
+        passes = next(checks, None)
+        if passes is None:
+            end.touch()
+            raise SystemExit  # from the thread that watches
+        if not passes:
+            raise ProbeFailed("late")
+        return "the canary was answered"
+
+    monkeypatch.setattr(serving, "command_line", lambda *_, **__: program)
+    monkeypatch.setattr(serving, "loaded", lambda *_: True)
+    monkeypatch.setattr(serving, "live", check)
+    address = Address("127.0.0.1", *free_ports(3))
+    assert serve(Options(without_triton, address, tmp_path / "mark", watch_seconds=0.001)) == 0
+
+
+def test_what_the_command_line_says_reaches_triton_and_its_keeper(
+    without_triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def spawn(command: list[str], **options: Any) -> None:
+        told.update(options, command=command)
+        raise SetupError("that was all")
+
+    monkeypatch.setattr(keeper, "spawn", spawn)
+    options = ("--exit-seconds=77", "--otlp-url=http://collector", "--trace-rate=9")
+    places = (f"--http-port={free_ports(1)[0]}", f"--drain-mark={tmp_path / 'mark'}")
+    asked = ("serve", str(without_triton), *places, *options, "--", "--id=x")
+    assert main(asked) == EXIT_UNHEALTHY
+    # Of several values the last counts: requests in flight get this long, and the keeper waits.
+    granted = [one for one in told["command"] if one.startswith("--exit-timeout-secs=")]
+    assert granted[-1] == "--exit-timeout-secs=77"
+    assert told["grace"] > 77
+    assert "--trace-config=rate=9" in told["command"]
+    assert told["command"][-1] == "--id=x"
