@@ -2,10 +2,10 @@
 
 Triton reports "ready" even when a Python stub is dead, and a server that is merely busy must not
 be restarted. So each probe sends a canary: one click in a black image, through every model.
-If no answer comes in time, or the queue is full, the probe checks whether encoder and decoder
-finish other requests in the meantime:
+If no answer comes in time, or the queue is full, the probe checks whether every model that has work
+has finished any of it in the meantime:
 
-                 canary answered right   busy: others finish        otherwise
+                 canary answered right   busy: work is finished     otherwise
     startup      pass                    fail                       fail
     live         pass                    pass                       fail
     ready        pass                    pass                       fail
@@ -16,18 +16,20 @@ import http.client
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.errors import StartError
 from server.health import ENSEMBLE, Probe, canary_request, check_canary
 
-WORKERS = ("sam3_image_encoder", "sam3_prompt_decoder")
-"""The models that every request with a new image passes through."""
-
 FILE_ENSEMBLE = "sam3_interactive_file"
 """If it is served, the canary goes to it: it covers the image reader and mask writer as well."""
+
+READER, WRITER = "sam3_image_reader", "sam3_mask_writer"
+WORKERS = (READER, "sam3_image_encoder", "sam3_prompt_decoder", WRITER)
+"""The models that the canary passes through, in this order."""
 
 BLACK_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAADElEQVR4nGNgoA4AAABIAAEuuDx+AAAAAElFTkSuQmCC"
@@ -37,7 +39,10 @@ BLACK_PNG = (
 RETRY_SECONDS = 0.5
 MAX_ERRORS = 3
 """Consecutive canary errors: one may be chance, and a dead process never answers otherwise."""
-_SUCCESSES = re.compile(r'^nv_inference_request_success\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
+_SERIES = re.compile(r'^(\w+)\{.*?model="([^"]+)".*?\} (\S+)$', re.M)
+_FINISHED = ("nv_inference_request_success", "sam3_masks_written_total")
+"""Writing one request's masks can take longer than a probe waits, so each mask is counted too."""
+_WAITING = "nv_inference_pending_request_count"
 
 
 class ProbeFailed(Exception):
@@ -62,6 +67,14 @@ class Target:
     drain_mark: Path
 
 
+@dataclass(frozen=True)
+class _Observation:
+    """What each model has finished since it was loaded, and how many requests wait for it."""
+
+    finished: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waiting: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
 def startup(target: Target, timeout: float) -> str:
     """Pass once a canary is answered; `timeout` in seconds. Raises ProbeFailed."""
     try:
@@ -78,7 +91,7 @@ def live(target: Target, timeout: float) -> str:
     when `timeout` has passed.
     """
     deadline = time.monotonic() + timeout
-    before = _finished(target, timeout)
+    before = _observe(target, timeout)
     failure: _Unanswered | None = None
     errors = 0
     while True:
@@ -95,11 +108,10 @@ def live(target: Target, timeout: float) -> str:
         time.sleep(RETRY_SECONDS)
     if not failure.busy:
         raise ProbeFailed(str(failure))
-    now = _finished(target, timeout)
-    idle = [model for model in WORKERS if now.get(model, 0) <= before.get(model, 0)]
-    if idle:
-        raise ProbeFailed(f"{failure}; {' and '.join(idle)} finished nothing in the meantime")
-    return f"busy: {failure}, but encoder and decoder finish other requests"
+    hung = _hung(before, _observe(target, timeout))
+    if hung:
+        raise ProbeFailed(f"{failure}; {hung} finished nothing in the meantime")
+    return f"busy: {failure}, but every model finishes what it has to do"
 
 
 def ready(target: Target, timeout: float) -> str:
@@ -180,15 +192,35 @@ def file_canary() -> tuple[bytes, bytes]:
     return json.dumps(header).encode(), b""
 
 
-def _finished(target: Target, timeout: float) -> dict[str, float]:
-    """The number of requests that each model has finished since it was loaded."""
+def _hung(before: _Observation, now: _Observation) -> str | None:
+    """The first model that had work and finished none of it; those behind it may just lack work.
+
+    The canary is the work of all but the mask writer, which it reaches only if the decoder is not
+    busy with others: that one needs a request that waits, as each does once all instances hang.
+    """
+    for model in WORKERS:
+        served = model != READER or FILE_ENSEMBLE in now.finished
+        has_work = served if model != WRITER else now.waiting[model] > 0
+        if has_work and now.finished[model] <= before.finished[model]:
+            return model
+    return None
+
+
+def _observe(target: Target, timeout: float) -> _Observation:
+    """Read Triton's metrics. Raises ProbeFailed if there are none."""
     try:
         status, text = _request(target, target.metrics_port, "/metrics", timeout)
     except _Unanswered as error:
         raise ProbeFailed(f"no metrics: {error}") from error
     if status != http.client.OK:
         raise ProbeFailed(f"no metrics: status {status}")
-    return {model: float(count) for model, count in _SUCCESSES.findall(text.decode())}
+    seen = _Observation()
+    for name, model, value in _SERIES.findall(text.decode()):
+        if name in _FINISHED:
+            seen.finished[model] += float(value)
+        elif name == _WAITING:
+            seen.waiting[model] = float(value)
+    return seen
 
 
 def _request(

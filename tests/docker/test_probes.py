@@ -1,12 +1,17 @@
 """Probes against a real server: healthy, dead but reporting ready, busy, hung and gone."""
 
 import re
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from docker.entrypoint import probes
@@ -23,6 +28,7 @@ from docker.entrypoint.probes import (
 from server import TritonServer
 from tests.client import misbehaving
 from tests.docker.harness import Container, free_ports
+from tests.model_repository.asking import connect
 from triton_sam3 import Client, SAM3Error
 
 
@@ -150,6 +156,85 @@ def test_a_hung_decoder_is_noticed_and_does_not_stay(repository: Path, tmp_path:
         _wait_until_alive_or_ended(own, 120)
 
 
+@pytest.fixture
+def hanging(repository: Path, tmp_path: Path) -> Iterator[Callable[[str], Container]]:
+    """Run a server one of whose models hangs while its processes are healthy, as in a deadlock.
+
+    A suspended process is another fault, which Triton notices by itself.
+    """
+    models, mark = tmp_path / "models", tmp_path / "hung"
+    with ExitStack() as stack:
+
+        def begin(model: str) -> Container:
+            shutil.copytree(repository, models)
+            with (models / model / "1" / "model.py").open("a") as source:
+                source.write(HANGING.format(mark=str(mark)))
+            server = Container(models, tmp_path, "--host=127.0.0.1", "--drain-seconds=0")
+            stack.enter_context(server).wait_until_serving()
+            stack.callback(mark.unlink)
+            mark.touch()
+            return server
+
+        yield begin
+
+
+HANGING = """
+
+class TritonPythonModel(TritonPythonModel):
+    def execute(self, requests):
+        import os, time
+
+        while os.path.exists({mark!r}):
+            time.sleep(0.05)
+        return super().execute(requests)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "unnoticed"), [("sam3_image_reader", 0), ("sam3_mask_writer", 2)]
+)
+def test_a_model_that_hangs_is_named_though_others_finish(
+    hanging: Callable[[str], Container], model: str, unnoticed: int
+) -> None:
+    """Each of the mask writer's two instances takes a canary before one has to wait."""
+    server = hanging(model)
+    with load(server, 1):
+        for _ in range(unnoticed):
+            with suppress(ProbeFailed):
+                live(server.target, 3.0)
+        for _ in range(3):
+            with pytest.raises(ProbeFailed, match=f"; {model} finished nothing"):
+                live(server.target, 3.0)
+
+
+def test_a_mask_writer_at_work_on_long_requests_is_alive(container: Container) -> None:
+    """Triton counts neither of the two in that time, and the canary waits for them."""
+    with (
+        connect(f"127.0.0.1:{container.grpc_port}") as ask,
+        Client(f"grpc://127.0.0.1:{container.grpc_port}") as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        served = client.status().served
+        assert served is not None
+        arrays = _many_masks(served.mask_side)
+        asked = [pool.submit(ask, "sam3_mask_writer", **arrays) for _ in range(2)]
+        time.sleep(1)
+        said = [live(container.target, 3.0) for _ in range(2)]
+        assert not any(one.done() for one in asked), "too short to tell"
+        for one in asked:
+            one.result()
+    assert all(answer.startswith("busy") for answer in said)
+
+
+def _many_masks(side: int) -> dict[str, npt.NDArray[Any]]:
+    """Those of one image, each of 16 megapixels."""
+    return {
+        "low_res_masks": np.ones((1, 100, 1, side, side), np.float16),
+        "iou_predictions": np.ones((1, 100, 1), np.float32),
+        "image_size": np.array([[4000, 4000]], np.int32),
+    }
+
+
 def _hang_for_a_while(own: Container) -> None:
     (stub,) = own.stubs("sam3_prompt_decoder")
     stub.suspend()
@@ -171,14 +256,14 @@ def _wait_until_alive_or_ended(own: Container, seconds: float) -> None:
     assert own.process.returncode != 0
 
 
-def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
-    """Too little time for the canary while other requests are served: busy, not dead."""
+@contextmanager
+def load(server: Container, callers: int) -> Iterator[None]:
+    """New images through encoder and decoder alone, from that many callers at once."""
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     stop, answered = threading.Event(), threading.Event()
 
-    def load() -> None:
-        url = f"http://127.0.0.1:{container.http_port}"
-        with Client(url, remember_images=0) as client:
+    def call() -> None:
+        with Client(f"http://127.0.0.1:{server.http_port}", remember_images=0) as client:
             while not stop.is_set():
                 try:
                     client.segment(image, boxes=[(1, 1, 60, 60)] * 4)
@@ -186,11 +271,21 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
                 except SAM3Error:
                     pass
 
-    threads = [threading.Thread(target=load) for _ in range(8)]
+    threads = [threading.Thread(target=call) for _ in range(callers)]
     for thread in threads:
         thread.start()
     try:
         assert answered.wait(120)
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
+    """Too little time for the canary while other requests are served: busy, not dead."""
+    with load(container, 8):
         for probe in (live, ready):
             for timeout in (0.3, 1.0, 3.0, 10.0, 30.0):
                 try:
@@ -201,10 +296,6 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
                 break
             else:
                 pytest.fail("a busy server counts as dead")
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_a_full_queue_is_no_reason_to_restart_a_server_that_finishes_others(

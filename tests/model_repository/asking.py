@@ -14,7 +14,6 @@ from pycocotools import mask as coco_mask
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from server import TritonServer
 from triton_sam3 import Prompt, Segmentation
 from triton_sam3.prompts import pack
 
@@ -28,9 +27,9 @@ class Ask(Protocol):
 
 
 @contextmanager
-def connect(server: TritonServer) -> Iterator[Ask]:
-    """An `Ask` over gRPC; usable from several threads."""
-    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as connection:
+def connect(address: str) -> Iterator[Ask]:
+    """An `Ask` over gRPC, of HOST:PORT; usable from several threads."""
+    with grpc.InferenceServerClient(address) as connection:
 
         def ask(model: str, **arrays: NDArray[Any]) -> Outputs:
             inputs = [_input(name, array) for name, array in arrays.items()]

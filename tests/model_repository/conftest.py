@@ -17,7 +17,7 @@ from triton_sam3 import Client
 @pytest.fixture(scope="session")
 def ask(server: TritonServer) -> Iterator[Ask]:
     """Send named arrays to a served model; the answer's arrays by name."""
-    with connect(server) as ask_served:
+    with connect(server.grpc_url.removeprefix("grpc://")) as ask_served:
         yield ask_served
 
 

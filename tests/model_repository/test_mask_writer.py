@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server import TritonServer
 from tests.model_repository.asking import Ask, decoded, refusal
+from tests.server import tiny
 from triton_sam3 import Client
 
 WRITER = "sam3_mask_writer"
@@ -85,3 +88,21 @@ def test_the_pixels_of_all_images_of_a_batch_count(
     many = {name: np.tile(a, (8, 16, *[1] * (a.ndim - 2))) for name, a in foreground.items()}
     sentence = refusal(ask, WRITER, **many, image_size=np.repeat(size(7_000, 7_000), 8, axis=0))
     assert "16 masks of each image would have 6272000000 pixels in all" in sentence
+
+
+def test_finished_masks_are_counted_whichever_instance_finishes_them(
+    ask: Ask, foreground: dict[str, NDArray[Any]], server: TritonServer
+) -> None:
+    """In one series, which the liveness probe reads; a request of several masks counts each."""
+
+    def written() -> list[float]:
+        series = re.findall(
+            r"^sam3_masks_written_total\{.*\} (\S+)$", tiny.get(server.metrics_url), re.M
+        )
+        return [float(value) for value in series]
+
+    (before,) = written()
+    pair = {name: np.repeat(array, 2, axis=1) for name, array in foreground.items()}
+    for _ in range(6):
+        ask(WRITER, **pair, image_size=size(30, 20))
+    assert tiny.wait_for(lambda: written() == [before + 12], 10), written()

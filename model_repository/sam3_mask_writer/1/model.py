@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from metrics import Metrics
 from numpy.typing import NDArray
 from sam3_shared.formats import mask_to_rle
 from sam3_shared.masks import finish_masks, mask_boxes
@@ -46,10 +47,17 @@ class TritonPythonModel:
         parameters = {k: int(v["string_value"]) for k, v in config["parameters"].items()}
         self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
         self._max_mask_pixels = parameters["max_mask_pixels"]
+        self._metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request separately: a bad one gets an error, the others get their masks."""
-        return [self._answer(request) for request in requests]
+        responses = [self._answer(request) for request in requests]
+        self._metrics.publish()
+        return responses
+
+    def finalize(self) -> None:
+        """Remove the metric before Triton ends the process."""
+        self._metrics.close()
 
     def _answer(self, request: Any) -> Any:
         try:
@@ -73,7 +81,7 @@ class TritonPythonModel:
         for width, height in sizes.tolist():
             self._check_size(width, height)
         self._check_work(logits.shape[1], sizes)
-        images = [_finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
+        images = [self._finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
         return dict(zip(Finished._fields, zip(*images, strict=True), strict=True))
 
     def _check_size(self, width: int, height: int) -> None:
@@ -94,6 +102,24 @@ class TritonPythonModel:
                 "or send a smaller image"
             )
 
+    def _finish(
+        self, logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[int]
+    ) -> Finished:
+        """The best candidates [N, M, M] of [N, K, M, M], at width × height."""
+        best = ious.argmax(axis=1)
+        rows = np.arange(len(best))
+        finished = Finished(
+            np.empty(len(best), np.object_),
+            ious[rows, best],
+            np.empty((len(best), 4), np.float32),
+        )
+        for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
+            mask = finish_masks(logits[n, k][None], *size)
+            finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
+            finished.boxes[n] = mask_boxes(mask)[0]
+            self._metrics.count_mask()
+        return finished
+
 
 def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) -> None:
     if ious.shape != logits.shape[:3] or ious.shape[-1] == 0:
@@ -101,22 +127,6 @@ def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) ->
             f"low_res_masks has shape {list(logits.shape)} and iou_predictions {list(ious.shape)}; "
             "expected [B, N, K, M, M] and [B, N, K] with K of at least 1, both from one answer"
         )
-
-
-def _finish(logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[int]) -> Finished:
-    """The best candidates [N, M, M] of [N, K, M, M], at width × height."""
-    best = ious.argmax(axis=1)
-    rows = np.arange(len(best))
-    finished = Finished(
-        np.empty(len(best), np.object_),
-        ious[rows, best],
-        np.empty((len(best), 4), np.float32),
-    )
-    for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
-        mask = finish_masks(logits[n, k][None], *size)
-        finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
-        finished.boxes[n] = mask_boxes(mask)[0]
-    return finished
 
 
 def _error_response(message: str, code: int) -> Any:
