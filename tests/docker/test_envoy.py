@@ -251,12 +251,21 @@ def test_unfinished_uploads_do_not_exhaust_the_memory(start: Start) -> None:
     wait_until(lambda: ask(envoy, CLICK) == http.client.OK)
 
 
-def test_connections_are_bounded(start: Start) -> None:
-    def few(config: dict[str, Any]) -> None:
-        connections = config["overload_manager"]["resource_monitors"][1]["typed_config"]
-        connections["max_active_downstream_connections"] = 3
+def few_connections(config: dict[str, Any]) -> None:
+    connections = config["overload_manager"]["resource_monitors"][1]["typed_config"]
+    connections["max_active_downstream_connections"] = 3
 
-    envoy = start(few)
+
+def answers(envoy: Envoy) -> bool:
+    """Whether it accepts a connection and a request."""
+    try:
+        return ask(envoy, CLICK) == http.client.OK
+    except OSError:
+        return False
+
+
+def test_connections_are_bounded_and_silent_ones_closed(start: Start) -> None:
+    envoy = start(few_connections)
     with ExitStack() as stack:
 
         def refused() -> bool:
@@ -274,6 +283,28 @@ def test_connections_are_bounded(start: Start) -> None:
         assert [refused() for _ in range(3)] == [False] * 3
         assert refused()
         assert observe(envoy, "/live")[0] == http.client.OK
+        assert not answers(envoy)
+        wait_until(lambda: answers(envoy))  # while all of them are still open here
+
+
+def test_connections_without_requests_are_closed(start: Start) -> None:
+    """After TLS; with a shorter time than the configuration's."""
+
+    def impatient(config: dict[str, Any]) -> None:
+        few_connections(config)
+        (chain,) = config["static_resources"]["listeners"][1]["filter_chains"]
+        options = chain["filters"][0]["typed_config"]["common_http_protocol_options"]
+        assert int(options["idle_timeout"].removesuffix("s")) <= 120
+        options["idle_timeout"] = "3s"
+
+    envoy = start(impatient)
+    with ExitStack() as stack:
+        for _ in range(3):
+            connection = connect(envoy)
+            stack.callback(connection.close)
+            connection.connect()
+        assert not answers(envoy)
+        wait_until(lambda: answers(envoy))
 
 
 def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:

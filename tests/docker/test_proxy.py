@@ -244,6 +244,15 @@ def test_nginx_counts_a_tenant_however_its_token_is_written(nginx: Nginx, tmp_pa
     assert {record["tenant"] for record in nginx.records()} == {nginx.tenant}
 
 
+def test_nginx_closes_connections_that_stay_silent(nginx: Nginx) -> None:
+    """Before TLS; there are only so many, and they need no token."""
+    with (
+        nginx,
+        socket.create_connection(("127.0.0.1", nginx.port), timeout=20) as connection,
+    ):
+        assert connection.recv(1) == b""
+
+
 def test_nothing_but_segmentation_is_served(proxy: Proxy) -> None:
     for path in (
         "/v2/repository/index",
