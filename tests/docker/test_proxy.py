@@ -4,6 +4,7 @@ Affinity keeps each image on one server; a server that is killed or drained unde
 request; nobody gets through without a token, and nothing gets through but segmentation.
 """
 
+import re
 import socket
 import ssl
 import time
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc  # type: ignore[import-untyped]
@@ -242,6 +243,27 @@ def test_nginx_counts_a_tenant_however_its_token_is_written(nginx: Nginx, tmp_pa
     with nginx, begun(nginx, "Content-Length: 2"):  # its place is held until its body comes
         assert tiny.wait_for(refused, 20)
     assert {record["tenant"] for record in nginx.records()} == {nginx.tenant}
+
+
+def test_nginx_can_keep_a_place_for_new_images_of_other_tenants(
+    nginx: Nginx, tmp_path: Path
+) -> None:
+    """A tenant whose uploads never end occupies no more than its own; clicks are not counted."""
+    config, tokens = tmp_path / "nginx.conf", tmp_path / "tokens.conf"
+    places = re.search(r"limit_conn encodings (\d+);", config.read_text())
+    assert places is not None
+    fewer = f"limit_conn encodings_of_tenant {int(places[1]) - 1};"
+    config.write_text(re.sub(r"limit_conn encodings_of_tenant \d+;", fewer, config.read_text()))
+    other = {"authorization": "Bearer a-token-of-another-tenant"}
+    tokens.write_text(tokens.read_text() + f'"{other["authorization"]}" another;\n')
+    image, click = (f"/v2/models/{name}/infer" for name in ("sam3_interactive", "sam3_click_rle"))
+
+    with nginx, ExitStack() as stack:
+        for _ in range(int(places[1])):
+            stack.enter_context(begun(nginx, "Content-Length: 2"))
+        assert tiny.wait_for(lambda: call(nginx, image, b"{}", HEADERS) == 429, 20)
+        assert call(nginx, click, b"{}", HEADERS) != 429
+        assert call(nginx, image, b"{}", other) != 429
 
 
 def test_nginx_closes_connections_that_stay_silent(nginx: Nginx) -> None:
