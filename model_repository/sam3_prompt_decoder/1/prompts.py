@@ -19,10 +19,12 @@ class InvalidPrompt(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request, per image."""
+    """Limits of one request."""
 
     max_objects: int
+    """In all its images together."""
     max_tokens: int
+    """Of one object."""
     mask_size: int
 
 
@@ -72,6 +74,19 @@ def parse_prompts(
         )
         for n in range(len(labels))
     ]
+
+
+def check_objects(images: int, objects: int, limits: Limits) -> None:
+    """Check how many objects a request has in all its images: they are decoded together.
+
+    Raises:
+        InvalidPrompt: with a message that says what is wrong and what is accepted.
+    """
+    if images > 1 and images * objects > limits.max_objects:
+        raise InvalidPrompt(
+            f"{images} images of {objects} objects in one request; at most {limits.max_objects} "
+            "objects in all its images are accepted: send fewer images or objects at a time"
+        )
 
 
 def _with_one_more(

@@ -11,7 +11,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 from jobs import Job, Masks
 from numpy.typing import NDArray
-from prompts import InvalidPrompt, Limits, parse_prompts
+from prompts import InvalidPrompt, Limits, check_objects, parse_prompts
 from store import Features, ImageStore
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -102,6 +102,7 @@ def _read_jobs(inputs: RequestTensors, images: Sequence[Features], limits: Limit
     coords, labels = inputs.array("point_coords"), inputs.array("point_labels")
     if coords is None or labels is None:
         raise InvalidPrompt("point_coords and point_labels are required")
+    check_objects(len(images), coords.shape[1], limits)
     masks = inputs.tensor("mask_input")  # checked on its own device; a launch moves it
     if masks is not None and masks.shape[1] == 0:
         masks = None  # no planes: sent by callers whose requests all carry the same inputs

@@ -300,6 +300,21 @@ def test_an_image_is_given_in_one_way(served: Served, image_id: str) -> None:
         assert sentence in served.refused(DECODER, **image, **clicks(1))
 
 
+def test_objects_of_all_images_are_limited_together(served: Served, image_id: str) -> None:
+    """To what one image may have: its memory and time would be 16 times as much."""
+    images = 8
+    limit = int(served.config(DECODER)["parameters"]["max_objects"]["string_value"])
+    ids = {"image_id": np.full((images, 1), image_id, np.object_)}
+    answer = served.ask(DECODER, **ids, **clicks(limit // images, images=images))
+    assert answer["iou_predictions"].shape[:2] == (images, limit // images)
+    more = limit // images + 1
+    sentence = served.refused(DECODER, INVALID, **ids, **clicks(more, images=images))
+    assert sentence == (
+        f"{images} images of {more} objects in one request; at most {limit} objects in all its "
+        "images are accepted: send fewer images or objects at a time"
+    )
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_embeddings_without_finite_masks_are_refused(
     served: Served, server: TritonServer, side: int, name: str
