@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +270,42 @@ def test_nginx_sees_what_is_replaced() -> None:
     named = re.findall(r"^ +(?:include|ssl_certificate\w*) (\S+);", text, re.M)
     folders = {str(Path("/etc/nginx", name).parent) for name in named}
     assert folders == set(targets)
+
+
+def documented(start: str) -> str:
+    """The commands of docs/operations.md that follow `start`, up to the first that runs Docker or
+    kubectl."""
+    text = (ROOT / "docs" / "operations.md").read_text().partition(f"**{start}**")[2]
+    (block, *_) = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    return str(re.split(r"^(?=docker |kubectl )", block, maxsplit=1, flags=re.M)[0])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to other users")
+def test_documented_secrets_are_read_by_their_container_and_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "ssl" / "sam3").mkdir(parents=True)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / "ssl" / "sam3" / name).touch()
+    commands = documented("One host.").replace("/etc/", f"{tmp_path}/")
+    for _ in range(2):  # for a second tenant
+        assert run(["bash", "-euc", f"umask 022\n{commands}"], cwd=tmp_path).stderr == ""
+    tokens = tmp_path / "sam3" / "tokens" / "tokens.conf"
+    assert len(set(re.findall(r'^"Bearer [\w+/=]{40,}" TENANT;$', tokens.read_text(), re.M))) == 2
+    owners = {"ssl/sam3/tls.crt": 101, "ssl/sam3/tls.key": 101, "sam3/grafana-password": 472}
+    for name, owner in {**owners, "sam3/tokens/tokens.conf": 101}.items():
+        status = (tmp_path / name).stat()
+        assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (owner, 0o400), name
+        assert name.startswith("sam3/g") or (tmp_path / name).parent.stat().st_uid == owner
+
+
+def test_the_documented_values_with_tokens_are_nobody_elses_to_read(tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    result = run(["bash", "-euc", f"umask 022\n{documented('Kubernetes')}"], cwd=tmp_path)
+    assert result.stderr == ""
+    written = tmp_path / "build" / "sam3.yaml"
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    (token,) = yaml.safe_load(written.read_text())["proxy"]["tokens"]
+    assert len(token) >= 40
 
 
 def test_nginx_restarts_with_the_server() -> None:
