@@ -16,7 +16,9 @@ from .errors import (
     SAM3Error,
     ServerError,
     ServerUnreachable,
+    TransportError,
 )
+from .session import Compressed, Redirected
 
 
 class RegionLost(ServerError):
@@ -93,6 +95,16 @@ def translate(error: Exception, url: str, waited: float) -> SAM3Error:
         return _from_server(error, url, waited)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return _deadline(url, waited)
+    if isinstance(error, Redirected):
+        return TransportError(
+            f"{url} redirects to {error}, where headers and images would go too, so this is not "
+            "followed: use that server's own URL if you trust it"
+        )
+    if isinstance(error, Compressed):
+        return ServerError(
+            f"{url} answered with Content-Encoding {str(error)!r}, but compressed answers are not "
+            "accepted, as they may unpack to any size: turn compression off in the proxy there"
+        )
     reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, (OSError, aiohttp.ClientError)):
         return _unreachable(url, str(error) or reason)

@@ -24,6 +24,7 @@ from .endpoint import Endpoint
 from .errors import SAM3Error
 from .flow import Array, Call, Infer, InSharedMemory, Query
 from .lifetime import closed_error, keep_in_forks
+from .session import guard
 from .translation import translate
 
 _MAX_MESSAGE_BYTES = 2**31 - 1
@@ -191,6 +192,7 @@ class AsyncHttpTransport(AsyncBaseTransport):
             ssl=endpoint.tls is not None,
             ssl_context=endpoint.tls.context() if endpoint.tls else None,
         )
+        guard(self._client)
 
     async def _send(self, call: Call) -> Any:
         request = call.request

@@ -6,7 +6,7 @@ and HTTP and gRPC servers that answer with given errors before they answer well.
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,8 +71,11 @@ class Counter:
 
 
 @contextmanager
-def http(*answers: tuple[int, bytes]) -> Iterator[tuple[str, Counter]]:
-    """An HTTP server that gives these statuses and bodies in turn; yields URL and counter."""
+def http(
+    *answers: tuple[int, bytes], headers: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Counter]]:
+    """An HTTP server that gives these statuses and bodies in turn, each with `headers`; yields URL
+    and counter."""
     counter = Counter(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -83,6 +86,8 @@ def http(*answers: tuple[int, bytes]) -> Iterator[tuple[str, Counter]]:
             counter.headers.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
