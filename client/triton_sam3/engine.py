@@ -146,7 +146,8 @@ class Engine:
 
     def _config(self, model: str) -> Flow[dict[str, Any]]:
         config = yield from self.retries.send(Query("get_model_config", (model,)))
-        return dict(config.get("config", config))  # gRPC wraps what HTTP returns bare
+        inner = config.get("config", config)  # gRPC wraps what HTTP returns bare
+        return inner if isinstance(inner, dict) else {}
 
     def open(self, image: ImageLike) -> Flow[tuple[Picture, ImageSlot]]:
         """Have the server keep the image, unless it is known to keep it already."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tritonclient.utils import triton_to_np_dtype
 
 from . import contract
 from .errors import ServerError
@@ -29,35 +30,64 @@ class ServedModel:
     def from_configs(
         cls, interactive: Mapping[str, Any], decoder: Mapping[str, Any]
     ) -> "ServedModel":
-        """Read the sizes from the ensemble's configuration and the limits from the decoder's."""
-        image = _dims(interactive, contract.IMAGE.name)
-        mask = _dims(interactive, contract.MASK_INPUT.name)
+        """Read the sizes from the ensemble's configuration and the limits from the decoder's.
+
+        Raises ServerError for a configuration that is not of these models.
+        """
         return cls(
-            image_side=image[0],
-            mask_side=mask[-1],
+            image_side=_side(interactive, contract.IMAGE, "S"),
+            mask_side=_side(interactive, contract.MASK_INPUT, "M"),
             max_objects=_limit(decoder, contract.MAX_OBJECTS),
             max_tokens=_limit(decoder, contract.MAX_TOKENS),
         )
 
 
-def _dims(config: Mapping[str, Any], name: str) -> list[int]:
-    for tensor in config.get("input", ()):
-        if tensor["name"] == name:
-            return [int(size) for size in tensor["dims"]]
-    raise _incompatible_model(config, f"input {name!r}")
+MAX_SIDE = 8192
+"""Longest side of a model's images and masks that is believed: eight times SAM 3's, 200 MB."""
+
+
+def _side(config: Mapping[str, Any], tensor: contract.Tensor, letter: str) -> int:
+    """The length of the axes of an input that the contract gives this letter."""
+    dims = _named(config.get("input"), tensor.name).get("dims")
+    axes = tensor.axes[1:]
+    sizes = list(map(_whole, dims)) if isinstance(dims, list) else []
+    sides = {size for size, axis in zip(sizes, axes, strict=False) if axis == letter}
+    if len(sizes) != len(axes) or len(sides) != 1 or not 1 <= max(sides) <= MAX_SIDE:
+        wanted = f"dims {list(axes)} with {letter} from 1 to {MAX_SIDE}"
+        raise _incompatible_model(config, f"input {tensor.name!r}", "dims", dims, wanted)
+    return sides.pop()
 
 
 def _limit(config: Mapping[str, Any], name: str) -> int:
-    value = config.get("parameters", {}).get(name)
-    if value is None:
-        raise _incompatible_model(config, f"parameter {name!r}")
-    return int(value["string_value"])
+    parameters = config.get("parameters")
+    value = parameters.get(name) if isinstance(parameters, Mapping) else None
+    text = value.get("string_value") if isinstance(value, Mapping) else None
+    if _whole(text) < 1:
+        raise _incompatible_model(config, f"parameter {name!r}", "value", text, "at least 1")
+    return _whole(text)
 
 
-def _incompatible_model(config: Mapping[str, Any], missing: str) -> ServerError:
+def _named(tensors: Any, name: str) -> Mapping[str, Any]:
+    found = tensors if isinstance(tensors, list) else []
+    named = (item for item in found if isinstance(item, Mapping) and item.get("name") == name)
+    return next(named, {})
+
+
+def _whole(value: Any) -> int:
+    """An integer, which gRPC gives as text; 0, which no size or limit can be, for anything else."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _incompatible_model(
+    config: Mapping[str, Any], what: str, kind: str, found: Any, wanted: str
+) -> ServerError:
+    state = f"has no {what}" if found is None else f"has the {what} with the {kind} {found!r:.80}"
     return ServerError(
-        f"the server's model {config.get('name')!r} has no {missing}, so it is not the one this "
-        "client expects; serve the repository that `python -m export` builds"
+        f"the server's model {config.get('name')!r:.80} {state}, but this client needs {wanted}; "
+        "serve the repository that `python -m export` builds"
     )
 
 
@@ -177,16 +207,28 @@ def read_image_id(outputs: Mapping[str, Array]) -> bytes:
     if ids is None or ids.size == 0:
         return b""
     value = ids.flat[0]
-    return value.encode() if isinstance(value, str) else bytes(value)
+    if not isinstance(value, (bytes, str)):
+        raise _incompatible_answer(contract.IMAGE_ID, ids, "B = 1")
+    return value.encode() if isinstance(value, str) else value
 
 
 def _output(outputs: Mapping[str, Array], tensor: contract.Tensor, objects: int) -> Array:
     array = outputs.get(tensor.name)
-    if array is None or array.ndim != len(tensor.axes) or array.shape[:3] != (1, objects, 1):
-        found = "nothing" if array is None else f"shape {list(array.shape)}"
-        raise ServerError(
-            f"the server answered {found} for {tensor.name!r}, expected shape "
-            f"{list(tensor.axes)} with B = 1, N = {objects}, K = 1: the client and the model "
-            "repository are incompatible"
-        )
+    if array is None or not _fits(array, tensor, objects):
+        raise _incompatible_answer(tensor, array, f"B = 1, N = {objects}, K = 1")
     return array
+
+
+def _fits(array: Array, tensor: contract.Tensor, objects: int) -> bool:
+    leading, sides = array.shape[:3], set(array.shape[3:])
+    squares = len(sides) <= 1 and 0 not in sides
+    known = array.dtype == triton_to_np_dtype(tensor.datatype)
+    return known and squares and leading == (1, objects, 1) and array.ndim == len(tensor.axes)
+
+
+def _incompatible_answer(tensor: contract.Tensor, array: Array | None, sizes: str) -> ServerError:
+    found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+    return ServerError(
+        f"the server answered {found} for {tensor.name!r}, expected {tensor.datatype} "
+        f"{list(tensor.axes)} with {sizes}: the client and the model repository are incompatible"
+    )

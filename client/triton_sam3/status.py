@@ -69,7 +69,9 @@ def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
         metadata = yield from engine.retries.send(Query("get_model_metadata", (name,)))
     except ModelUnavailable:
         return ModelStatus(name, (), False)
-    return ModelStatus(name, tuple(metadata.get("versions", ())), bool(ready))
+    versions = metadata.get("versions")
+    known = tuple(map(str, versions)) if isinstance(versions, list) else ()
+    return ModelStatus(name, known, bool(ready))
 
 
 def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Requests as they go on the wire, and answers as they are read, without a server."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tritonclient.utils import np_to_triton_dtype
@@ -139,11 +141,27 @@ def test_an_answer_loses_its_batch_and_candidate_axes() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, answer(2), answer(3, candidates=3), {"low_res_masks": np.zeros((1, 3, 1))}]
+    "wrong",
+    [
+        {},
+        answer(2),
+        answer(3, candidates=3),
+        *(
+            {"low_res_masks": np.zeros(shape, np.float16)}
+            for shape in [(1, 3, 1), (1, 3, 1, 0, 0), (1, 3, 1, M, 0), (1, 3, 1, M, M + 1)]
+        ),
+        *({"low_res_masks": np.zeros((1, 3, 1, M, M), dtype)} for dtype in (object, np.float32)),
+    ],
 )
-def test_an_answer_of_another_shape_is_not_taken(wrong: dict[str, Array]) -> None:
-    with pytest.raises(ServerError, match=r"low_res_masks.*N = 3"):
+def test_an_answer_of_another_shape_or_type_is_not_taken(wrong: dict[str, Array]) -> None:
+    with pytest.raises(ServerError, match=r"low_res_masks.*FP16.*N = 3"):
         read_answer(wrong, 3)
+
+
+def test_scores_of_another_type_are_not_taken() -> None:
+    scores = np.array([[[b"0.9"]]], object)
+    with pytest.raises(ServerError, match=r"object \[1, 1, 1\] for 'iou_predictions'.*FP32"):
+        read_answer({**answer(1), "iou_predictions": scores}, 1)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +180,17 @@ def test_image_id_is_bytes_whatever_the_transport_makes_of_it(
     assert read_image_id({} if ids is None else {"image_id": ids}) == expected
 
 
+def test_an_image_id_that_is_a_number_is_not_taken() -> None:
+    with pytest.raises(ServerError, match=r"int64 \[1, 1\] for 'image_id', expected BYTES"):
+        read_image_id({"image_id": np.array([[7]])})
+
+
 DECODER = {
     "parameters": {"max_objects": {"string_value": "7"}, "max_tokens": {"string_value": "9"}}
 }
 
 
-def interactive(image: list[object], mask: list[object]) -> dict[str, object]:
+def interactive(image: Any, mask: Any) -> dict[str, object]:
     inputs = [{"name": "image", "dims": image}, {"name": "mask_input", "dims": mask}]
     return {"name": "sam3_interactive", "input": inputs}
 
@@ -185,3 +208,39 @@ def test_grpc_gives_numbers_as_text() -> None:
 def test_another_model_is_named() -> None:
     with pytest.raises(ServerError, match="'resnet' has no input 'image'"):
         ServedModel.from_configs({"name": "resnet", "input": []}, {})
+
+
+SIDES: list[Any] = [0, -5, 100_000, 10**30, "x", None, [], 1e400]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_side_that_no_model_has_is_quoted_with_what_is_accepted(side: Any) -> None:
+    good = [56, 56, 3], [-1, M, M]
+    for image, mask in (([side, side, 3], good[1]), (good[0], [-1, side, side])):
+        with pytest.raises(ServerError, match=r"input '(image|mask_input)' with the dims") as told:
+            ServedModel.from_configs(interactive(image, mask), DECODER)
+        assert "from 1 to 8192; serve the repository" in str(told.value)
+
+
+@pytest.mark.parametrize("dims", [[], [56], [56, 55, 3], [56, 56, 3, 1], "56", 5, {}])
+def test_dims_of_another_form_are_quoted(dims: Any) -> None:
+    with pytest.raises(ServerError, match=r"with the dims .* needs dims \['S', 'S', 3\] with S"):
+        ServedModel.from_configs(interactive(dims, [-1, M, M]), DECODER)
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "x", "", "1.5", [], 1e400])
+@pytest.mark.parametrize("name", ["max_objects", "max_tokens"])
+def test_a_limit_that_no_server_can_have_is_quoted(name: str, limit: Any) -> None:
+    parameters = {**DECODER["parameters"], name: {"string_value": limit}}
+    decoder = {"name": "sam3_prompt_decoder", "parameters": parameters}
+    with pytest.raises(ServerError, match=rf"parameter '{name}' with the value .* at least 1"):
+        ServedModel.from_configs(interactive([56, 56, 3], [-1, M, M]), decoder)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [], [5], {}, {"max_objects": 5}])
+def test_a_configuration_of_another_form_names_what_is_missing(wrong: Any) -> None:
+    image = interactive([56, 56, 3], [-1, M, M])
+    with pytest.raises(ServerError, match="no input 'image'"):
+        ServedModel.from_configs({"input": wrong}, DECODER)
+    with pytest.raises(ServerError, match="no parameter 'max_objects'"):
+        ServedModel.from_configs(image, {"parameters": wrong})

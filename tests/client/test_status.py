@@ -6,7 +6,7 @@ import pytest
 
 from server import TritonServer
 from tests.client import misbehaving
-from triton_sam3 import AsyncClient, Client, ServerUnreachable
+from triton_sam3 import AsyncClient, Client, ServerError, ServerUnreachable
 from triton_sam3.status import MODELS, store_metrics
 
 
@@ -31,6 +31,13 @@ def test_a_server_without_the_models_is_not_ready() -> None:
     assert not found.ready
     assert found.served is None
     assert [model.versions for model in found.models] == [(), (), ()]
+
+
+@pytest.mark.parametrize("page", [b'{"versions": 5}', b'{"versions": {}, "config": [1]}'])
+def test_a_server_of_another_kind_that_is_ready_is_named(page: bytes) -> None:
+    told = pytest.raises(ServerError, match="has no input 'image'")
+    with misbehaving.http((200, page)) as (url, _), Client(url) as client, told:
+        client.status()
 
 
 def test_the_stores_metrics_are_read(server: TritonServer) -> None:
