@@ -267,12 +267,9 @@ def _connect(
     root_certificates: Path | None,
     shared_memory: SharedMemoryKind | None,
 ) -> Client:
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    for line in header or ():
-        name, colon, value = line.partition(":")
-        if not colon or not name.strip():
-            raise ValueError(f"header {line!r} is not NAME:VALUE")
-        headers[name.strip()] = value.strip()
+    headers = dict(_header(line, index) for index, line in enumerate(header or (), 1))
+    if token is not None:
+        headers.setdefault("authorization", f"Bearer {token}")
     return Client(
         url,
         headers=headers,
@@ -280,6 +277,15 @@ def _connect(
         root_certificates=root_certificates,
         shared_memory=shared_memory.value if shared_memory else None,
     )
+
+
+def _header(line: str, index: int) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    if not colon or not name.strip():
+        raise ValueError(
+            f"--header number {index} is not NAME:VALUE (it is not shown, being confidential)"
+        )
+    return name.strip(), value.strip()
 
 
 def _points_and_boxes(point: list[str] | None, box: list[str] | None) -> dict[str, Any]:

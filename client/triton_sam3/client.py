@@ -34,7 +34,8 @@ class Client:
     url: ``grpc://host:8001``, ``http://host:8000[/path]``, or ``grpcs://`` and ``https://`` for
         TLS. Nothing is sent before the first call. Proxy environment variables, such as
         http_proxy, are ignored, redirects are not followed, and compressed answers are rejected.
-    headers: sent with every request, for example ``{"authorization": "Bearer …"}``.
+    headers: sent with every request, for example ``{"authorization": "Bearer …"}``; not those that
+        say how a request is sent, such as Content-Length and Host.
     timeout: seconds a request may take, including retries.
     retries: how often a request is retried when the server is unreachable or busy. A request that
         a proxy rejects (status 429) is retried until `timeout`, unless this is 0.

@@ -24,6 +24,14 @@ _HEADER_NAME = re.compile(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", re.IGNORECASE)
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
 """What both protocols accept: gRPC reserves names that begin with grpc- or end in -bin."""
 
+_OWN_HEADERS = {
+    *("accept-encoding", "content-encoding", "content-length", "content-type"),
+    *("connection", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding"),
+    *("inference-header-content-length", "proxy-connection", "upgrade"),
+}
+"""How a request is sent, which only the client knows: with a caller's values, servers misread it or
+wait for ever."""
+
 
 @dataclass(frozen=True)
 class TLS:
@@ -103,11 +111,7 @@ class Endpoint:
     @classmethod
     def parse(cls, url: str, tls: TLS | None = None) -> "Endpoint":
         """Parse a URL; ValueError says what is accepted."""
-        if "@" in url:
-            raise ValueError(
-                "a server URL must not contain a user name or a password (it has an '@'): pass "
-                "headers={'authorization': …}"
-            )
+        reject_secrets(url)
         try:
             parts = urlsplit(url)
             default = _DEFAULT_PORTS[parts.scheme]
@@ -116,7 +120,7 @@ class Endpoint:
         except (KeyError, ValueError):  # a UnicodeError is one
             raise _not_a_url(url) from None
         host, path = parts.hostname, parts.path.rstrip("/")
-        if not host or not port or (path and parts.scheme.startswith("grpc")) or parts.query:
+        if not host or not port or (path and parts.scheme.startswith("grpc")):
             raise _not_a_url(url)
         host = f"[{host}]" if ":" in host else host
         tls = tls or TLS()
@@ -125,6 +129,16 @@ class Endpoint:
                 f"{url!r} does not use TLS, but PEM files were passed: use {parts.scheme}s://"
             )
         return cls(parts.scheme, f"{host}:{port}{path}", None if parts.scheme in _PLAIN else tls)
+
+
+def reject_secrets(url: str) -> None:
+    """Raise ValueError for a URL with a user name, a query or a fragment, without quoting it."""
+    for mark, part in (("@", "user name or a password"), ("?", "query"), ("#", "fragment")):
+        if mark in url:
+            raise ValueError(
+                f"a server URL must not contain a {part} (it has {mark!r}, and is not shown, being "
+                "confidential): pass headers={'authorization': …}"
+            )
 
 
 def _not_a_url(url: str) -> ValueError:
@@ -137,13 +151,19 @@ def _not_a_url(url: str) -> ValueError:
 def validate_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Return the headers; raise ValueError for the first that the protocols do not both accept.
 
-    The message never quotes a value, which is likely a secret.
+    The message quotes neither a value, which is likely a secret, nor an invalid name, which may be
+    half of one.
     """
-    for name, value in (headers or {}).items():
+    for index, (name, value) in enumerate((headers or {}).items(), 1):
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} is not a valid header name: use letters, digits, '-', '_', '.', and "
+                f"the name of header {index} is not valid: use letters, digits, '-', '_', '.', and "
                 "neither begin with grpc- nor end in -bin"
+            )
+        if name.lower() in _OWN_HEADERS:
+            raise ValueError(
+                f"header {name!r} says how a request is sent, so the client sets it itself: "
+                "remove it from headers"
             )
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ValueError(

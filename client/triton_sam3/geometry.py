@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ POSTSCRIPT = "EPS"
 
 MAX_QUOTED_LENGTH = 255
 """Longest path that a message quotes in full; image data passed as text is longer."""
+
+SECRET_PARTS = re.compile(r"(?<=//)[^/]*@|\?.*", re.DOTALL)
+"""A URL's password, and its query, which may be a signature: no message quotes them."""
 
 STRIPS = 16
 """Strips in which a large image is shrunk, in parallel: the pixels of one stay in a core's caches,
@@ -165,9 +169,10 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _from_file(path: str) -> NDArray[np.uint8]:
-    name = _quoted(path)
     if "://" in path:
-        raise ImageError(f"{name} is a URL: download it first; {ACCEPTED}")
+        url = _quoted(SECRET_PARTS.sub("", path))
+        raise ImageError(f"{url} is a URL: download it first; {ACCEPTED}")
+    name = _quoted(path)
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         hint = f"; if this is image data, decode it and {FROM_BYTES}"
         raise ImageError(f"there is no file {name}{hint if len(path) > MAX_QUOTED_LENGTH else ''}")

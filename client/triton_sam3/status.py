@@ -7,6 +7,7 @@ import urllib.request
 from dataclasses import dataclass
 
 from . import contract
+from .endpoint import reject_secrets
 from .engine import Engine
 from .errors import ModelUnavailable, ServerUnreachable
 from .flow import Flow, Query
@@ -78,8 +79,10 @@ def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
     """The decoder's own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
 
     metrics_url: http://host:8002/metrics. The values of several decoders are summed; proxy
-    environment variables are ignored. Raises ServerUnreachable if nothing answers there.
+    environment variables are ignored. Raises ServerUnreachable if nothing answers there, and
+    ValueError for a URL with a user name or a query.
     """
+    reject_secrets(metrics_url)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(metrics_url, timeout=timeout) as answer:

@@ -91,6 +91,7 @@ def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
         ([[1, 2], [3, 4]], "cannot be a list: accepted are"),
         (b"\x89PNG", r"cannot be a bytes: .*PIL.Image.open\(io.BytesIO\(data\)\)"),
         ("https://example.org/a.jpg", "'https://example.org/a.jpg' is a URL: download it first"),
+        ("https://me:pw@example.org/a.jpg?signature=pw", "'https://example.org/a.jpg' is a URL"),
         ("/no/such/photo.jpg", "there is no file '/no/such/photo.jpg'"),
     ],
 )
