@@ -39,7 +39,7 @@ def main(folder: str, boxes: str, masks: str) -> None:
         )
         for outcome, annotations in zip(outcomes, by_image.values(), strict=True):
             if outcome.result is None:
-                print(f"{outcome.image}: {outcome.error}", file=sys.stderr)
+                print(f"{images[outcome.index]}: {outcome.error}", file=sys.stderr)
                 failed += 1
                 continue
             for annotation, mask in zip(annotations, outcome.result.to_coco(), strict=True):

@@ -90,8 +90,9 @@ class Client:
     ) -> Segmentation:
         """Segment objects in an image: one per box, then the one that the points mark.
 
-        image: a path, a PIL image, or an RGB uint8 array [H, W, 3]. A file's EXIF orientation is
-            applied; PIL images and arrays are used as they are.
+        image: a path, the bytes of an image file, a file open in binary mode, a PIL image, or an
+            RGB uint8 array [H, W, 3]. The EXIF orientation of a file is applied, also of bytes and
+            open files; PIL images and arrays are used as they are.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``.
         boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, Roboflow

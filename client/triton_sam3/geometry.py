@@ -1,6 +1,6 @@
 """From what a caller holds to what the encoder takes.
 
-    path │ PIL image │ uint8 array ──load_image──► [H, W, 3] RGB ──resize──► [S, S, 3] RGB
+    path │ file │ bytes │ PIL image │ array ──load_image──► [H, W, 3] RGB ──resize──► [S, S, 3] RGB
     x, y in pixels ──to_fractions──► x / W, y / H
 
 The image is stretched to a square without letterboxing, so fractions of its sides name the same
@@ -9,14 +9,16 @@ place before and after.
 
 from __future__ import annotations
 
+import inspect
+import io
 import math
 import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import cv2
 import numpy as np
@@ -25,15 +27,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import ImageError
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any]
-"""A file's path, a PIL image, or an RGB uint8 array [H, W, 3] (also [H, W], [H, W, 1], [H, W, 4],
-and bool masks [H, W])."""
+ImageLike: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
+)
+"""A file's path, its bytes, or the file open for reading; a PIL image; or an RGB uint8 array
+[H, W, 3] (also [H, W], [H, W, 1], [H, W, 4], and bool masks [H, W])."""
 
 ACCEPTED = (
-    "accepted are a path, a PIL image, or a uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
+    "accepted are a path, an image file's bytes, a file opened in binary mode, a PIL image, or a "
+    "uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
 )
-
-FROM_BYTES = "open encoded bytes with PIL.Image.open(io.BytesIO(data))"
 
 POSTSCRIPT = "EPS"
 """The format that Pillow decodes by running another program, Ghostscript, on the file."""
@@ -67,11 +70,12 @@ EXIF_TRANSPOSES: dict[Any, Image.Transpose] = {
 def load_image(image: ImageLike) -> NDArray[np.uint8]:
     """Return `image` as RGB uint8 [H, W, 3], C-contiguous, values 0 to 255.
 
-    A file's EXIF orientation is applied; PIL images and arrays are used as they are, because the
-    caller's coordinates are in their frame. Grey becomes three equal channels, alpha is dropped, a
-    16-bit file keeps its upper 8 bits, and only the first of several frames is used. A PIL image of
-    32-bit integers is read as 16-bit, and rejected if it may be 8-bit. An array that already fits
-    is returned as it is, not copied.
+    The EXIF orientation of a file is applied, also of bytes and open files; PIL images and arrays
+    are used as they are, because the caller's coordinates are in their frame. Grey becomes three
+    equal channels, alpha is dropped, a 16-bit file keeps its upper 8 bits, and only the first of
+    several frames is used. A PIL image of 32-bit integers is read as 16-bit, and rejected if it may
+    be 8-bit. An array that already fits is returned as it is, not copied. An open file is read from
+    its beginning if it can seek, and left open.
 
     Raises ImageError for anything else, saying what is accepted.
     """
@@ -82,9 +86,33 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
             _reject_postscript(image, "the PIL image")
             return _from_pil(image, "the PIL image")
     if isinstance(image, (str, os.PathLike)):
-        return _from_file(os.fsdecode(image))
-    hint = f"; {FROM_BYTES}" if isinstance(image, (bytes, bytearray, memoryview)) else ""
-    raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{hint}")
+        return _from_path(os.fsdecode(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _from_file(io.BytesIO(bytes(image)), "the image data")
+    if callable(getattr(image, "read", None)):
+        return _from_file(io.BytesIO(_read(image)), "the open file")
+    raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{_hint(image)}")
+
+
+def _hint(image: Any) -> str:
+    if hasattr(image, "numpy"):
+        return "; convert a tensor to uint8 H×W×3, channels last, and pass tensor.cpu().numpy()"
+    return ""
+
+
+def _read(file: Any) -> bytes:
+    """All of an open file; ImageError for one that does not give bytes."""
+    if inspect.iscoroutinefunction(file.read):
+        raise ImageError(
+            f"a {type(file).__name__} is read asynchronously: pass `await file.read()`, the bytes"
+        )
+    with _decoding("the open file"):
+        with suppress(AttributeError, OSError):  # a stream
+            file.seek(0)
+        data = file.read()
+        if not isinstance(data, (bytes, bytearray)):
+            raise TypeError("open it in binary mode, such as open(path, 'rb')")
+        return bytes(data)
 
 
 def _reject_postscript(image: Image.Image, name: str) -> None:
@@ -168,15 +196,21 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array[:, :, :3])
 
 
-def _from_file(path: str) -> NDArray[np.uint8]:
+def _from_path(path: str) -> NDArray[np.uint8]:
     if "://" in path:
         url = _quoted(SECRET_PARTS.sub("", path))
         raise ImageError(f"{url} is a URL: download it first; {ACCEPTED}")
     name = _quoted(path)
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
-        hint = f"; if this is image data, decode it and {FROM_BYTES}"
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise ImageError(f"{name} is a folder: pass the path of one image file in it")
+    if not os.path.isfile(path):  # noqa: PTH113 - as above
+        hint = "; if this is image data, pass it decoded, as bytes"
         raise ImageError(f"there is no file {name}{hint if len(path) > MAX_QUOTED_LENGTH else ''}")
-    with _decoding(name), Image.open(path) as image:
+    return _from_file(path, name)
+
+
+def _from_file(file: str | io.BytesIO, name: str) -> NDArray[np.uint8]:
+    with _decoding(name), Image.open(file) as image:
         _reject_postscript(image, name)
         return _from_pil(upright(image), name)
 

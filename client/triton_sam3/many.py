@@ -86,10 +86,11 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
 
 
 def _is_one_image(images: Any) -> bool:
-    """Whether iterating would give characters or rows of pixels."""
+    """Whether iterating would give characters, bytes, lines or rows of pixels."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
-    return isinstance(images, (str, bytes, os.PathLike, Image.Image))
+    single = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    return isinstance(images, single) or hasattr(images, "read")
 
 
 def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:

@@ -1,6 +1,7 @@
 """Images and coordinates against Pillow, NumPy and the reference's own transforms."""
 
 import io
+import os
 import random
 import struct
 import warnings
@@ -89,7 +90,12 @@ def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
     [
         (None, "cannot be a NoneType: accepted are a path"),
         ([[1, 2], [3, 4]], "cannot be a list: accepted are"),
-        (b"\x89PNG", r"cannot be a bytes: .*PIL.Image.open\(io.BytesIO\(data\)\)"),
+        (b"\x89PNG", "the image data is not an image Pillow can read"),
+        (b"", "the image data is not an image"),
+        (io.BytesIO(b"no"), "the open file is not an image"),
+        (io.StringIO("no"), "the open file cannot be read: open it in binary mode"),
+        (torch.zeros(3, 4, 5), r"cannot be a Tensor: .*channels last, and pass tensor\.cpu\(\)"),
+        (Path(__file__).parent, r"'.*/tests/client' is a folder: pass the path of one image file"),
         ("https://example.org/a.jpg", "'https://example.org/a.jpg' is a URL: download it first"),
         ("https://me:pw@example.org/a.jpg?signature=pw", "'https://example.org/a.jpg' is a URL"),
         ("/no/such/photo.jpg", "there is no file '/no/such/photo.jpg'"),
@@ -98,6 +104,54 @@ def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
 def test_values_that_are_no_image(value: Any, says: str) -> None:
     with pytest.raises(ImageError, match=says):
         load_image(value)
+
+
+class Upload:
+    """As of FastAPI."""
+
+    async def read(self) -> bytes:
+        return b""
+
+
+@pytest.mark.filterwarnings("error")  # of a coroutine that nobody awaits
+def test_a_file_that_is_read_asynchronously_names_the_remedy() -> None:
+    upload: Any = Upload()
+    with pytest.raises(ImageError, match=r"Upload is read asynchronously: pass `await file"):
+        load_image(upload)
+
+
+@pytest.mark.parametrize("form", [bytes, bytearray, memoryview, io.BytesIO])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_encoded_images_are_turned_as_their_file_is(
+    tmp_path: Path, photo: NDArray[np.uint8], orientation: int, form: Callable[[bytes], Any]
+) -> None:
+    path = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(photo).save(path, exif=exif)
+    assert_image(load_image(form(path.read_bytes())), load_image(path))
+
+
+def test_an_open_file_is_read_from_its_beginning_and_left_open(
+    tmp_path: Path, photo: NDArray[np.uint8]
+) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(photo).save(path)
+    with path.open("rb") as file:
+        file.read()
+        assert_image(load_image(file), photo)
+        assert_image(load_image(file), photo)
+        assert not file.closed
+
+
+def test_a_stream_that_cannot_seek_is_read(photo: NDArray[np.uint8]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo).save(buffer, "PNG")
+    reading, writing = os.pipe()
+    os.write(writing, buffer.getvalue())  # less than a pipe holds
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        assert_image(load_image(stream), photo)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "YCbCr", "HSV", "PA"])

@@ -1,6 +1,7 @@
 """Many images at once, against the real server where one is needed."""
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,10 @@ def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
 
 @pytest.mark.parametrize(
     "image",
-    ["a.jpg", Path("a.jpg"), b"data", np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))],
+    [
+        *("a.jpg", Path("a.jpg"), b"data", bytearray(3), memoryview(b"data"), io.BytesIO(b"data")),
+        *(np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))),
+    ],
 )
 def test_a_single_image_is_no_list_of_images(image: Any) -> None:
     with pytest.raises(ImageError, match="wrap a single image in a list"):
