@@ -11,14 +11,9 @@ from typing import Any
 
 from rich.progress import track
 
-from triton_sam3 import Client
+from triton_sam3 import Box, Client
 
 URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
-
-
-def corners(bbox: list[float]) -> list[float]:
-    x, y, width, height = bbox
-    return [x, y, x + width, y + height]
 
 
 def main(folder: str, boxes: str, masks: str) -> None:
@@ -29,7 +24,8 @@ def main(folder: str, boxes: str, masks: str) -> None:
 
     images = [Path(folder, image["file_name"]) for image in dataset["images"]]
     prompts = [
-        {"boxes": [corners(a["bbox"]) for a in annotations]} for annotations in by_image.values()
+        {"boxes": [Box.from_xywh(*a["bbox"]) for a in annotations]}
+        for annotations in by_image.values()
     ]
     failed = 0
     with Client(URL) as client:

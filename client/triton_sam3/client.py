@@ -95,10 +95,10 @@ class Client:
             open files; PIL images and arrays are used as they are.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``.
-        boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, Roboflow
-            predictions or `supervision.Detections`. A box is clipped to the image, which Meta's
-            predictor does not do. Empty boxes without points give an empty result without a
-            request.
+        boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, `Box` (also
+            `Box.from_xywh`), Roboflow predictions or `supervision.Detections`. A box is clipped to
+            the image, which Meta's predictor does not do. Empty boxes without points give an empty
+            result without a request.
         prompts: instead of points and boxes: any mix of points, box and mask, one `Prompt` per
             object.
         threshold: masks with a lower predicted IoU are dropped.

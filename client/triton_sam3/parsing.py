@@ -1,7 +1,7 @@
 """Parse the points, boxes and masks that callers pass, and say what is wrong with them.
 
     {"x", "y", "positive"} │ (x, y) │ (x, y, positive)            ─► Point
-    (x_min, y_min, x_max, y_max) │ a dict of corners or a centre  ─► Box
+    (x_min, y_min, x_max, y_max) │ a dict of corners │ a detection ─► Box
     logits [M, M]                                                 ─► float16 [M, M]
 
 Python numbers and lists, NumPy arrays and scalars, and any library's with `tolist` are accepted.
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 POINT_FORMS = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
 BOX_FORMS = (
-    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
-    "centre as x, y and its width and height, in pixels"
+    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, Box.from_xywh(…), "
+    "Box.from_center(…) or a Roboflow detection, in pixels"
 )
 
 CORNER_KEYS = (
@@ -36,7 +36,10 @@ CORNER_KEYS = (
     ("x1", "y1", "x2", "y2"),
 )
 """Spellings of a box's corners in dicts, tried in this order."""
-CENTRE_KEYS = ("x", "y", "width", "height")
+SIZE_KEYS = ("x", "y", "width", "height")
+DETECTION_KEYS = {"class", "class_id", "confidence", "detection_id"}
+"""Any of these marks a Roboflow detection, whose x and y are the centre. In drawing tools, they are
+the top left corner."""
 
 MAX_COORDINATE = 1e9
 """No image is this wide; a larger coordinate is infinity in disguise."""
@@ -60,6 +63,30 @@ class Box(NamedTuple):
     y_min: float
     x_max: float
     y_max: float
+
+    @classmethod
+    def from_xywh(cls, x: float, y: float, width: float, height: float) -> Box:
+        """A box by its top left corner and its size in pixels, as in COCO and drawing tools.
+
+        Raises PromptError for NaN and a negative size.
+        """
+        values = (x, y, width, height)
+        return _sized_box(values, 0.0, f"Box.from_xywh{quote(values)}")
+
+    @classmethod
+    def from_center(cls, x: float, y: float, width: float, height: float) -> Box:
+        """A box by its centre and its size in pixels; otherwise like `from_xywh`."""
+        values = (x, y, width, height)
+        return _sized_box(values, 0.5, f"Box.from_center{quote(values)}")
+
+
+def _sized_box(values: Sequence[Any], anchor: float, name: str) -> Box:
+    """The box whose minima are that share of its size before x and y."""
+    x, y, width, height = (_coordinate(value, name) for value in values)
+    if width < 0 or height < 0:
+        raise PromptError(f"{name}: width and height must not be negative")
+    before, after = anchor, 1 - anchor
+    return Box(x - before * width, y - before * height, x + after * width, y + after * height)
 
 
 def parse_points(points: Any) -> tuple[Point, ...]:
@@ -109,10 +136,11 @@ def parse_threshold(value: Any) -> float:
 
 
 def parse_box(box: Any) -> Box:
-    """Parse one box: (x_min, y_min, x_max, y_max), or a dict of its corners or centre and size.
+    """Parse one box: (x_min, y_min, x_max, y_max), a dict of those, or a Roboflow detection.
 
     A box may be a line or a point, as detectors round small ones. Raises PromptError quoting the
-    value for NaN, a wrong length and corners in the wrong order.
+    value for NaN, a wrong length, corners in the wrong order, and a dict of x, y, width and height
+    that does not say what x and y are.
     """
     name = f"box {quote(box)}"
     if isinstance(box, Mapping):
@@ -131,9 +159,15 @@ def _corners_of_mapping(box: Mapping[str, Any], name: str) -> list[float]:
     for keys in CORNER_KEYS:
         if all(key in box for key in keys):
             return [_coordinate(box[key], name) for key in keys]
-    _require(box, CENTRE_KEYS, name, BOX_FORMS)
-    x, y, width, height = (_coordinate(box[key], name) for key in CENTRE_KEYS)
-    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    _require(box, SIZE_KEYS, name, BOX_FORMS)
+    values = [box[key] for key in SIZE_KEYS]
+    if not DETECTION_KEYS & box.keys():
+        raise PromptError(
+            f"{name} does not say what x, y is: pass Box.from_xywh(x, y, width, height) if it is "
+            "the top left corner, Box.from_center(…) if it is the centre as in Roboflow's "
+            "detections, which have a 'class' or 'confidence'"
+        )
+    return list(_sized_box(values, 0.5, name))
 
 
 def parse_mask(mask: Any) -> NDArray[np.float16]:

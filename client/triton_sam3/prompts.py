@@ -138,9 +138,10 @@ def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
     """Parse boxes, one prompt each, with class id, class name and detection id if they have them.
 
     boxes: None; an array or list [n, 4] of x_min, y_min, x_max, y_max; dicts with those keys
-    (also xmin…, x0…y1, x1…y2) or with a centre x, y, width, height; Roboflow's response
+    (also xmin…, x0…y1, x1…y2); `Box.from_xywh` and the like; Roboflow's detections and responses
     {"predictions": […]}; a `supervision.Detections`.
-    Raises PromptError quoting the value for NaN, a wrong length, and corners in the wrong order.
+    Raises PromptError quoting the value for NaN, a wrong length, corners in the wrong order, and a
+    dict that has only x, y, width and height, which may be a corner's or a centre's.
     """
     if boxes is None:
         return ()

@@ -275,7 +275,7 @@ def test_not_an_image(tmp_path: Path) -> None:
     path.write_text("no picture")
     with pytest.raises(ImageError, match=r"notes\.txt' is not an image Pillow can read"):
         load_image(path)
-    with pytest.raises(ImageError, match="there is no file"):
+    with pytest.raises(ImageError, match="is a folder"):
         load_image(tmp_path)
 
 

@@ -16,8 +16,8 @@ from triton_sam3.parsing import Box, Point, parse_box, parse_class_id, parse_mas
 A_POINT = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
 IN_A_LIST = f"wrap a single one in a list: {A_POINT}"
 A_BOX = (
-    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, or a detection with its "
-    "centre as x, y and its width and height, in pixels"
+    "a box is (x_min, y_min, x_max, y_max), a dict with those keys, Box.from_xywh(…), "
+    "Box.from_center(…) or a Roboflow detection, in pixels"
 )
 IN_ORDER = "x_min must not be above x_max, nor y_min above y_max"
 
@@ -131,7 +131,13 @@ def test_wrong_points_are_quoted(given_points: Any, message: str) -> None:
         {"xmin": 10, "ymin": 20, "xmax": 40, "ymax": 60},
         {"x0": 10, "y0": 20, "x1": 40, "y1": 60},
         {"x1": 10, "y1": 20, "x2": 40, "y2": 60},
-        {"x": 25, "y": 40, "width": 30, "height": 40},
+        Box.from_xywh(10, 20, 30, 40),
+        Box.from_center(np.float64(25), 40, 30, 40),
+        *(
+            {"x": 25, "y": 40, "width": 30, "height": 40, **more}
+            for more in ({"class": "cat"}, {"class_id": 0}, {"confidence": 0.9})
+        ),
+        {"x": 25, "y": 40, "width": 30, "height": 40, "detection_id": "id"},
     ],
 )
 def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
@@ -145,8 +151,9 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
     [
         ((9, 1, 5, 4), f"box (9, 1, 5, 4): {IN_ORDER}"),
         (
-            {"x": 5, "y": 5, "width": -1, "height": 3},
-            f"box {{'height': 3, 'width': -1, 'x': 5, 'y': 5}}: {IN_ORDER}",
+            {"x": 5, "y": 5, "width": -1, "height": 3, "class_id": 1},
+            "box {'class_id': 1, 'height': 3, 'width': -1, 'x': 5, 'y': 5}: width and height must "
+            "not be negative",
         ),
         (
             np.array([1, 2, np.nan, 4]),
@@ -162,6 +169,22 @@ def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
     with pytest.raises(PromptError) as caught:
         parse_box(box)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("more", [{}, {"rotation": 0, "fill": "red"}, {"label": "cat"}])
+def test_a_size_with_a_corner_or_a_centre_is_ambiguous(more: dict[str, Any]) -> None:
+    box = {"x": 10, "y": 20, "width": 30, "height": 40, **more}
+    with pytest.raises(PromptError, match=r"does not say what x, y is: pass Box\.from_xywh"):
+        parse_box(box)
+
+
+@pytest.mark.parametrize("make", [Box.from_xywh, Box.from_center])
+@pytest.mark.parametrize(
+    "values", [(1, 2, -3, 4), (1, 2, 3, "4"), (1, math.nan, 3, 4), (1, 2, 3, None)]
+)
+def test_a_box_of_no_size_is_quoted(make: Any, values: Any) -> None:
+    with pytest.raises(PromptError, match=rf"^Box\.{make.__name__}\(1, .*\): (width|coordinates)"):
+        make(*values)
 
 
 def test_long_values_are_quoted_in_short() -> None:
