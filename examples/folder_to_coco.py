@@ -38,8 +38,8 @@ def main(folder: str, boxes: str, masks: str) -> None:
                 print(f"{images[outcome.index]}: {outcome.error}", file=sys.stderr)
                 failed += 1
                 continue
-            for annotation, mask in zip(annotations, outcome.result.to_coco(), strict=True):
-                annotation.update({key: mask[key] for key in ("segmentation", "area")})
+            for annotation, mask in zip(annotations, outcome.result, strict=True):
+                annotation.update(segmentation=mask.rle(), area=mask.area)
     Path(masks).write_text(json.dumps(dataset))
     if failed:
         sys.exit(f"{failed} of {len(images)} images have no masks")

@@ -144,8 +144,8 @@ class AsyncClient:
         return await perform_async(flow, self._transport)
 
 
-class Opening:
-    """An image being opened: await it, or use it with ``async with``."""
+class Opening(Coroutine[Any, Any, "AsyncView"]):
+    """An image being opened: await it, make a task of it, or use it with ``async with``."""
 
     def __init__(self, work: Coroutine[Any, Any, "AsyncView"]) -> None:
         self._work = work
@@ -153,6 +153,16 @@ class Opening:
 
     def __await__(self) -> Generator[Any, Any, "AsyncView"]:
         return self._work.__await__()
+
+    def send(self, value: Any) -> Any:
+        """As of any coroutine, such as asyncio makes a task of; so are `throw` and `close`."""
+        return self._work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._work.throw(*error)
+
+    def close(self) -> None:
+        self._work.close()
 
     async def __aenter__(self) -> "AsyncView":
         self._view = await self._work

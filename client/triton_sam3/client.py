@@ -102,8 +102,10 @@ class Client:
         prompts: instead of points and boxes: any mix of points, box and mask, one `Prompt` per
             object.
         threshold: masks with a lower predicted IoU are dropped.
-        multimask_output: let the model propose three masks per object and keep the one with the
-            highest predicted IoU; better for a single click, which may be ambiguous.
+        multimask_output: for every object of the call: let the model propose three masks and keep
+            the one with the highest predicted IoU; better for a single click, which may be
+            ambiguous. Several points, boxes, and masks to refine are less so, for which SAM's
+            authors recommend false. Use one call for each kind: an open view encodes nothing again.
 
         Raises ImageError or PromptError before the image is sent, the latter also for a point, or
         a whole box, outside the image; then ServerError or TransportError.

@@ -138,9 +138,9 @@ def parse_threshold(value: Any) -> float:
 def parse_box(box: Any) -> Box:
     """Parse one box: (x_min, y_min, x_max, y_max), a dict of those, or a Roboflow detection.
 
-    A box may be a line or a point, as detectors round small ones. Raises PromptError quoting the
-    value for NaN, a wrong length, corners in the wrong order, and a dict of x, y, width and height
-    that does not say what x and y are.
+    A box may be a line or a point, as detectors round small ones, but not four zeros, the box of an
+    empty mask. Raises PromptError quoting the value, also for NaN, a wrong length, corners in the
+    wrong order, and a dict of x, y, width and height that does not say what x and y are.
     """
     name = f"box {quote(box)}"
     if isinstance(box, Mapping):
@@ -152,6 +152,11 @@ def parse_box(box: Any) -> Box:
     parsed = Box(*corners)
     if parsed.x_min > parsed.x_max or parsed.y_min > parsed.y_max:
         raise PromptError(f"{name}: x_min must not be above x_max, nor y_min above y_max")
+    if not any(parsed):
+        raise PromptError(
+            f"{name} is that of an empty mask, around nothing: leave it out, as "
+            "result[result.areas > 0] does"
+        )
     return parsed
 
 

@@ -68,7 +68,8 @@ class Mask:
     mask: bool [H, W] at the size of the caller's image.
     score: predicted IoU, roughly 0 to 1.
     box: float32 [4], x_min, y_min, x_max, y_max of the mask in pixels, the maxima exclusive.
-    logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`.
+    logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`, and in that call
+        `multimask_output=False`; otherwise three new masks compete instead of one that is refined.
     class_id, class_name, detection_id: from the prompt; prompt_index: its index among the prompts.
     """
 
@@ -277,7 +278,8 @@ class Segmentation:
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO annotations: RLE segmentation, bbox (x, y, width, height), area, score.
 
-        category_id is the class id; add an "id" to each before adding them to a data set.
+        category_id is the class id; add an "id" to each before adding them to a data set. Empty
+        masks are left out: trainers and viewers of COCO expect an area.
         """
         return [
             {
@@ -290,6 +292,7 @@ class Segmentation:
                 "score": mask.score,
             }
             for mask in self
+            if mask.box.any()
         ]
 
     def draw(

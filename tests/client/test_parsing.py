@@ -132,7 +132,7 @@ def test_wrong_points_are_quoted(given_points: Any, message: str) -> None:
         {"x0": 10, "y0": 20, "x1": 40, "y1": 60},
         {"x1": 10, "y1": 20, "x2": 40, "y2": 60},
         Box.from_xywh(10, 20, 30, 40),
-        Box.from_center(np.float64(25), 40, 30, 40),
+        Box.from_center(25, 40, 30, 40),
         *(
             {"x": 25, "y": 40, "width": 30, "height": 40, **more}
             for more in ({"class": "cat"}, {"class_id": 0}, {"confidence": 0.9})
@@ -160,6 +160,11 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
             "box [1.0, 2.0, nan, 4.0]: coordinates must be finite pixels, got nan",
         ),
         ([1, 2, 3, False], "box [1, 2, 3, False]: coordinates must be numbers, got False"),
+        (
+            np.zeros(4, np.float32),
+            "box [0.0, 0.0, 0.0, 0.0] is that of an empty mask, around nothing: leave it out, as "
+            "result[result.areas > 0] does",
+        ),
         ([1, 2, 3], f"[1, 2, 3] is not a box: {A_BOX}"),
         (7, f"7 is not a box: {A_BOX}"),
         ({"x": 1, "y": 2}, f"box {{'x': 1, 'y': 2}} is missing 'width', 'height': {A_BOX}"),

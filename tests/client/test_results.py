@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from triton_sam3.errors import ImageError
+from triton_sam3.errors import ImageError, PromptError
 from triton_sam3.prompts import Prompt, to_prompts
 from triton_sam3.results import Mask, Segmentation
 
@@ -336,7 +336,10 @@ def test_an_empty_mask_has_no_outline(picture: NDArray[np.uint8]) -> None:
     assert [p["detection_id"] for p in answer.to_roboflow()["predictions"]] == [
         answer.detection_ids[1]
     ]
-    assert answer.to_coco()[0]["bbox"] == [0, 0, 0, 0]
+    assert [annotation["area"] for annotation in answer.to_coco()] == [answer.areas[1]]
+    with pytest.raises(PromptError, match=r"^boxes\[0\]: box .* is that of an empty mask"):
+        to_prompts(boxes=answer.boxes)
+    assert len(to_prompts(boxes=answer[answer.areas > 0].to_supervision())) == 1
     assert len(answer.to_supervision()) == 2
     answer.draw(picture)
 
