@@ -67,6 +67,20 @@ async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
     np.testing.assert_array_equal(again.logits, first.logits)
 
 
+async def test_opening_an_image_can_be_a_task(url: str, coins: Pixels) -> None:
+    async with AsyncClient(url) as client:
+        task = asyncio.create_task(client.open(coins))
+        view = await task
+        assert len(await view.click(110, 80)) == 1
+        cancelled = asyncio.create_task(client.open(coins[::-1]))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        never = client.open(coins)
+        never.close()  # as of a coroutine that is not wanted after all
+
+
 def clicks_of(number: int) -> list[tuple[float, float, bool]]:
     """The clicks made on one image: where and how depends on its number."""
     rng = np.random.default_rng(number)
