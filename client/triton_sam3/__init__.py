@@ -15,6 +15,7 @@ from .aio import AsyncClient, AsyncView
 from .block import run_block
 from .client import Client
 from .errors import (
+    AccessDenied,
     ClientUnusable,
     DeadlineExceeded,
     ImageError,
@@ -37,6 +38,7 @@ from .status import ServerStatus
 from .view import View
 
 __all__ = [
+    "AccessDenied",
     "AsyncClient",
     "AsyncView",
     "Box",

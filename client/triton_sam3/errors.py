@@ -6,6 +6,7 @@ SAM3Error
 ├── ClientUnusable (RuntimeError)             closed, or used in another process or event loop
 ├── ServerError                               the server answered with an error
 │   ├── InvalidRequest                        it rejected the request: correct it, do not retry
+│   ├── AccessDenied                          it rejected the credentials, or their absence
 │   ├── ImageNotKept                          the image id is unknown or evicted: send the image
 │   ├── Overloaded                            it accepts no more work for now: retry later
 │   └── ModelUnavailable                      the model is not loaded, or not ready
@@ -44,6 +45,10 @@ class ServerError(SAM3Error):
 
 class InvalidRequest(ServerError):
     """The server rejected the request as invalid (INVALID_ARG); the same request fails again."""
+
+
+class AccessDenied(ServerError):
+    """The server, or a proxy, rejected the credentials or their absence (401, 403, 407)."""
 
 
 class ImageNotKept(ServerError):

@@ -8,6 +8,7 @@ from tritonclient.utils import InferenceServerException
 
 from . import contract
 from .errors import (
+    AccessDenied,
     DeadlineExceeded,
     ImageNotKept,
     InvalidRequest,
@@ -42,6 +43,7 @@ class ModelGone(ModelUnavailable):
 
 _GRPC = "StatusCode."
 _KINDS: dict[str, type[SAM3Error]] = {
+    **dict.fromkeys(("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED"), AccessDenied),
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
     "400": InvalidRequest,
@@ -80,9 +82,8 @@ _PATTERNS: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
 )
 """Messages of Triton, proxies and gRPC. Triton's codes are coarse, so these take precedence."""
 
-_DENIED = ("401", "403", "407", "UNAUTHENTICATED", "PERMISSION_DENIED")
 _REMEDIES: dict[str | type[object], str] = {
-    **dict.fromkeys(_DENIED, "; check the headers, such as authorization"),
+    AccessDenied: "; check the headers, such as authorization",
     "413": "; a proxy's limit on request bodies is lower than the image's size",
     Overloaded: "; the server is busy: try again later, or send less at a time",
     ModelUnavailable: "; check `triton-sam3 status` and the server's log",
@@ -125,8 +126,12 @@ def _from_server(error: InferenceServerException, url: str, waited: float) -> SA
         return _deadline(url, waited, "" if text == _OWN_DEADLINE else text)
     if kind is ServerUnreachable:
         return _unreachable(url, text)
-    if kind is ServerError and status in _DENIED:
+    if kind is AccessDenied:
         text = f"{url} rejects this client: {text}"
+    if kind is ServerError or issubclass(kind, ModelUnavailable):
+        text = f"{url} answered: {text}"
+    if kind is ServerError and status == "404":
+        text = f"{text}; is the URL's path right?"
     found = (_REMEDIES[key] for key in (status, *kind.__mro__) if key in _REMEDIES)
     return kind(text + next(found, ""))
 

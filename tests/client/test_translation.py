@@ -11,6 +11,7 @@ from tritonclient.utils import InferenceServerException
 from tests.client import misbehaving
 from triton_sam3.endpoint import Endpoint
 from triton_sam3.errors import (
+    AccessDenied,
     DeadlineExceeded,
     ImageNotKept,
     InvalidRequest,
@@ -106,7 +107,9 @@ def test_the_other_protocol_on_the_port(send: Send) -> None:
     ("status", "error"),
     [
         (400, InvalidRequest),
-        (401, ServerError),
+        (401, AccessDenied),
+        (403, AccessDenied),
+        (407, AccessDenied),
         (404, ServerError),
         (413, InvalidRequest),
         (429, Refused),
@@ -170,7 +173,8 @@ def test_what_was_waited_for_counts_earlier_tries() -> None:
     ("code", "error"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
-        (grpc.StatusCode.UNAUTHENTICATED, ServerError),
+        (grpc.StatusCode.UNAUTHENTICATED, AccessDenied),
+        (grpc.StatusCode.PERMISSION_DENIED, AccessDenied),
         (grpc.StatusCode.NOT_FOUND, ServerError),
         (grpc.StatusCode.INTERNAL, ServerError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded),
@@ -220,6 +224,27 @@ def test_a_full_dev_shm_is_named_and_its_region_is_not() -> None:
     assert "/dev/shm is full" in sentence
     assert "send less at a time" in sentence
     assert "ab12" not in sentence
+
+
+@both
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (401, "rejects this client: because; check the headers"),
+        (404, "answered: because; is the URL's path right"),
+        (500, "answered: because"),
+    ],
+)
+def test_the_url_that_was_asked_is_named(send: Send, status: int, says: str) -> None:
+    with misbehaving.http((status, b'{"error": "because"}')) as (url, _):
+        place = f"{url}/triton"
+        with pytest.raises(ServerError, match=f"^{place} {says}"):
+            send(place)
+
+
+def test_the_url_without_the_model_is_named() -> None:
+    raised = InferenceServerException("Request for unknown model: 'x'", status="404")
+    assert str(translate(raised, URL, 1.0)).startswith(f"{URL} answered: Request for unknown")
 
 
 def test_a_refused_client_is_sent_to_its_headers() -> None:
