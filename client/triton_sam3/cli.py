@@ -20,8 +20,9 @@ from .endpoint import DEFAULT_URL
 from .errors import ImageError, InvalidRequest, ModelUnavailable, PromptError, SAM3Error
 from .prompts import to_prompts
 from .regions import Kind
-from .results import Segmentation, file_kind
+from .results import Segmentation
 from .retry import DEFAULT_TIMEOUT
+from .saving import file_kind
 from .status import ServerStatus, store_metrics
 
 FAILED, BAD_INPUT, SOME_FAILED = 1, 2, 3

@@ -96,7 +96,8 @@ class Client:
             RGB uint8 array [H, W, 3]. The EXIF orientation of a file is applied, also of bytes and
             open files; PIL images and arrays are used as they are.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
-            ``(x, y)`` or ``(x, y, positive)``.
+            ``(x, y)`` or ``(x, y, positive)``. x runs from 0 to the width and y from 0 to the
+            height, both inclusive, as the edges of the image.
         boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, `Box` (also
             `Box.from_xywh`), Roboflow predictions or `supervision.Detections`. A box is clipped to
             the image, which Meta's predictor does not do. Empty boxes without points give an empty

@@ -111,6 +111,8 @@ class Endpoint:
     @classmethod
     def parse(cls, url: str, tls: TLS | None = None) -> "Endpoint":
         """Parse a URL; ValueError says what is accepted."""
+        if not isinstance(url, str):
+            raise _not_a_url(url)
         reject_secrets(url)
         try:
             parts = urlsplit(url)
@@ -141,7 +143,7 @@ def reject_secrets(url: str) -> None:
             )
 
 
-def _not_a_url(url: str) -> ValueError:
+def _not_a_url(url: object) -> ValueError:
     return ValueError(
         f"{url!r} is not a server URL; use grpc://host:8001, http://host:8000[/path], or "
         "grpcs:// and https:// for TLS"

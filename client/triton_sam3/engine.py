@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import contract
-from .errors import ImageNotKept, InvalidRequest, PromptError
+from .errors import ClientUnusable, ImageNotKept, InvalidRequest, PromptError
 from .flow import Acquire, Compute, Flow, Infer, Lock, Query
 from .geometry import ImageLike, load_image, resize
 from .kept import ImageMemory, ImageSlot
@@ -94,13 +94,21 @@ class Picture:
         self._pixels: npt.NDArray[np.uint8] | None = None
 
     def pixels(self, side: int) -> npt.NDArray[np.uint8]:
-        """RGB [side, side, 3]. Made once; the original is released, so later edits do no harm."""
+        """RGB [side, side, 3]. Made once; the original is released, so later edits do no harm.
+
+        Raises ClientUnusable for another side than the first: only the original could give it.
+        """
         if self._pixels is None:
             assert self._source is not None
             resized = resize(self._source, side)
             # An image that already has this size is still the caller's own array.
             self._pixels = resized.copy() if resized is self._source else resized
             self._source = None
+        if len(self._pixels) != side:
+            raise ClientUnusable(
+                f"this image was opened for a model of {len(self._pixels)}×{len(self._pixels)} "
+                f"pixels, and the server now has one of {side}×{side}: open the image again"
+            )
         return self._pixels
 
     def pack(self, prompts: Prompts, served: ServedModel, first: int = 0) -> PackedPrompts:

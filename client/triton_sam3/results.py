@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from . import drawing, formats
+from . import drawing, formats, saving
 from .errors import ImageError
 from .formats import Polygon
 from .geometry import ImageLike, load_image
@@ -33,23 +33,14 @@ MAX_REPR_MASKS = 4
 """Most masks that a `repr` lists; an answer may hold hundreds."""
 
 
-def file_kind(path: Path, *, with_image: bool) -> str:
-    """The lower-case suffix of a file that `Segmentation.save` can write; ValueError otherwise."""
-    suffix = path.suffix.lower()
-    if suffix not in (".json", ".npz", ".png", *((".jpg", ".jpeg") if with_image else ())):
-        raise ValueError(
-            f"cannot save to {path.name!r}: the suffix must be .json, .npz, .png, "
-            "or .jpg together with the image"
-        )
-    return suffix
-
-
 def import_supervision() -> Any:
     """Import the optional package; ImportError says how to install it."""
     try:
         import supervision  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError("Detections need supervision: pip install supervision") from error
+        raise ImportError(
+            "Detections need supervision: pip install 'triton-sam3[supervision]'"
+        ) from error
     return supervision
 
 
@@ -61,9 +52,24 @@ def _reaches(scores: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.
     return scores.astype(np.float64) >= threshold
 
 
+class _ReadOnlyArrays:
+    """Every array of an instance is read-only, also of a copied or unpickled one."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.ndarray):
+                frozen = value.view()
+                frozen.flags.writeable = False
+                object.__setattr__(self, name, frozen)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Mask:
-    """One object's mask.
+class Mask(_ReadOnlyArrays):
+    """One object's mask; the arrays are read-only.
 
     mask: bool [H, W] at the size of the caller's image.
     score: predicted IoU, roughly 0 to 1.
@@ -101,7 +107,7 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Segmentation:
+class Segmentation(_ReadOnlyArrays):
     """The masks of one image, in the order of the prompts; the arrays are read-only.
 
     masks: bool [N, H, W] at the size of the caller's image.
@@ -126,12 +132,6 @@ class Segmentation:
     prompt_indices: NDArray[np.int64]
     image_size: tuple[int, int]
     parent_id: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("masks", "scores", "boxes", "logits", "class_ids", "prompt_indices"):
-            frozen = getattr(self, name).view()
-            frozen.flags.writeable = False
-            object.__setattr__(self, name, frozen)
 
     @classmethod
     def from_logits(
@@ -165,18 +165,8 @@ class Segmentation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Segmentation:
-        """Read what `save` wrote to an .npz file."""
-        with np.load(path, allow_pickle=False) as arrays:
-            width, height = (int(side) for side in arrays["image_size"])
-            return cls(
-                **{name: arrays[name] for name in ("masks", "scores", "boxes", "logits")},
-                class_ids=arrays["class_ids"],
-                class_names=tuple(arrays["class_names"].tolist()),
-                detection_ids=tuple(arrays["detection_ids"].tolist()),
-                prompt_indices=arrays["prompt_indices"],
-                image_size=(width, height),
-                parent_id=str(arrays["parent_id"]),
-            )
+        """Read what `save` wrote to an .npz file; ValueError for any other file."""
+        return cls(**saving.read_arrays(path))
 
     def __repr__(self) -> str:
         width, height = self.image_size
@@ -328,33 +318,18 @@ class Segmentation:
         .jpg   the overlay; needs `image`
         """
         target = Path(path)
-        suffix = file_kind(target, with_image=image is not None)
+        suffix = saving.file_kind(target, with_image=image is not None)
         if suffix == ".json":
             target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
         elif suffix == ".npz":
             with target.open(
                 "wb"
             ) as file:  # given a path, NumPy appends .npz to an upper-case suffix
-                self._save_arrays(file)
+                saving.write_arrays(self, file)
         elif image is None:
             Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
         else:
             Image.fromarray(self.draw(image, prompts=prompts)).save(target)
-
-    def _save_arrays(self, file: IO[bytes]) -> None:
-        np.savez_compressed(
-            file,
-            masks=self.masks,
-            scores=self.scores,
-            boxes=self.boxes,
-            logits=self.logits,
-            class_ids=self.class_ids,
-            class_names=np.array(self.class_names, np.str_),
-            detection_ids=np.array(self.detection_ids, np.str_),
-            prompt_indices=self.prompt_indices,
-            image_size=np.array(self.image_size),
-            parent_id=np.array(self.parent_id),
-        )
 
     def _prediction(self, mask: Mask, rle: bool) -> dict[str, Any]:
         x_min, y_min, x_max, y_max = (float(side) for side in mask.box)

@@ -66,9 +66,11 @@ class Session:
         return self._in_turn(self._click(point))
 
     def undo(self) -> Flow[Segmentation]:
+        self._check_open()
         return self._in_turn(self._drop(1))
 
     def reset(self) -> Flow[Segmentation]:
+        self._check_open()
         return self._in_turn(self._drop(None))
 
     def _click(self, point: Point) -> Flow[Segmentation]:
@@ -76,7 +78,8 @@ class Session:
         clicks refine the mask it already chose, as SAM is meant to be used."""
         last = self._history[-1] if self._history else None
         points = (*last.prompt.points, point) if last else (point,)
-        prompt = Prompt(points=points, detection_id=str(uuid.uuid4()))
+        detection_id = last.prompt.detection_id if last else str(uuid.uuid4())
+        prompt = Prompt(points=points, detection_id=detection_id)
         refining = replace(prompt, mask=last.answer.logits[0]) if last else prompt
         flags = Flags(multimask_output=last is None)
         picture = self._picture
@@ -150,7 +153,8 @@ class View:
 
         The first click lets the model choose among three masks (`multimask_output`); each later
         one refines that choice, using all clicks so far and the last answer's logits. The mask is
-        returned whatever its score. A click that fails leaves the object unchanged.
+        returned whatever its score, under the same `detection_id` for all clicks on an object. A
+        click that fails leaves the object unchanged.
         """
         result: Segmentation = self._run(self._session.click(x, y, positive))
         return result

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
@@ -62,8 +63,9 @@ async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
             assert len(await view.segment(boxes=BOXES, threshold=-1)) == 2
             assert len(await view.undo()) == 0
         await awaited.close()
-        with pytest.raises(ClientUnusable, match="view is closed"):
-            await awaited.click(110, 80)
+        for use in (awaited.undo, awaited.reset, partial(awaited.click, 110, 80)):
+            with pytest.raises(ClientUnusable, match="view is closed"):
+                await use()
     np.testing.assert_array_equal(again.logits, first.logits)
 
 

@@ -293,7 +293,7 @@ def test_without_supervision_nothing_is_asked(
     segmenter: Boxes, image: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ImportError, match="pip install supervision"):
+    with pytest.raises(ImportError, match=r"pip install 'triton-sam3\[supervision\]'"):
         run_block(segmenter, step(points=[(40, 30)]), image)
     assert segmenter.calls == []
     assert run_block(segmenter, step(points=[(40, 30)]), image, serialize_results=True)

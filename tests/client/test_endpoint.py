@@ -60,6 +60,13 @@ def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
     assert repr(url) in str(caught.value)
 
 
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize("url", [None, 8001, b"grpc://host", Path("host")])
+def test_what_is_no_text_is_no_url(make: Any, url: Any) -> None:
+    with pytest.raises(ValueError, match=r"is not a server URL; use grpc://"):
+        make(url)
+
+
 @pytest.mark.parametrize(
     "url",
     ["grpc://me:secret@host:1", "http://me:sec/ret@host", "ftp://secret@host", "https://[secret@"],

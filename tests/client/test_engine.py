@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from triton_sam3 import contract
 from triton_sam3.engine import Engine, Options, Picture, gather_prompts
 from triton_sam3.errors import (
+    ClientUnusable,
     ImageNotKept,
     InvalidRequest,
     PromptError,
@@ -88,6 +89,14 @@ def engine(remember_images: int = 8) -> Engine:
 
 def segment(hand: Hand, engine: Engine, *prompts: Prompt, keep: bool = True) -> Any:
     return hand.drive(engine.segment(IMAGE, prompts, Options(), keep=keep))
+
+
+def test_an_image_opened_for_a_model_of_another_size_is_to_be_opened_again() -> None:
+    picture = Picture(IMAGE)
+    assert picture.pixels(S).shape == (S, S, 3)
+    with pytest.raises(ClientUnusable, match=r"of 56×56 pixels, .* 70×70: open the image again"):
+        picture.pixels(70)
+    assert picture.pixels(S).shape == (S, S, 3)
 
 
 def test_a_known_image_is_asked_about_by_id(hand: Hand) -> None:

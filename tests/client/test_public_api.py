@@ -10,6 +10,7 @@ import triton_sam3
 from triton_sam3 import AsyncClient, AsyncView, Client, View
 
 NAMES = [
+    "AccessDenied",
     "AsyncClient",
     "AsyncView",
     "Box",

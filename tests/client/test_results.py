@@ -1,10 +1,14 @@
 """A segmentation as a value, and read by the libraries its formats are for."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -179,7 +183,7 @@ def test_what_supervision_is_given_may_be_written_to(segmentation: Segmentation)
 
 def test_without_supervision(segmentation: Segmentation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ImportError, match="pip install supervision"):
+    with pytest.raises(ImportError, match=r"pip install 'triton-sam3\[supervision\]'"):
         segmentation.to_supervision()
     assert segmentation.to_roboflow()
 
@@ -273,6 +277,33 @@ def test_save_and_load_arrays(segmentation: Segmentation, tmp_path: Path) -> Non
             np.testing.assert_array_equal(before, after)
         else:
             assert before == after
+
+
+@pytest.mark.parametrize("name", ["answer.json", "answer.png", "other.npz", "one.npy", "empty"])
+def test_only_what_save_wrote_as_arrays_is_loaded(
+    segmentation: Segmentation, tmp_path: Path, name: str
+) -> None:
+    segmentation.save(tmp_path / "answer.json")
+    segmentation.save(tmp_path / "answer.png")
+    np.savez(tmp_path / "other.npz", masks=segmentation.masks)
+    np.save(tmp_path / "one.npy", segmentation.masks)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match=rf"{name}' cannot be loaded: only an \.npz file that"):
+        Segmentation.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))]
+)
+def test_a_copied_or_unpickled_result_is_read_only_too(
+    segmentation: Segmentation, again: Callable[[Any], Any]
+) -> None:
+    for value in (segmentation, segmentation[0]):
+        twin = again(value)
+        arrays = [array for array in vars(twin).values() if isinstance(array, np.ndarray)]
+        assert arrays
+        assert not any(array.flags.writeable for array in arrays)
+        np.testing.assert_array_equal(twin.logits, value.logits)
 
 
 def test_save_json(segmentation: Segmentation, tmp_path: Path) -> None:

@@ -149,3 +149,20 @@ def test_a_closed_view_says_so(url: str, coins: Pixels) -> None:
             view.click(110, 80)
         with pytest.raises(ClientUnusable, match="view is closed"):
             view.segment(points=[(110, 80)])
+        for change in (view.undo, view.reset):
+            with pytest.raises(ClientUnusable, match="view is closed"):
+                change()
+
+
+def test_an_object_keeps_its_detection_id_until_another_is_started(url: str, coins: Pixels) -> None:
+    with Client(url) as client, client.open(coins) as view:
+        found = [view.click(110, 80), view.click(60, 200, positive=False), view.undo()]
+        (same,) = {result.detection_ids for result in found}
+        assert view.click(120, 90).detection_ids == same
+        view.reset()
+        assert view.click(110, 80).detection_ids != same
+
+
+def test_a_click_on_the_far_corner_is_inside(url: str, coins: Pixels) -> None:
+    with Client(url) as client, client.open(coins) as view:
+        assert len(view.click(*view.size)) == 1
