@@ -210,6 +210,11 @@ class AsyncView:
         result: Segmentation = await self._run(self._session.undo())
         return result
 
+    async def redo(self) -> Segmentation:
+        """See `View.redo`."""
+        result: Segmentation = await self._run(self._session.redo())
+        return result
+
     async def reset(self) -> Segmentation:
         """See `View.reset`."""
         result: Segmentation = await self._run(self._session.reset())

@@ -1,6 +1,7 @@
 """Boolean masks in the formats other programs read.
 
 bool [H, W] ─► polygons      rings through the centres of the outermost pixels, with holes
+            ─► PNG           0 and 255, as a file's bytes
             ─► COCO RLE      {"size": [H, W], "counts": str}, lossless
             ─► Roboflow      one prediction of its instance-segmentation JSON
             ─► index mask    one image, each pixel the index of its object
@@ -31,6 +32,31 @@ class Polygon:
 
     outer: NDArray[np.int32]
     holes: tuple[NDArray[np.int32], ...] = ()
+
+    def simplified(self, tolerance: float) -> Polygon:
+        """Drop vertices whose removal moves no outline by more than `tolerance` pixels.
+
+        Holes of which less than a triangle is left go too. Raises ValueError for a tolerance that
+        is negative or not finite.
+        """
+        if not 0 <= tolerance < np.inf:
+            raise ValueError(f"tolerance must be a number of pixels from 0, got {tolerance!r}")
+        outer, *holes = (_simplify(ring, tolerance) for ring in (self.outer, *self.holes))
+        return Polygon(outer, tuple(ring for ring in holes if len(ring) >= MIN_VERTICES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, ready for JSON: {"outer": [[x, y], …], "holes": [[[x, y], …], …]}."""
+        return {"outer": self.outer.tolist(), "holes": [ring.tolist() for ring in self.holes]}
+
+
+def _simplify(ring: NDArray[np.int32], tolerance: float) -> NDArray[np.int32]:
+    return np.asarray(cv2.approxPolyDP(ring, tolerance, closed=True)[:, 0], np.int32)
+
+
+def mask_to_png(mask: NDArray[np.bool_]) -> bytes:
+    """Encode a mask [H, W] as a grey PNG of 0 and 255."""
+    _, encoded = cv2.imencode(".png", mask.view(np.uint8) * 255)
+    return bytes(encoded)
 
 
 def mask_to_polygons(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:

@@ -2,6 +2,7 @@
 
 Segmentation  ─[i]─► Mask                      one object
               ─[rows]─► Segmentation           a selection; filter(threshold) is one
+              ◄─concat─ Segmentation…          of the same image
               ─to_supervision()─► sv.Detections
               ─to_roboflow(), to_coco()─► JSON-ready dicts
               ─polygons(), draw(image), save(path)
@@ -13,7 +14,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -97,9 +99,18 @@ class Mask(_ReadOnlyArrays):
         """Pixels of the mask."""
         return int(mask_areas(self.mask[np.newaxis])[0])
 
-    def polygons(self) -> tuple[Polygon, ...]:
-        """Outlines of the mask's regions with their holes, the largest first."""
-        return formats.mask_to_polygons(self.mask)
+    def polygons(self, tolerance: float = 0.0) -> tuple[Polygon, ...]:
+        """Outlines of the mask's regions with their holes, the largest first.
+
+        tolerance: how many pixels an outline may move to have fewer vertices; see
+            `Polygon.simplified`. `Polygon.to_dict` gives plain lists.
+        """
+        traced = formats.mask_to_polygons(self.mask)
+        return tuple(polygon.simplified(tolerance) for polygon in traced) if tolerance else traced
+
+    def png(self) -> bytes:
+        """A grey PNG file of the mask, 255 inside and 0 outside."""
+        return formats.mask_to_png(self.mask)
 
     def rle(self) -> dict[str, Any]:
         """COCO's compressed RLE of the mask, ready for JSON."""
@@ -168,6 +179,25 @@ class Segmentation(_ReadOnlyArrays):
         """Read what `save` wrote to an .npz file; ValueError for any other file."""
         return cls(**saving.read_arrays(path))
 
+    @classmethod
+    def concat(cls, results: Iterable[Segmentation]) -> Segmentation:
+        """Several results about one image as one, such as those of points and of boxes.
+
+        The masks keep their order, and their prompt indices in the calls that they come from;
+        parent_id is that of the first. Raises ValueError without a result, and if the images or
+        the logits differ in size.
+        """
+        given = tuple(results)
+        sizes = {result.image_size for result in given}
+        full = [result for result in given if len(result)] or list(given[:1])
+        if len(sizes) != 1 or len({result.logits.shape[1:] for result in full}) != 1:
+            raise ValueError(f"results to concatenate must be about one image, got {list(given)}")
+        columns = (*saving.ARRAYS, *saving.TEXTS)
+        joined = {name: [getattr(result, name) for result in full] for name in columns}
+        arrays: Any = {name: np.concatenate(joined[name]) for name in saving.ARRAYS}
+        texts: Any = {name: tuple(chain(*joined[name])) for name in saving.TEXTS}
+        return replace(given[0], **arrays, **texts)
+
     def __repr__(self) -> str:
         width, height = self.image_size
         listed = [f"{mask.class_name} {mask.score:.2f}" for mask in self[:MAX_REPR_MASKS]]
@@ -224,9 +254,9 @@ class Segmentation(_ReadOnlyArrays):
         """Pixels of each mask, [N]."""
         return mask_areas(self.masks)
 
-    def polygons(self) -> tuple[tuple[Polygon, ...], ...]:
-        """Per mask, the outlines of its regions with their holes, the largest first."""
-        return tuple(mask.polygons() for mask in self)
+    def polygons(self, tolerance: float = 0.0) -> tuple[tuple[Polygon, ...], ...]:
+        """Per mask, its `Mask.polygons`."""
+        return tuple(mask.polygons(tolerance) for mask in self)
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`: xyxy, mask, confidence, class_id, and in data

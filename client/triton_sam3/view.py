@@ -1,7 +1,7 @@
 """An image kept on the server, and the object being clicked on it.
 
 click ─► all clicks so far + the logits of the last answer ─► one more `ClickState` in the history
-undo  ─► the history without its last entry; exactly the state before
+undo  ─► one step back in the history, to exactly the state before; redo ─► one step forward
 """
 
 import uuid
@@ -46,6 +46,8 @@ class Session:
         self._picture = picture
         self._slot = slot
         self._history: tuple[ClickState, ...] = ()
+        self._made = 0
+        """How many clicks of the history count; the others are undone."""
         self._turn = engine.make_lock()
         self.closed = False
 
@@ -67,16 +69,20 @@ class Session:
 
     def undo(self) -> Flow[Segmentation]:
         self._check_open()
-        return self._in_turn(self._drop(1))
+        return self._in_turn(self._move(-1))
+
+    def redo(self) -> Flow[Segmentation]:
+        self._check_open()
+        return self._in_turn(self._move(1))
 
     def reset(self) -> Flow[Segmentation]:
         self._check_open()
-        return self._in_turn(self._drop(None))
+        return self._in_turn(self._clear())
 
     def _click(self, point: Point) -> Flow[Segmentation]:
         """The first click may mean a whole or a part, so the model proposes three masks; later
         clicks refine the mask it already chose, as SAM is meant to be used."""
-        last = self._history[-1] if self._history else None
+        last = self._history[self._made - 1] if self._made else None
         points = (*last.prompt.points, point) if last else (point,)
         detection_id = last.prompt.detection_id if last else str(uuid.uuid4())
         prompt = Prompt(points=points, detection_id=detection_id)
@@ -87,14 +93,24 @@ class Session:
         packed = picture.pack([refining], served)
         answer = yield from self._engine.ask(picture, self._slot, packed, flags)
         result = yield from self._finish(prompt, answer)
-        self._history += (ClickState(prompt, answer, weakref.ref(result)),)
+        state = ClickState(prompt, answer, weakref.ref(result))
+        self._history = (*self._history[: self._made], state)
+        self._made += 1
         return result
 
-    def _drop(self, count: int | None) -> Flow[Segmentation]:
-        left = self._history[:-count] if count else ()
-        result = (yield from self._result(left[-1])) if left else finish([], [], self._picture, 0.0)
-        self._history = left
+    def _move(self, steps: int) -> Flow[Segmentation]:
+        made = min(max(self._made + steps, 0), len(self._history))
+        result = (yield from self._result(self._history[made - 1])) if made else self._empty()
+        self._made = made
         return result
+
+    def _clear(self) -> Flow[Segmentation]:
+        yield from ()  # a flow without a step
+        self._history, self._made = (), 0
+        return self._empty()
+
+    def _empty(self) -> Segmentation:
+        return finish([], [], self._picture, 0.0)
 
     def _result(self, last: ClickState) -> Flow[Segmentation]:
         result = last.result_ref()
@@ -162,6 +178,14 @@ class View:
     def undo(self) -> Segmentation:
         """Undo the last click and return the previous result, empty before the first click."""
         result: Segmentation = self._run(self._session.undo())
+        return result
+
+    def redo(self) -> Segmentation:
+        """Make the click that was undone last count again and return its result.
+
+        A click in between, or `reset`, leaves nothing to redo; then the current result is returned.
+        """
+        result: Segmentation = self._run(self._session.redo())
         return result
 
     def reset(self) -> Segmentation:

@@ -62,8 +62,9 @@ async def test_a_view_is_entered_or_awaited(url: str, coins: Pixels) -> None:
             np.testing.assert_array_equal((await view.click(110, 80)).logits, first.logits)
             assert len(await view.segment(boxes=BOXES, threshold=-1)) == 2
             assert len(await view.undo()) == 0
+            np.testing.assert_array_equal((await view.redo()).logits, first.logits)
         await awaited.close()
-        for use in (awaited.undo, awaited.reset, partial(awaited.click, 110, 80)):
+        for use in (awaited.undo, awaited.redo, awaited.reset, partial(awaited.click, 110, 80)):
             with pytest.raises(ClientUnusable, match="view is closed"):
                 await use()
     np.testing.assert_array_equal(again.logits, first.logits)

@@ -1,5 +1,7 @@
 """Polygons, RLE and index masks against independent readers of the same formats."""
 
+import io
+import json
 from typing import Any
 
 import cv2
@@ -10,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as coco_mask
 from skimage.measure import label
 
 from triton_sam3.formats import (
     Polygon,
     index_mask,
+    mask_to_png,
     mask_to_polygons,
     mask_to_rle,
     to_roboflow_ring,
@@ -150,3 +154,44 @@ def test_no_mask_has_the_index_of_the_background(count: int, dtype: type) -> Non
     indices = index_mask(masks, np.ones(count))
     assert indices.dtype == dtype
     assert indices[0].tolist() == list(range(1, count + 1))
+
+
+@given(any_mask)
+def test_a_png_is_read_by_pillow_as_black_and_white(mask: NDArray[np.bool_]) -> None:
+    with Image.open(io.BytesIO(mask_to_png(mask))) as image:
+        assert (image.format, image.mode) == ("PNG", "L")
+        np.testing.assert_array_equal(np.asarray(image), np.where(mask, 255, 0))
+
+
+def test_polygons_go_through_json() -> None:
+    polygons = mask_to_polygons(ring_with_island())
+    read = json.loads(json.dumps([polygon.to_dict() for polygon in polygons]))
+    again = tuple(
+        Polygon(np.array(p["outer"], np.int32), tuple(np.array(h, np.int32) for h in p["holes"]))
+        for p in read
+    )
+    np.testing.assert_array_equal(polygons_to_mask(again, 50, 40), ring_with_island())
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 1.0, 3.0])
+def test_a_simplified_outline_stays_within_the_tolerance(tolerance: float) -> None:
+    noise = np.random.default_rng(0).standard_normal((211, 307)).astype(np.float32)
+    before = mask_to_polygons(cv2.GaussianBlur(noise, (0, 0), 4) > 0)
+    after = [polygon.simplified(tolerance) for polygon in before]
+    for traced, fewer in zip(before, after, strict=True):
+        ring: Any = fewer.outer
+        distances = [-cv2.pointPolygonTest(ring, (int(x), int(y)), True) for x, y in traced.outer]
+        assert np.abs(distances).max() <= tolerance + 1e-6
+    assert sum(len(p.outer) for p in after) < 0.8 * sum(len(p.outer) for p in before)
+
+
+def test_a_hole_of_which_nothing_is_left_goes() -> None:
+    (outer, _) = mask_to_polygons(ring_with_island())
+    assert (len(outer.simplified(1.0).holes), len(outer.simplified(100.0).holes)) == (1, 0)
+    assert len(outer.simplified(100.0).outer) > 0
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan"), float("inf")])
+def test_a_tolerance_is_a_number_of_pixels(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance must be a number of pixels from 0"):
+        mask_to_polygons(ring_with_island())[0].simplified(tolerance)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import pickle
 import sys
@@ -252,6 +253,33 @@ def test_polygons(segmentation: Segmentation) -> None:
     regions = segmentation.polygons()
     assert [len(polygons) for polygons in regions] == [1, 1, 1]
     assert [len(polygons[0].holes) for polygons in regions] == [0, 1, 0]
+
+
+def test_outlines_with_fewer_vertices(segmentation: Segmentation) -> None:
+    for plain, fewer in zip(segmentation.polygons(), segmentation.polygons(2.0), strict=True):
+        assert 3 <= len(fewer[0].outer) < len(plain[0].outer)
+    assert Image.open(io.BytesIO(segmentation[1].png())).size == (WIDTH, HEIGHT)
+
+
+def test_concatenated_parts_are_the_whole(segmentation: Segmentation) -> None:
+    none = Segmentation.from_logits(
+        np.zeros((0, 0, 0), np.float16), np.zeros(0, np.float32), (), (WIDTH, HEIGHT)
+    )
+    parts = [segmentation[[]], segmentation[:1], none, segmentation[1:]]
+    whole = Segmentation.concat(part for part in parts)
+    for field in dataclasses.fields(Segmentation):
+        np.testing.assert_array_equal(getattr(whole, field.name), getattr(segmentation, field.name))
+    assert whole.class_names == segmentation.class_names
+    assert not whole.masks.flags.writeable
+    assert len(Segmentation.concat([none, none])) == 0
+
+
+def test_results_about_different_images_are_not_concatenated(segmentation: Segmentation) -> None:
+    other = dataclasses.replace(segmentation, image_size=(HEIGHT, WIDTH))
+    finer = dataclasses.replace(segmentation, logits=np.zeros((3, 9, 9), np.float16))
+    for results in ([], [segmentation, other], [segmentation, finer]):
+        with pytest.raises(ValueError, match="must be about one image, got"):
+            Segmentation.concat(results)
 
 
 def test_draw_accepts_any_image(

@@ -47,6 +47,21 @@ def test_undo_restores_the_earlier_state_exactly(url: str, coins: Pixels) -> Non
         np.testing.assert_array_equal(view.click(110, 80).logits, first.logits)
 
 
+def test_redo_restores_what_was_undone_until_another_click(url: str, coins: Pixels) -> None:
+    with Client(url) as client, client.open(coins) as view:
+        assert len(view.redo()) == 0  # nothing was undone
+        first, second = view.click(110, 80), view.click(60, 200, positive=False)
+        assert view.redo() is second
+        assert (view.undo(), len(view.undo())) == (first, 0)
+        assert (view.redo(), view.redo(), view.redo()) == (first, second, second)
+        view.undo()
+        third = view.click(120, 90)
+        assert view.redo() is third
+        assert view.undo() is first
+        view.reset()
+        assert len(view.redo()) == 0
+
+
 def test_an_answer_that_nobody_holds_is_made_again_by_undo(url: str, coins: Pixels) -> None:
     with Client(url) as client, client.open(coins) as view:
         first = view.click(110, 80)
@@ -149,7 +164,7 @@ def test_a_closed_view_says_so(url: str, coins: Pixels) -> None:
             view.click(110, 80)
         with pytest.raises(ClientUnusable, match="view is closed"):
             view.segment(points=[(110, 80)])
-        for change in (view.undo, view.reset):
+        for change in (view.undo, view.redo, view.reset):
             with pytest.raises(ClientUnusable, match="view is closed"):
                 change()
 
