@@ -141,7 +141,7 @@ class AsyncClient:
             self._loop = loop
         if loop is not self._loop:
             raise wrong_loop_error(self.url)
-        return await perform_async(flow, self._transport)
+        return await perform_async(flow, self._transport, self._engine.retries.timeout)
 
 
 class Opening(Coroutine[Any, Any, "AsyncView"]):

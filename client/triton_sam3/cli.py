@@ -68,7 +68,7 @@ Headers = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--header", metavar="NAME:VALUE", help="Sent with every request; repeatable."),
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds a request may take, including retries.")]
+Timeout = Annotated[float, typer.Option(help="Seconds an image may take, including retries.")]
 Certificates = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="PEM file of the certificate authorities to trust, for TLS.", exists=True),

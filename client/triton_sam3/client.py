@@ -36,9 +36,9 @@ class Client:
         http_proxy, are ignored, redirects are not followed, and compressed answers are rejected.
     headers: sent with every request, for example ``{"authorization": "Bearer …"}``; not those that
         say how a request is sent, such as Content-Length and Host.
-    timeout: seconds a request may take, including its retries. Most calls make one request. The
-        first also asks for the configuration of two models; more objects than fit in a request take
-        several; and waiting for another call about the same image has a limit of its own.
+    timeout: seconds a call may take on the network, with all its requests, retries and waiting for
+        other calls; for `segment_many`, each image. Decoding and resizing count but are not
+        stopped.
     retries: how often a request is retried when the server is unreachable or busy. A request that
         a proxy rejects (status 429) is retried until `timeout`, unless this is 0.
     shared_memory: "system" passes images to a server on the same host through shared memory
@@ -173,7 +173,7 @@ class Client:
             raise closed_error(self.url)
         if os.getpid() != self._process:
             raise forked_error(self.url)
-        return perform(flow, self._transport)
+        return perform(flow, self._transport, self._engine.retries.timeout)
 
 
 def _close(engine: Engine, transport: Transport, process: int) -> None:

@@ -1,28 +1,57 @@
 """Perform a flow's steps, blocking or async. The only place where flows meet I/O."""
 
 import asyncio
+import math
 import time
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from .deadline import timeout
+from . import deadline
 from .errors import DeadlineExceeded, SAM3Error
-from .flow import Acquire, Call, Compute, Flow, Step
+from .flow import Acquire, Call, Compute, Flow, Sleep, Step
 from .tracing import traced
 from .transports import AsyncTransport, Transport
 
 T = TypeVar("T")
 
 
-def perform(flow: Flow[T], transport: Transport) -> T:
-    """Perform a flow's steps one after the other and return what it returns."""
+class Limit:
+    """How long a public call may take, whatever the number of its requests, waits and retries."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started = time.monotonic()
+        self.failure: SAM3Error | None = None
+        """The last error of a step."""
+
+    def cut(self, step: Step) -> Step:
+        """The step with a timeout no longer than what is left.
+
+        Raises the last failure in place of a pause after which nothing would be left to try again.
+        """
+        spent = time.monotonic() - self._started
+        left = max(self._seconds - spent, 0.0)
+        if isinstance(step, Call):
+            return replace(step, timeout=min(step.timeout, left), spent=spent)
+        if isinstance(step, Acquire):
+            return replace(step, timeout=min(step.timeout, left))
+        if isinstance(step, Sleep) and step.seconds >= left and self.failure is not None:
+            raise self.failure
+        return step
+
+
+def perform(flow: Flow[T], transport: Transport, timeout: float = math.inf) -> T:
+    """Perform a flow's steps one after the other, in `timeout` seconds; return what it returns."""
     resume, value = flow.send, None
+    limit = Limit(timeout)
     try:
         while True:
             step = resume(value)
             try:
-                resume, value = flow.send, _perform(step, transport)
+                resume, value = flow.send, _perform(limit.cut(step), transport)
             except SAM3Error as error:
                 resume, value = flow.throw, error
+                limit.failure = error
     except StopIteration as done:
         result: T = done.value
         return result
@@ -30,16 +59,18 @@ def perform(flow: Flow[T], transport: Transport) -> T:
         flow.close()  # on Ctrl-C and the like, so that locks and shared memory are released
 
 
-async def perform_async(flow: Flow[T], transport: AsyncTransport) -> T:
+async def perform_async(flow: Flow[T], transport: AsyncTransport, timeout: float = math.inf) -> T:
     """The async `perform`; CPU-bound work runs in a thread."""
     resume, value = flow.send, None
+    limit = Limit(timeout)
     try:
         while True:
             step = resume(value)
             try:
-                resume, value = flow.send, await _perform_async(step, transport)
+                resume, value = flow.send, await _perform_async(limit.cut(step), transport)
             except SAM3Error as error:
                 resume, value = flow.throw, error
+                limit.failure = error
     except StopIteration as done:
         result: T = done.value
         return result
@@ -78,7 +109,7 @@ def _acquire(step: Acquire) -> None:
 async def _acquire_async(step: Acquire) -> None:
     assert isinstance(step.lock, asyncio.Lock)
     try:
-        async with timeout(step.timeout):
+        async with deadline.timeout(step.timeout):
             await step.lock.acquire()
     except asyncio.TimeoutError:
         raise _lock_timeout(step.timeout) from None

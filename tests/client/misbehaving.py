@@ -6,6 +6,7 @@ and HTTP and gRPC servers that answer with given errors before they answer well.
 
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,10 +73,10 @@ class Counter:
 
 @contextmanager
 def http(
-    *answers: tuple[int, bytes], headers: Mapping[str, str] | None = None
+    *answers: tuple[int, bytes], headers: Mapping[str, str] | None = None, delay: float = 0.0
 ) -> Iterator[tuple[str, Counter]]:
-    """An HTTP server that gives these statuses and bodies in turn, each with `headers`; yields URL
-    and counter."""
+    """An HTTP server that gives these statuses and bodies in turn, each with `headers` and after
+    `delay` seconds; yields URL and counter."""
     counter = Counter(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -83,6 +84,7 @@ def http(
 
         def do_GET(self) -> None:
             status, body = counter.next()
+            time.sleep(delay)
             counter.headers.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))

@@ -1,15 +1,98 @@
-"""Flows performed step by step: what they hold is let go whatever ends them."""
+"""Flows performed step by step: one limit of time, and what they hold is let go."""
 
 import asyncio
+import re
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from triton_sam3.flow import Acquire, Call, Flow, Lock, Query
+from tests.client import misbehaving
+from triton_sam3 import AsyncClient, Client, DeadlineExceeded, Overloaded
+from triton_sam3.endpoint import Endpoint
+from triton_sam3.flow import Acquire, Call, Flow, Lock, Query, Sleep
 from triton_sam3.steps import perform, perform_async
+from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
+Make = Callable[[Callable[[], Lock]], Flow[Any]]
+
+
+def run(make: Make, url: str, timeout: float) -> Any:
+    transport = open_transport(Endpoint.parse(url), {})
+    try:
+        return perform(make(threading.Lock), transport, timeout)
+    finally:
+        transport.close()
+
+
+def run_async(make: Make, url: str, timeout: float) -> Any:
+    async def main() -> Any:
+        transport = open_async_transport(Endpoint.parse(url), {})
+        try:
+            return await perform_async(make(asyncio.Lock), transport, timeout)
+        finally:
+            await transport.close()
+
+    return asyncio.run(main())
+
+
+both = pytest.mark.parametrize("perform_flow", [run, run_async])
+Run = Callable[[Make, str, float], Any]
+
+
+@both
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_requests_share_the_time_of_their_call(perform_flow: Run, scheme: str) -> None:
+    def twice(_: Any) -> Flow[None]:
+        with pytest.raises(DeadlineExceeded):
+            yield Call(METADATA, 0.3)
+        yield Call(METADATA, 60.0)
+
+    with misbehaving.tcp(hang_up=False) as port:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"did not answer within") as caught:
+            perform_flow(twice, f"{scheme}://127.0.0.1:{port}", 0.6)
+        assert time.monotonic() - started < 30
+    (waited,) = re.findall(r"within ([\d.]+) s", str(caught.value))
+    assert float(waited) >= 0.6  # with the first request's
+
+
+@both
+def test_waiting_for_a_lock_is_part_of_the_call(perform_flow: Run) -> None:
+    def wait(make_lock: Callable[[], Lock]) -> Flow[None]:
+        lock = make_lock()
+        yield Acquire(lock, 60.0)
+        yield Acquire(lock, 60.0)
+
+    with pytest.raises(DeadlineExceeded, match=r"gave up after waiting 0\.[0-3]\d* s"):
+        perform_flow(wait, f"http://127.0.0.1:{misbehaving.unused_port()}", 0.3)
+
+
+@both
+def test_a_pause_that_leaves_no_time_gives_the_error_before_it(perform_flow: Run) -> None:
+    def again(_: Any) -> Flow[Any]:
+        with pytest.raises(Overloaded):
+            yield Call(METADATA, 60.0)
+        yield Sleep(60.0)
+        return (yield Call(METADATA, 60.0))
+
+    busy, well = (429, b'{"error": "busy"}'), (200, misbehaving.METADATA)
+    with misbehaving.http(busy, well) as (url, counter), pytest.raises(Overloaded, match="busy"):
+        perform_flow(again, url, 30.0)
+    assert counter.requests == 1
+
+
+async def test_a_clients_timeout_is_that_of_its_calls() -> None:
+    with misbehaving.http((200, b'{"versions": ["1"]}'), delay=0.2) as (url, counter):
+        with Client(url, timeout=0.7) as client, pytest.raises(DeadlineExceeded):
+            client.status()  # seven requests and more
+        assert counter.requests < 7
+        async with AsyncClient(url, timeout=0.7) as client_async:
+            with pytest.raises(DeadlineExceeded):
+                await client_async.status()
 
 
 class Interrupted:

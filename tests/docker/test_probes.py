@@ -227,10 +227,10 @@ def test_a_mask_writer_at_work_on_long_requests_is_alive(container: Container) -
 
 
 def _many_masks(side: int) -> dict[str, npt.NDArray[Any]]:
-    """Those of one image, each of 16 megapixels."""
+    """Those of one image, each of 16 megapixels: almost as many as are accepted."""
     return {
-        "low_res_masks": np.ones((1, 100, 1, side, side), np.float16),
-        "iou_predictions": np.ones((1, 100, 1), np.float32),
+        "low_res_masks": np.ones((1, 256, 1, side, side), np.float16),
+        "iou_predictions": np.ones((1, 256, 1), np.float32),
         "image_size": np.array([[4000, 4000]], np.int32),
     }
 
