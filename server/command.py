@@ -103,9 +103,10 @@ def command_line(
 
 
 def _restrictions(apis: str) -> list[str]:
-    """Triton restricts by a header's value, and no header can carry one with a line break.
+    """Triton restricts by a header's name and value; no request can carry this header.
 
-    Otherwise whoever lists the host's processes could read the value and send it.
+    Otherwise whoever lists the host's processes could read the value and send it. Over HTTP, a line
+    break ends both. gRPC accepts one in a value, if not from its own clients, but in no name.
     """
-    guard = f"{apis}:nobody={secrets.token_hex()}\n"
+    guard = f"{apis}:nobody\n={secrets.token_hex()}\n"
     return [f"--http-restricted-api={guard}", f"--grpc-restricted-protocol={guard}"]

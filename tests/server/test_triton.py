@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import tritonclient.grpc
 import tritonclient.http
 
 from server import (
@@ -291,65 +290,6 @@ def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
         with pytest.raises(PortInUseError):
             server.start()
     assert not server.is_alive()
-
-
-def administer(server: TritonServer, path: str, key: str) -> bytes:
-    """The answer to a POST with the header that restricted requests are asked for."""
-    address = (server.address.host, server.address.http_port)
-    with socket.create_connection(address, SOON) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nnobody: {key}\r\n\r\n"
-        connection.sendall(head.encode() + b"{}")
-        return connection.recv(64)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v2/repository/index",
-        "/v2/repository/models/plus_one/load",
-        "/v2/repository/models/plus_one/unload",
-        "/v2/trace/setting",
-        "/v2/models/plus_one/trace/setting",
-        "/v2/logging",
-    ],
-)
-def test_nobody_administers_a_server_not_even_with_its_command_line(
-    shared: TritonServer, path: str
-) -> None:
-    key = key_of(shared)
-    assert administer(shared, path, key).startswith(b"HTTP/1.1 403 ")
-    for ending in ("\n", "\n ", "\n\t", "\r\n ", "\r", "%0a", "\\n"):
-        assert b" 200 " not in administer(shared, path, key + ending), repr(ending)
-
-
-def test_nobody_administers_a_server_over_grpc(shared: TritonServer) -> None:
-    with tritonclient.grpc.InferenceServerClient(shared.grpc_url.split("://")[1]) as client:
-        for headers in ({}, {"triton-grpc-protocol-nobody": key_of(shared)}):
-            for call in (
-                client.get_model_repository_index,
-                partial(client.unload_model, "plus_one"),
-                partial(client.update_trace_settings, settings={"trace_file": "/tmp/x"}),
-                partial(client.update_log_settings, {"log_file": "/tmp/x"}),
-            ):
-                with pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"):
-                    call(headers=headers)
-
-
-def key_of(server: TritonServer) -> str:
-    """The value that restricted requests are asked for, as any user of the machine can read it."""
-    arguments = psutil.Process(server.pid).cmdline()
-    (option,) = (arg for arg in arguments if arg.startswith("--http-restricted-api"))
-    return option.rsplit("=", 1)[1].strip()
-
-
-def test_shared_memory_is_refused_beyond_loopback(
-    working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Address, "is_loopback", False)  # but do not listen beyond loopback
-    server = start(working)
-    assert plus_one(server) == [2, 3, 4]
-    answer = administer(server, "/v2/systemsharedmemory/region/a/register", "guess")
-    assert answer.startswith(b"HTTP/1.1 403 ")
 
 
 def test_what_is_not_a_repository(tmp_path: Path) -> None:
