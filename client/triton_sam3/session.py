@@ -56,4 +56,5 @@ async def _refuse_compression(response: aiohttp.ClientResponse) -> None:
     """Only of answers that would be unpacked; an error's status says more than its encoding."""
     encoding = response.headers.get("Content-Encoding", IDENTITY)
     if response.status == HTTPStatus.OK and encoding != IDENTITY:
+        response.close()  # older aiohttp would keep the connection, one of few
         raise Compressed(encoding)

@@ -13,6 +13,7 @@ from triton_sam3 import ServerError, TransportError
 from triton_sam3.contract import IMAGE, INTERACTIVE
 from triton_sam3.endpoint import Endpoint
 from triton_sam3.flow import Call, Infer, Query
+from triton_sam3.session import Compressed, _refuse_compression
 from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
@@ -89,3 +90,18 @@ def test_the_status_of_a_compressed_error_counts() -> None:
     told = pytest.raises(TransportError, match="HTTP status 503")
     with misbehaving.http(answer, headers={"Content-Encoding": "gzip"}) as (url, _), told:
         call(url, METADATA)
+
+
+async def test_a_connection_whose_answer_is_refused_is_given_up() -> None:
+    """Whatever the version of aiohttp: some keep it, and there are only so many."""
+
+    class Answer:
+        status, headers, closed = 200, {"Content-Encoding": "gzip"}, False
+
+        def close(self) -> None:
+            self.closed = True
+
+    answer: Any = Answer()
+    with pytest.raises(Compressed):
+        await _refuse_compression(answer)
+    assert answer.closed
