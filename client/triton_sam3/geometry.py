@@ -38,6 +38,8 @@ ACCEPTED = (
     "uint8 array H×W×3 in RGB order (also H×W, H×W×1, H×W×4)"
 )
 
+BINARY_MODE = "open it in binary mode, such as open(path, 'rb')"
+
 POSTSCRIPT = "EPS"
 """The format that Pillow decodes by running another program, Ghostscript, on the file."""
 
@@ -88,9 +90,9 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
     if isinstance(image, (str, os.PathLike)):
         return _from_path(os.fsdecode(image))
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _from_file(io.BytesIO(bytes(image)), "the image data")
+        return _from_file(_copied(image), "the image data")
     if callable(getattr(image, "read", None)):
-        return _from_file(io.BytesIO(_read(image)), "the open file")
+        return _from_file(_read(image), "the open file")
     raise ImageError(f"an image cannot be a {type(image).__name__}: {ACCEPTED}{_hint(image)}")
 
 
@@ -100,19 +102,26 @@ def _hint(image: Any) -> str:
     return ""
 
 
-def _read(file: Any) -> bytes:
+def _copied(data: bytes | bytearray | memoryview) -> io.BytesIO:
+    with _decoding("the image data"):  # a memoryview may be released
+        return io.BytesIO(bytes(data))
+
+
+def _read(file: Any) -> io.BytesIO:
     """All of an open file; ImageError for one that does not give bytes."""
     if inspect.iscoroutinefunction(file.read):
         raise ImageError(
             f"a {type(file).__name__} is read asynchronously: pass `await file.read()`, the bytes"
         )
     with _decoding("the open file"):
+        if isinstance(file, io.TextIOBase):  # reading it would fail on the first byte of a photo
+            raise TypeError(BINARY_MODE)
         with suppress(AttributeError, OSError):  # a stream
             file.seek(0)
         data = file.read()
         if not isinstance(data, (bytes, bytearray)):
-            raise TypeError("open it in binary mode, such as open(path, 'rb')")
-        return bytes(data)
+            raise TypeError(BINARY_MODE)
+        return io.BytesIO(data)
 
 
 def _reject_postscript(image: Image.Image, name: str) -> None:

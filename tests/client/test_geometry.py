@@ -120,6 +120,20 @@ def test_a_file_that_is_read_asynchronously_names_the_remedy() -> None:
         load_image(upload)
 
 
+def test_a_photo_opened_as_text_names_the_remedy(photo: NDArray[np.uint8], tmp_path: Path) -> None:
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    told = pytest.raises(ImageError, match="the open file cannot be read: open it in binary mode")
+    with (tmp_path / "photo.jpg").open(encoding="utf-8") as file, told:
+        load_image(file)  # type: ignore[arg-type]
+
+
+def test_a_released_view_of_bytes_is_an_image_error() -> None:
+    view = memoryview(b"image")
+    view.release()
+    with pytest.raises(ImageError, match=r"the image data cannot be read: .*released"):
+        load_image(view)
+
+
 @pytest.mark.parametrize("form", [bytes, bytearray, memoryview, io.BytesIO])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_encoded_images_are_turned_as_their_file_is(
