@@ -221,7 +221,9 @@ def status(
     url: Url = DEFAULT_URL,
     token: Token = None,
     header: Headers = None,
-    timeout: Timeout = 10.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds the server may take, including retries.")
+    ] = 10.0,
     root_certificates: Certificates = None,
 ) -> None:
     """Show the server, its models and, with --metrics-url, metrics of the images it keeps."""
@@ -286,7 +288,7 @@ def _header(line: str, index: int) -> tuple[str, str]:
         raise ValueError(
             f"--header number {index} is not NAME:VALUE (it is not shown, being confidential)"
         )
-    return name.strip(), value.strip()
+    return name.strip().lower(), value.strip()  # so that a token is not set beside Authorization
 
 
 def _points_and_boxes(point: list[str] | None, box: list[str] | None) -> dict[str, Any]:

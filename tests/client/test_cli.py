@@ -110,6 +110,13 @@ def test_the_token_and_headers_are_sent_together() -> None:
         assert (sent["authorization"], sent["x-key"]) == ("Bearer mine", "other")
 
 
+@pytest.mark.parametrize("name", ["authorization", "Authorization"])
+def test_a_header_of_the_tokens_name_takes_its_place(name: str) -> None:
+    with misbehaving.http((404, b"{}")) as (url, counter):
+        invoke("status", "--token", "mine", "--header", f"{name}: Basic other", url=url)
+        assert counter.headers[0]["authorization"] == "Basic other"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
