@@ -49,7 +49,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Call:
-    """Send `request`, giving up after `timeout` seconds; earlier attempts took `spent` seconds."""
+    """Send `request`, giving up after `timeout` seconds; before that, its public call has taken
+    `spent` seconds, which steps.py knows."""
 
     request: Infer | Query
     timeout: float

@@ -58,13 +58,11 @@ class Retries:
 
     def send(self, request: Infer | Query) -> Flow[Any]:
         """Send `request`, retrying errors that may pass, for at most `timeout` seconds."""
-        started = self.clock()
-        deadline = started + self.timeout
+        deadline = self.clock() + self.timeout
         attempt = failed = 0
         while True:
-            now = self.clock()
             try:
-                return (yield Call(request, max(deadline - now, 0.0), now - started))
+                return (yield Call(request, max(deadline - self.clock(), 0.0)))
             except RETRYABLE as error:
                 if isinstance(error, ModelGone) and isinstance(request, Query):
                     raise  # a query about a model reports this at once
