@@ -33,7 +33,8 @@ class Client:
 
     url: ``grpc://host:8001``, ``http://host:8000[/path]``, or ``grpcs://`` and ``https://`` for
         TLS. Nothing is sent before the first call. Proxy environment variables, such as
-        http_proxy, are ignored, redirects are not followed, and compressed answers are rejected.
+        http_proxy, are ignored. Over HTTP, redirects are not followed, and compressed answers are
+        rejected.
     headers: sent with every request, for example ``{"authorization": "Bearer …"}``; not those that
         say how a request is sent, such as Content-Length and Host.
     timeout: seconds a call may take on the network, with all its requests, retries and waiting for
