@@ -215,7 +215,7 @@ def segment_dir(
 def status(
     metrics_url: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Also show metrics of the kept images, from http://host:8002/metrics"),
+        typer.Option(help="Also show the models' own metrics, from http://host:8002/metrics"),
     ] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
@@ -226,7 +226,7 @@ def status(
     ] = 10.0,
     root_certificates: Certificates = None,
 ) -> None:
-    """Show the server, its models and, with --metrics-url, metrics of the images it keeps."""
+    """Show the server, its models and, with --metrics-url, their own metrics."""
     with _report_errors():
         with _connect(url, token, header, timeout, root_certificates, None) as client:
             found = client.status()

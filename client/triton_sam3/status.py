@@ -16,7 +16,7 @@ from .protocol import ServedModel
 MODELS = (contract.INTERACTIVE, contract.ENCODER, contract.DECODER)
 
 _METRIC = re.compile(r"^(sam3_\w+)(?<!_bucket)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-"""A line of Prometheus' text format: the decoder's own metrics, except histogram buckets."""
+"""A line of Prometheus' text format: the models' own metrics, except histogram buckets."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
 
 
 def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
-    """The decoder's own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
+    """The models' own metrics (kept images, hits, evictions …) from Triton's metrics endpoint.
 
-    metrics_url: http://host:8002/metrics. The values of several decoders are summed; proxy
-    environment variables are ignored. Raises ServerUnreachable if nothing answers there, and
+    metrics_url: http://host:8002/metrics. Values of one name, as of several decoders, are summed;
+    proxy environment variables are ignored. Raises ServerUnreachable if nothing answers there, and
     ValueError for a URL with a user name or a query.
     """
     reject_secrets(metrics_url)
