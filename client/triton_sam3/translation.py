@@ -74,6 +74,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
     (re.compile("unable to find .*shared memory region", re.I), RegionLost),
     (re.compile("shared memory region .* currently in use", re.I), RegionInUse),
     (re.compile("no available versions", re.I), ModelGone),
+    (re.compile("is restricted, expecting header"), AccessDenied),
     (re.compile("unknown model|is not ready|not healthy", re.I), ModelUnavailable),
     (re.compile("exceeds maximum queue size|queue .*full|too many requests", re.I), Refused),
     (re.compile("header with status: 429"), Refused),  # gRPC's message for an HTTP status

@@ -203,6 +203,12 @@ def test_grpc_code(send: Send, code: grpc.StatusCode, error: type[SAM3Error]) ->
         ("404", "Unable to find shared memory region: 'x'", RegionLost),
         ("400", "Cannot unregister shared memory region 'x', it is currently in use.", RegionInUse),
         ("500", "Failed to increase the shared memory pool size for key 'x' to 9", Overloaded),
+        (
+            "StatusCode.UNAVAILABLE",
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-x'",
+            AccessDenied,
+        ),
+        ("403", "This API is restricted, expecting header 'x'", AccessDenied),
     ],
 )
 def test_tritons_sentences_count_for_more_than_its_codes(
