@@ -25,6 +25,7 @@ class Metrics:
         self._metric = self._family.Metric(labels=dict(labels))
         self._written = 0
         self._published = time.monotonic()
+        self._failed = False
 
     def count_mask(self) -> None:
         """Count a finished mask; publish at most once a second, as that messages a process."""
@@ -37,9 +38,11 @@ class Metrics:
         self._published = time.monotonic()
         try:
             self._metric.increment(self._written)
-            self._written = 0
+            self._written, self._failed = 0, False
         except Exception as error:  # Triton has exception types of its own
-            pb_utils.Logger.log_warn(f"{NAME} is not up to date: {error}")
+            if not self._failed:  # once, not with every request
+                pb_utils.Logger.log_warn(f"{NAME} is not up to date: {error}")
+            self._failed = True
 
     def close(self) -> None:
         """Remove the metric from the endpoint."""
