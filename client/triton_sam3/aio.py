@@ -37,7 +37,7 @@ Run = Callable[[Flow[Any]], Coroutine[Any, Any, Any]]
 class AsyncClient:
     """An asyncio `Client`, with the same arguments and the same methods, which are awaited.
 
-    The exception is `segment_many`, which is iterated over with ``async for``.
+    Only `segment_many` is not awaited but iterated over with ``async for``.
 
     An instance belongs to one event loop. Decoding, resizing and mask post-processing run in
     threads, so they do not block the loop.
@@ -155,7 +155,7 @@ class Opening(Coroutine[Any, Any, "AsyncView"]):
         return self._work.__await__()
 
     def send(self, value: Any) -> Any:
-        """As of any coroutine, such as asyncio makes a task of; so are `throw` and `close`."""
+        """With `throw` and `close`, what asyncio needs to make a task of a coroutine."""
         return self._work.send(value)
 
     def throw(self, *error: Any) -> Any:
@@ -174,7 +174,7 @@ class Opening(Coroutine[Any, Any, "AsyncView"]):
 
 
 class AsyncView:
-    """An asyncio `View`. Concurrent clicks are answered in the order they were made."""
+    """An asyncio `View`. Concurrent clicks are answered in the order in which they were made."""
 
     def __init__(self, session: Session, run: Run) -> None:
         self._session = session

@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Segmenter(Protocol):
-    """Anything that segments one image: a client, or an object that stands in for one."""
+    """Anything that segments one image: a `Client`, or an object that stands in for one."""
 
     def segment(
         self,
@@ -79,12 +79,16 @@ def run_block(
     serialize_results: false returns `supervision.Detections`, true the JSON-ready dict.
 
     Returns a list of {"predictions": …}, one per image. As in the block, empty masks are left out,
-    and boxes outside the image have no mask. Unlike the block, which turns masks into polygons,
-    this returns one row per prompt with its mask unchanged, including holes and separate regions,
-    under the detection id of its prompt; the boxes of masks end one pixel later; input boxes are
-    clipped to the image, and a point outside it is an error. Raises PromptError for a step of
-    another block and for a selector without a value, and everything that `segment` raises;
-    TypeError for an `AsyncClient`; ImportError if Detections need supervision, which is missing.
+    and boxes outside the image have no mask. It differs from the block in the following:
+
+    - The block turns masks into polygons. This returns one row per prompt with its mask unchanged,
+      including holes and separate regions, under the detection id of its prompt.
+    - The boxes of masks end one pixel later, as their maxima are exclusive.
+    - Input boxes are clipped to the image, and a point outside it is an error.
+
+    Raises PromptError for a step of another block and for a selector without a value, and
+    everything that `segment` raises; TypeError for an `AsyncClient`; ImportError if the Detections
+    need supervision and it is not installed.
     """
     if inspect.iscoroutinefunction(segmenter.segment):
         raise TypeError("run_block is synchronous: pass a Client, not an AsyncClient")

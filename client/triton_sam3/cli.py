@@ -286,7 +286,7 @@ def _header(line: str, index: int) -> tuple[str, str]:
     name, colon, value = line.partition(":")
     if not colon or not name.strip():
         raise ValueError(
-            f"--header number {index} is not NAME:VALUE (it is not shown, being confidential)"
+            f"--header number {index} is not NAME:VALUE (not shown, as it may be confidential)"
         )
     return name.strip().lower(), value.strip()  # so that a token is not set beside Authorization
 
@@ -309,7 +309,7 @@ def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tupl
 
 
 def _check_file(output: Path, *, with_image: bool) -> None:
-    """Catch an output file that cannot be written before the server does any work."""
+    """Reject an output file that cannot be written, before the server does any work."""
     file_kind(output, with_image=with_image)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")

@@ -35,11 +35,10 @@ class Client:
         TLS. Nothing is sent before the first call. Proxy environment variables, such as
         http_proxy, are ignored. Over HTTP, redirects are not followed, and compressed answers are
         rejected.
-    headers: sent with every request, for example ``{"authorization": "Bearer …"}``; not those that
-        say how a request is sent, such as Content-Length and Host.
-    timeout: seconds a call may take on the network, with all its requests, retries and waiting for
-        other calls; for `segment_many`, each image. Decoding and resizing count but are not
-        stopped.
+    headers: sent with every request, for example ``{"authorization": "Bearer …"}``. Those that say
+        how a request is sent, such as Content-Length and Host, are rejected.
+    timeout: seconds a call may take, with all its requests, retries and waits for other calls; for
+        `segment_many`, each image. Decoding and resizing an image count but are not interrupted.
     retries: how often a request is retried when the server is unreachable or busy. A request that
         a proxy rejects (status 429) is retried until `timeout`, unless this is 0.
     shared_memory: "system" passes images to a server on the same host through shared memory
@@ -51,8 +50,8 @@ class Client:
         SSL_CERT_FILE.
 
     Raises ValueError for an invalid URL, header, number or PEM file, and TransportError if this
-    machine does not support the shared memory. Methods raise only `SAM3Error`s, except that
-    `segment_many` raises ValueError for a `concurrency` below 1.
+    machine does not support the requested shared memory. Methods raise only `SAM3Error`s, except
+    that `segment_many` raises ValueError for a `concurrency` below 1.
     """
 
     def __init__(
@@ -94,25 +93,26 @@ class Client:
         """Segment objects in an image: one per box, then the one that the points mark.
 
         image: a path, the bytes of an image file, a file open in binary mode, a PIL image, or an
-            RGB uint8 array [H, W, 3]. The EXIF orientation of a file is applied, also of bytes and
-            open files; PIL images and arrays are used as they are.
+            RGB uint8 array [H, W, 3]. The EXIF orientation of paths, bytes and open files is
+            applied; PIL images and arrays are used as they are.
         points: labelled points of one object in absolute pixels: ``{"x", "y", "positive"}``,
             ``(x, y)`` or ``(x, y, positive)``. x runs from 0 to the width and y from 0 to the
-            height, both inclusive, as the edges of the image.
-        boxes: xyxy boxes in absolute pixels, one object each: an array, dicts, `Box` (also
-            `Box.from_xywh`), Roboflow predictions or `supervision.Detections`. A box is clipped to
-            the image, which Meta's predictor does not do. Empty boxes without points give an empty
-            result without a request.
-        prompts: instead of points and boxes: any mix of points, box and mask, one `Prompt` per
-            object.
+            height, both inclusive: the edges of the image.
+        boxes: boxes in absolute pixels, one object each: an array [n, 4] of x_min, y_min, x_max,
+            y_max; dicts, `Box` (also `Box.from_xywh`), Roboflow predictions or
+            `supervision.Detections`. A box is clipped to the image, which Meta's predictor does
+            not do. Empty boxes without points give an empty result without a request.
+        prompts: instead of points and boxes, one `Prompt` per object, with any mix of points, box
+            and mask.
         threshold: masks with a lower predicted IoU are dropped.
-        multimask_output: for every object of the call: let the model propose three masks and keep
-            the one with the highest predicted IoU; better for a single click, which may be
-            ambiguous. Several points, boxes, and masks to refine are less so, for which SAM's
-            authors recommend false. Use one call for each kind: an open view encodes nothing again.
+        multimask_output: for every object of the call, true lets the model propose three masks and
+            keeps the one with the highest predicted IoU. This suits a single click, which may be
+            ambiguous; for several points, for boxes and for masks to refine, SAM's authors
+            recommend false. Use one call for each kind: a known image is not encoded again.
 
-        Raises ImageError or PromptError before the image is sent, the latter also for a point, or
-        a whole box, outside the image; then ServerError or TransportError.
+        Raises ImageError if the image cannot be read, and PromptError for an invalid prompt, such
+        as a point or a whole box outside the image, both before the image is sent; ServerError or
+        TransportError if the request fails.
         """
         chosen = gather_prompts(points, boxes, prompts)
         options = Options(threshold, multimask_output)
@@ -130,7 +130,7 @@ class Client:
     ) -> Iterator[Outcome]:
         """Segment many images concurrently, yielding one `Outcome` per image.
 
-        images: consumed one by one, only as many as are in flight.
+        images: consumed one by one, at most `concurrency` ahead of the outcomes.
         prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one entry per
             image: such a mapping, a list of `Prompt`, or a `supervision.Detections`.
         concurrency: images in flight at the same time. A proxy admits two new images per server;
@@ -155,7 +155,10 @@ class Client:
         return self._run(status(self._engine, self.url))
 
     def open(self, image: ImageLike) -> View:
-        """Encode an image and keep it on the server, so that clicks on it send no pixels."""
+        """Encode an image and keep it on the server, so that clicks on it send no pixels.
+
+        image: as for `segment`, with the same errors.
+        """
         picture, slot = self._run(self._engine.open(image))
         return View(Session(self._engine, picture, slot), self._run)
 

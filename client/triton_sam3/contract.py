@@ -28,7 +28,7 @@ LABEL_PADDING = -1
 """Values of `point_labels`, one per token; a box is two tokens, its corners."""
 
 NOT_KEPT = "image_id not found"
-"""How the decoder's error starts if it does not keep an image (any more)."""
+"""How the decoder's error starts if it does not keep the image, or no longer does."""
 
 
 @dataclass(frozen=True)

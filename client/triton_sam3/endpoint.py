@@ -29,8 +29,8 @@ _OWN_HEADERS = {
     *("connection", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding"),
     *("inference-header-content-length", "proxy-connection", "upgrade"),
 }
-"""How a request is sent, which only the client knows: with a caller's values, servers misread it or
-wait for ever."""
+"""How a request is sent, which only the client knows: with other values, servers misread it or wait
+for ever."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def reject_secrets(url: str) -> None:
     for mark, part in (("@", "user name or a password"), ("?", "query"), ("#", "fragment")):
         if mark in url:
             raise ValueError(
-                f"a server URL must not contain a {part} (it has {mark!r}, and is not shown, being "
-                "confidential): pass headers={'authorization': …}"
+                f"a server URL must not contain a {part}, but this one, not shown as it may be "
+                f"confidential, has {mark!r}: pass credentials in headers={{'authorization': …}}"
             )
 
 
@@ -159,8 +159,8 @@ def validate_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     for index, (name, value) in enumerate((headers or {}).items(), 1):
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise ValueError(
-                f"the name of header {index} is not valid: use letters, digits, '-', '_', '.', and "
-                "neither begin with grpc- nor end in -bin"
+                f"the name of header {index} is not valid: use letters, digits, '-', '_' and '.', "
+                "without grpc- at the beginning or -bin at the end"
             )
         if name.lower() in _OWN_HEADERS:
             raise ValueError(

@@ -37,7 +37,7 @@ from .shared_memory import SharedMemory
 Prompts = Sequence[Prompt]
 
 _TRIES_BY_ID = 2
-"""Another caller may already have replaced a lost id; after that, the image is sent."""
+"""The second in case another caller has replaced a lost id; after that, the image is sent."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Options:
 
 
 def gather_prompts(points: Any, boxes: Any, prompts: Prompt | Iterable[Prompt] | None) -> Prompts:
-    """One sequence of prompts from the two ways to pass them."""
+    """One sequence of prompts, from either of the two ways to pass them."""
     if prompts is None:
         return to_prompts(points, boxes)
     if points is not None or boxes is not None:
@@ -96,7 +96,7 @@ class Picture:
     def pixels(self, side: int) -> npt.NDArray[np.uint8]:
         """RGB [side, side, 3]. Made once; the original is released, so later edits do no harm.
 
-        Raises ClientUnusable for another side than the first: only the original could give it.
+        Raises ClientUnusable for a side other than the first call's, which needs the original.
         """
         if self._pixels is None:
             assert self._source is not None

@@ -36,7 +36,7 @@ class ImageError(SAM3Error, ValueError):
 
 
 class ClientUnusable(SAM3Error, RuntimeError):
-    """The client or view is closed, or of another process or event loop; create a new one."""
+    """The client or view is closed, or belongs to another process or event loop; create another."""
 
 
 class ServerError(SAM3Error):
@@ -44,11 +44,11 @@ class ServerError(SAM3Error):
 
 
 class InvalidRequest(ServerError):
-    """The server rejected the request as invalid (INVALID_ARG); the same request fails again."""
+    """The server rejected the request as invalid; the same request would fail again."""
 
 
 class AccessDenied(ServerError):
-    """The server, or a proxy, rejected the credentials or their absence (401, 403, 407)."""
+    """The server, or a proxy, rejected the credentials or got none (HTTP 401, 403, 407)."""
 
 
 class ImageNotKept(ServerError):

@@ -36,11 +36,13 @@ class Polygon:
     def simplified(self, tolerance: float) -> Polygon:
         """Drop vertices whose removal moves no outline by more than `tolerance` pixels.
 
-        Holes of which less than a triangle is left go too. Raises ValueError for a tolerance that
-        is negative or not finite.
+        Holes left with fewer than three vertices are dropped as well. Raises ValueError for a
+        tolerance that is negative or not finite.
         """
         if not 0 <= tolerance < np.inf:
-            raise ValueError(f"tolerance must be a number of pixels from 0, got {tolerance!r}")
+            raise ValueError(
+                f"tolerance must be a finite number of pixels, 0 or more, got {tolerance!r}"
+            )
         outer, *holes = (_simplify(ring, tolerance) for ring in (self.outer, *self.holes))
         return Polygon(outer, tuple(ring for ring in holes if len(ring) >= MIN_VERTICES))
 

@@ -72,12 +72,12 @@ EXIF_TRANSPOSES: dict[Any, Image.Transpose] = {
 def load_image(image: ImageLike) -> NDArray[np.uint8]:
     """Return `image` as RGB uint8 [H, W, 3], C-contiguous, values 0 to 255.
 
-    The EXIF orientation of a file is applied, also of bytes and open files; PIL images and arrays
-    are used as they are, because the caller's coordinates are in their frame. Grey becomes three
-    equal channels, alpha is dropped, a 16-bit file keeps its upper 8 bits, and only the first of
-    several frames is used. A PIL image of 32-bit integers is read as 16-bit, and rejected if it may
-    be 8-bit. An array that already fits is returned as it is, not copied. An open file is read from
-    its beginning if it can seek, and left open.
+    The EXIF orientation of paths, bytes and open files is applied; PIL images and arrays are used
+    as they are, because the caller's coordinates are in their frame. Grey becomes three equal
+    channels, alpha is dropped, a 16-bit file keeps its upper 8 bits, and only the first of several
+    frames is used. A PIL image of 32-bit integers is read as 16-bit, and rejected if it may be
+    8-bit. An array that already fits is returned as it is, not copied. An open file is read from
+    its beginning if it can seek, and is left open.
 
     Raises ImageError for anything else, saying what is accepted.
     """
@@ -111,7 +111,7 @@ def _read(file: Any) -> io.BytesIO:
     """All of an open file; ImageError for one that does not give bytes."""
     if inspect.iscoroutinefunction(file.read):
         raise ImageError(
-            f"a {type(file).__name__} is read asynchronously: pass `await file.read()`, the bytes"
+            f"a {type(file).__name__} is read asynchronously: pass its bytes, `await file.read()`"
         )
     with _decoding("the open file"):
         if isinstance(file, io.TextIOBase):  # reading it would fail on the first byte of a photo
@@ -128,7 +128,8 @@ def _reject_postscript(image: Image.Image, name: str) -> None:
     """To be called before decoding. The first bytes of a file, not its name, say what it is."""
     if image.format == POSTSCRIPT:
         raise ImageError(
-            f"{name} is PostScript, a program that would have to be run: convert it first"
+            f"{name} is PostScript, a program that would have to be run: convert it to an image "
+            "file such as PNG first"
         )
 
 
@@ -213,7 +214,7 @@ def _from_path(path: str) -> NDArray[np.uint8]:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise ImageError(f"{name} is a folder: pass the path of one image file in it")
     if not os.path.isfile(path):  # noqa: PTH113 - as above
-        hint = "; if this is image data, pass it decoded, as bytes"
+        hint = "; if this is image data as text, decode it and pass the bytes"
         raise ImageError(f"there is no file {name}{hint if len(path) > MAX_QUOTED_LENGTH else ''}")
     return _from_file(path, name)
 
@@ -232,7 +233,9 @@ def _from_pil(image: Image.Image, name: str) -> NDArray[np.uint8]:
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels: it is {image.width}×{image.height}")
     if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point values; scale it to 0..255 first")
+        raise ImageError(
+            f"{name} holds floating-point values: scale it to 0..255 and convert it to 8 bits first"
+        )
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "I":
@@ -255,7 +258,9 @@ def _check_depth(largest: int, name: str) -> None:
 def _high_byte(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Upper 8 bits of 16-bit grey; Pillow's own conversion clips at 255 instead."""
     if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
-        raise ImageError(f"{name} holds values beyond 16 bits; scale it to 0..255 first")
+        raise ImageError(
+            f"{name} holds values beyond 16 bits: scale it to 0..255 and convert it to 8 bits first"
+        )
     return (values >> 8).astype(np.uint8)
 
 

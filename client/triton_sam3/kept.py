@@ -17,7 +17,7 @@ class ImageSlot:
     def __init__(self, lock: Lock) -> None:
         self.image_id: bytes | None = None
         self.declined = False
-        """Whether the server, last asked to keep the image, did not."""
+        """Whether the server did not keep the image when it was last asked to."""
         self.lock = lock
 
     def fill(self, image_id: bytes) -> None:

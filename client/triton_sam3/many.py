@@ -104,8 +104,8 @@ def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:
 
 def _count_mismatch(prompts: int, images: int | str) -> PromptError:
     return PromptError(
-        f"got prompts for {prompts} images, but {images} images: pass one entry per image, or one "
-        "mapping for all"
+        f"got prompts for {prompts} images, but {images} images: pass one entry of prompts per "
+        "image, or one mapping for all images"
     )
 
 

@@ -4,7 +4,7 @@
     (x_min, y_min, x_max, y_max) │ a dict of corners │ a detection ─► Box
     logits [M, M]                                                 ─► float16 [M, M]
 
-Python numbers and lists, NumPy arrays and scalars, and any library's with `tolist` are accepted.
+Python numbers and lists, NumPy arrays and scalars, and other arrays with `tolist` are accepted.
 Errors quote the value.
 """
 
@@ -38,11 +38,11 @@ CORNER_KEYS = (
 """Spellings of a box's corners in dicts, tried in this order."""
 SIZE_KEYS = ("x", "y", "width", "height")
 DETECTION_KEYS = {"class", "class_id", "confidence", "detection_id"}
-"""Any of these marks a Roboflow detection, whose x and y are the centre. In drawing tools, they are
-the top left corner."""
+"""Any of these marks a Roboflow detection, whose x and y are the centre. In drawing tools they are
+the top-left corner."""
 
 MAX_COORDINATE = 1e9
-"""No image is this wide; a larger coordinate is infinity in disguise."""
+"""Pixels. No image is this wide: a larger coordinate is a mistake."""
 
 FLOAT16_EXPONENT = 0x7C00
 """The exponent bits of a float16; all of them are set only in infinities and NaN."""
@@ -66,25 +66,25 @@ class Box(NamedTuple):
 
     @classmethod
     def from_xywh(cls, x: float, y: float, width: float, height: float) -> Box:
-        """A box by its top left corner and its size in pixels, as in COCO and drawing tools.
+        """A box from its top-left corner and its size in pixels, as in COCO and drawing tools.
 
-        Raises PromptError for NaN and a negative size.
+        Raises PromptError for a coordinate that is not a finite number, and for a negative size.
         """
         values = (x, y, width, height)
         return _sized_box(values, 0.0, f"Box.from_xywh{quote(values)}")
 
     @classmethod
     def from_center(cls, x: float, y: float, width: float, height: float) -> Box:
-        """A box by its centre and its size in pixels; otherwise like `from_xywh`."""
+        """A box from its centre and its size in pixels; otherwise like `from_xywh`."""
         values = (x, y, width, height)
         return _sized_box(values, 0.5, f"Box.from_center{quote(values)}")
 
 
 def _sized_box(values: Sequence[Any], anchor: float, name: str) -> Box:
-    """The box whose minima are that share of its size before x and y."""
+    """A box around x and y, which lie at the fraction `anchor` of its width and height."""
     x, y, width, height = (_coordinate(value, name) for value in values)
     if width < 0 or height < 0:
-        raise PromptError(f"{name}: width and height must not be negative")
+        raise PromptError(f"{name}: width and height must be 0 or more")
     before, after = anchor, 1 - anchor
     return Box(x - before * width, y - before * height, x + after * width, y + after * height)
 
@@ -138,9 +138,10 @@ def parse_threshold(value: Any) -> float:
 def parse_box(box: Any) -> Box:
     """Parse one box: (x_min, y_min, x_max, y_max), a dict of those, or a Roboflow detection.
 
-    A box may be a line or a point, as detectors round small ones, but not four zeros, the box of an
-    empty mask. Raises PromptError quoting the value, also for NaN, a wrong length, corners in the
-    wrong order, and a dict of x, y, width and height that does not say what x and y are.
+    A box may be a line or a point, because detectors round small ones, but not four zeros, which is
+    the box of an empty mask. Raises PromptError quoting the value, also for NaN, a wrong length,
+    corners in the wrong order, and a dict of x, y, width and height in which x and y may be a
+    corner or the centre.
     """
     name = f"box {quote(box)}"
     if isinstance(box, Mapping):
@@ -151,11 +152,11 @@ def parse_box(box: Any) -> Box:
             raise PromptError(f"{quote(box)} is not a box: {BOX_FORMS}")
     parsed = Box(*corners)
     if parsed.x_min > parsed.x_max or parsed.y_min > parsed.y_max:
-        raise PromptError(f"{name}: x_min must not be above x_max, nor y_min above y_max")
+        raise PromptError(f"{name}: x_min must be at most x_max, and y_min at most y_max")
     if not any(parsed):
         raise PromptError(
-            f"{name} is that of an empty mask, around nothing: leave it out, as "
-            "result[result.areas > 0] does"
+            f"{name} is the box of an empty mask: leave it out, for example with "
+            "result[result.areas > 0]"
         )
     return parsed
 
@@ -168,9 +169,9 @@ def _corners_of_mapping(box: Mapping[str, Any], name: str) -> list[float]:
     values = [box[key] for key in SIZE_KEYS]
     if not DETECTION_KEYS & box.keys():
         raise PromptError(
-            f"{name} does not say what x, y is: pass Box.from_xywh(x, y, width, height) if it is "
-            "the top left corner, Box.from_center(…) if it is the centre as in Roboflow's "
-            "detections, which have a 'class' or 'confidence'"
+            f"{name} does not say what x and y are: pass Box.from_xywh(x, y, width, height) if "
+            "they are the top-left corner, or Box.from_center(…) if they are the centre, as in "
+            "Roboflow's detections, which have a 'class' or a 'confidence'"
         )
     return list(_sized_box(values, 0.5, name))
 
@@ -186,7 +187,9 @@ def parse_mask(mask: Any) -> NDArray[np.float16]:
             f"got {logits.dtype} {list(logits.shape)}"
         )
     if not _fits_float16(logits):
-        raise PromptError("a mask's logits must be finite and fit float16; these do not")
+        raise PromptError(
+            "a mask's logits must be finite and within float16's range, ±65504; these are not"
+        )
     kept = logits.astype(np.float16)
     kept.flags.writeable = False
     return kept
@@ -298,5 +301,7 @@ def _coordinate(value: Any, name: str) -> float:
     except OverflowError:
         number = math.inf
     if not abs(number) <= MAX_COORDINATE:  # false for NaN too
-        raise PromptError(f"{name}: coordinates must be finite pixels, got {quote(value)}")
+        raise PromptError(
+            f"{name}: coordinates must be within ±{MAX_COORDINATE:,.0f} pixels, got {quote(value)}"
+        )
     return number

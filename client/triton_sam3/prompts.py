@@ -141,7 +141,7 @@ def parse_boxes(boxes: Any) -> tuple[Prompt, ...]:
     (also xmin…, x0…y1, x1…y2); `Box.from_xywh` and the like; Roboflow's detections and responses
     {"predictions": […]}; a `supervision.Detections`.
     Raises PromptError quoting the value for NaN, a wrong length, corners in the wrong order, and a
-    dict that has only x, y, width and height, which may be a corner's or a centre's.
+    dict of only x, y, width and height, whose x and y may be a corner or the centre.
     """
     if boxes is None:
         return ()
@@ -165,8 +165,8 @@ def pack(
 
     A box's two tokens come before the points; a box that extends beyond the image is clipped to it.
     mask_side: M, the side of the server's mask logits.
-    max_tokens: most tokens per object that the server accepts; first: the index of the first of
-    these prompts among all, for errors.
+    max_tokens: most tokens per object that the server accepts.
+    first: the index of the first of these prompts among all, for error messages.
     Raises PromptError for a point or a whole box outside the image, a mask of another size, or too
     many tokens.
     """
@@ -201,7 +201,8 @@ def _from_detections(detections: Any) -> tuple[Prompt, ...]:
     rows = [[None] * len(boxes) if column is None else list(column) for column in columns]
     if any(len(row) != len(boxes) for row in rows):
         raise PromptError(
-            f"{len(boxes)} boxes need as many class names, class ids and detection ids"
+            f"{len(boxes)} boxes need as many class names, class ids and detection ids: give "
+            "one of each per box, or none"
         )
     described = list(zip(boxes, *rows, strict=True))
     return tuple(convert_each(described, "boxes", lambda row: _box_prompt(*row)))

@@ -49,7 +49,7 @@ def import_supervision() -> Any:
 def _reaches(scores: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
     """Whether each score is at least `threshold`, compared in double precision as Roboflow does.
 
-    In FP32 a threshold such as 0.9 would be rounded down, to a score that it is to exclude.
+    In FP32 a threshold such as 0.9 would be rounded down, and admit scores below it.
     """
     return scores.astype(np.float64) >= threshold
 
@@ -76,8 +76,8 @@ class Mask(_ReadOnlyArrays):
     mask: bool [H, W] at the size of the caller's image.
     score: predicted IoU, roughly 0 to 1.
     box: float32 [4], x_min, y_min, x_max, y_max of the mask in pixels, the maxima exclusive.
-    logits: float16 [M, M], to refine with: `Prompt(points=…, mask=answer.logits)`, and in that call
-        `multimask_output=False`; otherwise three new masks compete instead of one that is refined.
+    logits: float16 [M, M]. To refine the mask, pass `Prompt(points=…, mask=answer.logits)` with
+        `multimask_output=False`; true would propose three new masks instead of refining this one.
     class_id, class_name, detection_id: from the prompt; prompt_index: its index among the prompts.
     """
 
@@ -96,13 +96,13 @@ class Mask(_ReadOnlyArrays):
 
     @property
     def area(self) -> int:
-        """Pixels of the mask."""
+        """Number of pixels in the mask."""
         return int(mask_areas(self.mask[np.newaxis])[0])
 
     def polygons(self, tolerance: float = 0.0) -> tuple[Polygon, ...]:
         """Outlines of the mask's regions with their holes, the largest first.
 
-        tolerance: how many pixels an outline may move to have fewer vertices; see
+        tolerance: pixels by which an outline may move in order to have fewer vertices; see
             `Polygon.simplified`. `Polygon.to_dict` gives plain lists.
         """
         traced = formats.mask_to_polygons(self.mask)
@@ -127,8 +127,8 @@ class Segmentation(_ReadOnlyArrays):
         zeros for an empty mask.
     logits: float16 [N, M, M], to refine with.
     class_ids: int64 [N]; class_names, detection_ids: N strings; all three from the prompts.
-    prompt_indices: int64 [N], each mask's index among the prompts; a threshold leaves gaps. With a
-        detector's boxes, `detections[result.prompt_indices]` are the ones the masks belong to.
+    prompt_indices: int64 [N], each mask's index among the prompts; a threshold leaves gaps. For
+        boxes from a detector, `detections[result.prompt_indices]` are those of the masks.
     image_size: width and height of the caller's image in pixels.
     parent_id: the image's name, for formats that say what the masks belong to.
     """
@@ -181,11 +181,11 @@ class Segmentation(_ReadOnlyArrays):
 
     @classmethod
     def concat(cls, results: Iterable[Segmentation]) -> Segmentation:
-        """Several results about one image as one, such as those of points and of boxes.
+        """Join results about one image, such as one from points and one from boxes.
 
-        The masks keep their order, and their prompt indices in the calls that they come from;
-        parent_id is that of the first. Raises ValueError without a result, and if the images or
-        the logits differ in size.
+        The masks stay in order. `prompt_indices` still refer to the prompts of each result's own
+        call, and parent_id is the first result's. Raises ValueError if there are no results, or if
+        their images or logits differ in size.
         """
         given = tuple(results)
         sizes = {result.image_size for result in given}
@@ -217,7 +217,7 @@ class Segmentation(_ReadOnlyArrays):
     def __getitem__(
         self, key: int | np.integer[Any] | slice | Sequence[int] | NDArray[Any]
     ) -> Mask | Segmentation:
-        """A `Mask` for an integer; a `Segmentation` for a slice, indices or a bool per mask."""
+        """A `Mask` for an integer; a `Segmentation` for a slice, indices or one bool per mask."""
         if isinstance(key, tuple):
             key = list(key)  # NumPy would read one index per axis
         if isinstance(key, (int, np.integer)):
@@ -251,11 +251,11 @@ class Segmentation(_ReadOnlyArrays):
 
     @property
     def areas(self) -> NDArray[np.int64]:
-        """Pixels of each mask, [N]."""
+        """Number of pixels in each mask, int64 [N]."""
         return mask_areas(self.masks)
 
     def polygons(self, tolerance: float = 0.0) -> tuple[tuple[Polygon, ...], ...]:
-        """Per mask, its `Mask.polygons`."""
+        """The `Mask.polygons` of each mask."""
         return tuple(mask.polygons(tolerance) for mask in self)
 
     def to_supervision(self) -> Any:
@@ -298,8 +298,8 @@ class Segmentation(_ReadOnlyArrays):
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO annotations: RLE segmentation, bbox (x, y, width, height), area, score.
 
-        category_id is the class id; add an "id" to each before adding them to a data set. Empty
-        masks are left out: trainers and viewers of COCO expect an area.
+        category_id is the class id. Give each annotation an "id" before adding it to a data set.
+        Empty masks are left out: programs that train on COCO or show it expect an area.
         """
         return [
             {
@@ -352,9 +352,8 @@ class Segmentation(_ReadOnlyArrays):
         if suffix == ".json":
             target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
         elif suffix == ".npz":
-            with target.open(
-                "wb"
-            ) as file:  # given a path, NumPy appends .npz to an upper-case suffix
+            # Given a path, NumPy would append .npz to an upper-case suffix.
+            with target.open("wb") as file:
                 saving.write_arrays(self, file)
         elif image is None:
             Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)

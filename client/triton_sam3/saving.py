@@ -51,6 +51,6 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
             }
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ValueError(
-            f"{os.fspath(path)!r} cannot be loaded: only an .npz file that Segmentation.save wrote "
-            "has all of a result; .json and pictures are for other programs"
+            f"{os.fspath(path)!r} cannot be loaded: pass an .npz file from Segmentation.save; "
+            ".json files and pictures do not hold a whole result"
         ) from error

@@ -1,7 +1,7 @@
 """The HTTP session under tritonclient: only the server named by the caller answers, uncompressed.
 
 A redirect would take the caller's headers and image to another host. A compressed answer may unpack
-to any size; and Triton compresses every answer, in vain, for a client that does not say otherwise.
+to any size, and Triton compresses every answer, to no use, unless the client asks it not to.
 """
 
 from http import HTTPStatus
@@ -15,11 +15,11 @@ IDENTITY = "identity"
 
 
 class Redirected(aiohttp.ClientError):
-    """The server says that the answer is elsewhere; the text is where, without query and user."""
+    """The server redirects; the text is the target's URL without its user and query."""
 
 
 class Compressed(aiohttp.ClientError):
-    """The answer is compressed although nobody asked for it; the text is the encoding's name."""
+    """The answer is compressed although this was not requested; the text is the encoding."""
 
 
 def guard(client: Any) -> None:
@@ -44,7 +44,7 @@ def guard(client: Any) -> None:
 async def _refuse_redirect(
     _session: aiohttp.ClientSession, _context: Any, params: aiohttp.TraceRequestRedirectParams
 ) -> None:
-    """aiohttp calls this before it follows; it follows nothing if this raises."""
+    """aiohttp calls this before it follows a redirect, and does not follow it if this raises."""
     response = params.response
     response.close()
     target = urlsplit(urljoin(str(response.url), response.headers.get("Location", "")))
@@ -53,7 +53,7 @@ async def _refuse_redirect(
 
 
 async def _refuse_compression(response: aiohttp.ClientResponse) -> None:
-    """Only of answers that would be unpacked; an error's status says more than its encoding."""
+    """Check only successful answers: of an error, the status matters more than the encoding."""
     encoding = response.headers.get("Content-Encoding", IDENTITY)
     if response.status == HTTPStatus.OK and encoding != IDENTITY:
         response.close()  # older aiohttp would keep the connection, one of few

@@ -30,9 +30,9 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """A server's name, version and models; `ready` when all of them are.
+    """A server's name, version and models.
 
-    served: sizes and limits, None unless all are ready.
+    served: sizes and limits; None unless all models are ready.
     """
 
     url: str
@@ -43,6 +43,7 @@ class ServerStatus:
 
     @property
     def ready(self) -> bool:
+        """Whether all models are ready."""
         return all(model.ready for model in self.models)
 
 

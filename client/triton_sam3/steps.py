@@ -25,9 +25,9 @@ class Limit:
         """The last error of a step."""
 
     def cut(self, step: Step) -> Step:
-        """The step with a timeout no longer than what is left.
+        """The step with its timeout cut to the time that is left.
 
-        Raises the last failure in place of a pause after which nothing would be left to try again.
+        Raises the last failure instead of pausing if no time would be left to try again.
         """
         spent = time.monotonic() - self._started
         left = max(self._seconds - spent, 0.0)

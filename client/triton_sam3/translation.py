@@ -23,7 +23,7 @@ from .session import Compressed, Redirected
 
 
 class RegionLost(ServerError):
-    """The server does not know a shared memory region, most likely because it was restarted."""
+    """The server does not know a shared memory region, probably because it was restarted."""
 
 
 class RegionInUse(ServerError):
@@ -34,7 +34,7 @@ class RegionInUse(ServerError):
 
 
 class Refused(Overloaded):
-    """Not admitted: more is in flight than a proxy, or Triton's queue, has room for."""
+    """Not admitted: a proxy, or Triton's queue, has no room for another request."""
 
 
 class ModelGone(ModelUnavailable):
@@ -99,13 +99,13 @@ def translate(error: Exception, url: str, waited: float) -> SAM3Error:
         return _deadline(url, waited)
     if isinstance(error, Redirected):
         return TransportError(
-            f"{url} redirects to {error}, where headers and images would go too, so this is not "
-            "followed: use that server's own URL if you trust it"
+            f"{url} redirects to {error}, but redirects are not followed, because headers and "
+            "images would go there too: if you trust that server, use its own URL"
         )
     if isinstance(error, Compressed):
         return ServerError(
             f"{url} answered with Content-Encoding {str(error)!r}, but compressed answers are not "
-            "accepted, as they may unpack to any size: turn compression off in the proxy there"
+            "accepted, as they may unpack to any size: turn compression off in the proxy"
         )
     reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, (OSError, aiohttp.ClientError)):
@@ -132,7 +132,7 @@ def _from_server(error: InferenceServerException, url: str, waited: float) -> SA
     if kind is ServerError or issubclass(kind, ModelUnavailable):
         text = f"{url} answered: {text}"
     if kind is ServerError and status == "404":
-        text = f"{text}; is the URL's path right?"
+        text = f"{text}; check the path of the URL"
     found = (_REMEDIES[key] for key in (status, *kind.__mro__) if key in _REMEDIES)
     return kind(text + next(found, ""))
 

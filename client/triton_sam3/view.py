@@ -29,8 +29,8 @@ _NO_THRESHOLD = float("-inf")
 class ClickState:
     """The object after a click: all its points, and the answer.
 
-    Masks at the image's size take a megabyte per megapixel, so they live only as long as somebody
-    else holds them; `undo` makes them again from the answer.
+    Masks at the image's size take a megabyte per megapixel, so they live only while somebody else
+    holds them; `undo` makes them again from the answer.
     """
 
     prompt: Prompt
@@ -169,27 +169,29 @@ class View:
 
         The first click lets the model choose among three masks (`multimask_output`); each later
         one refines that choice, using all clicks so far and the last answer's logits. The mask is
-        returned whatever its score, under the same `detection_id` for all clicks on an object. A
+        returned whatever its score, under the same `detection_id` for all clicks on an object.
+
+        Raises PromptError for a click outside the image, and the errors of `Client.segment`. A
         click that fails leaves the object unchanged.
         """
         result: Segmentation = self._run(self._session.click(x, y, positive))
         return result
 
     def undo(self) -> Segmentation:
-        """Undo the last click and return the previous result, empty before the first click."""
+        """Undo the last click and return the result before it, empty before the first click."""
         result: Segmentation = self._run(self._session.undo())
         return result
 
     def redo(self) -> Segmentation:
-        """Make the click that was undone last count again and return its result.
+        """Redo the click that was undone last and return its result.
 
-        A click in between, or `reset`, leaves nothing to redo; then the current result is returned.
+        After another click or `reset` there is nothing to redo: the current result is returned.
         """
         result: Segmentation = self._run(self._session.redo())
         return result
 
     def reset(self) -> Segmentation:
-        """Clear all clicks, to start on another object, and return an empty result."""
+        """Clear all clicks, to start another object, and return an empty result."""
         result: Segmentation = self._run(self._session.reset())
         return result
 

@@ -124,7 +124,7 @@ def test_a_header_of_the_tokens_name_takes_its_place(name: str) -> None:
         (["segment", "PHOTO", "--point", "1"], "--point '1' is not X,Y or X,Y,0"),
         (["segment", "PHOTO", "--point", "a,b"], "--point 'a,b' is not X,Y or X,Y,0"),
         (["segment", "PHOTO", "--box", "1,2,3"], "--box '1,2,3' is not X0,Y0,X1,Y1"),
-        (["segment", "PHOTO", "--box", "5,5,1,1"], "x_min must not be above x_max"),
+        (["segment", "PHOTO", "--box", "5,5,1,1"], "x_min must be at most x_max"),
         (["segment", "PHOTO", "--point", "900,5"], "is outside the image"),
         (["segment", "nowhere.png", *POINT], "there is no file 'nowhere.png'"),
         (["segment", "PHOTO", *POINT, "--output", "out.gif"], "cannot save to 'out.gif'"),

@@ -193,5 +193,5 @@ def test_a_hole_of_which_nothing_is_left_goes() -> None:
 
 @pytest.mark.parametrize("tolerance", [-1, float("nan"), float("inf")])
 def test_a_tolerance_is_a_number_of_pixels(tolerance: float) -> None:
-    with pytest.raises(ValueError, match="tolerance must be a number of pixels from 0"):
+    with pytest.raises(ValueError, match="tolerance must be a finite number of pixels"):
         mask_to_polygons(ring_with_island())[0].simplified(tolerance)

@@ -116,7 +116,9 @@ class Upload:
 @pytest.mark.filterwarnings("error")  # of a coroutine that nobody awaits
 def test_a_file_that_is_read_asynchronously_names_the_remedy() -> None:
     upload: Any = Upload()
-    with pytest.raises(ImageError, match=r"Upload is read asynchronously: pass `await file"):
+    with pytest.raises(
+        ImageError, match=r"Upload is read asynchronously: pass its bytes, `await file"
+    ):
         load_image(upload)
 
 

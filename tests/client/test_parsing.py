@@ -19,7 +19,7 @@ A_BOX = (
     "a box is (x_min, y_min, x_max, y_max), a dict with those keys, Box.from_xywh(…), "
     "Box.from_center(…) or a Roboflow detection, in pixels"
 )
-IN_ORDER = "x_min must not be above x_max, nor y_min above y_max"
+IN_ORDER = "x_min must be at most x_max, and y_min at most y_max"
 
 coordinates = st.floats(-1e6, 1e6)
 points = st.builds(Point, coordinates, coordinates, st.booleans())
@@ -86,8 +86,14 @@ def test_no_points() -> None:
         ),
         ([("7", 2)], "point ('7', 2): coordinates must be numbers, got '7'"),
         ([(1, None)], "point (1, None): coordinates must be numbers, got None"),
-        ([(1, math.nan)], "point (1, nan): coordinates must be finite pixels, got nan"),
-        (np.array([[np.inf, 1]]), "point [inf, 1.0]: coordinates must be finite pixels, got inf"),
+        (
+            [(1, math.nan)],
+            "point (1, nan): coordinates must be within ±1,000,000,000 pixels, got nan",
+        ),
+        (
+            np.array([[np.inf, 1]]),
+            "point [inf, 1.0]: coordinates must be within ±1,000,000,000 pixels, got inf",
+        ),
         ([(1, 2, "no")], "point (1, 2, 'no'): positive must be true or false, got 'no'"),
         ([(1, 2, 3)], "point (1, 2, 3): positive must be true or false, got 3"),
         ([(1, 2, None)], "point (1, 2, None): positive must be true or false, got None"),
@@ -153,17 +159,17 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
         (
             {"x": 5, "y": 5, "width": -1, "height": 3, "class_id": 1},
             "box {'class_id': 1, 'height': 3, 'width': -1, 'x': 5, 'y': 5}: width and height must "
-            "not be negative",
+            "be 0 or more",
         ),
         (
             np.array([1, 2, np.nan, 4]),
-            "box [1.0, 2.0, nan, 4.0]: coordinates must be finite pixels, got nan",
+            "box [1.0, 2.0, nan, 4.0]: coordinates must be within ±1,000,000,000 pixels, got nan",
         ),
         ([1, 2, 3, False], "box [1, 2, 3, False]: coordinates must be numbers, got False"),
         (
             np.zeros(4, np.float32),
-            "box [0.0, 0.0, 0.0, 0.0] is that of an empty mask, around nothing: leave it out, as "
-            "result[result.areas > 0] does",
+            "box [0.0, 0.0, 0.0, 0.0] is the box of an empty mask: leave it out, for example with "
+            "result[result.areas > 0]",
         ),
         ([1, 2, 3], f"[1, 2, 3] is not a box: {A_BOX}"),
         (7, f"7 is not a box: {A_BOX}"),
@@ -179,7 +185,7 @@ def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
 @pytest.mark.parametrize("more", [{}, {"rotation": 0, "fill": "red"}, {"label": "cat"}])
 def test_a_size_with_a_corner_or_a_centre_is_ambiguous(more: dict[str, Any]) -> None:
     box = {"x": 10, "y": 20, "width": 30, "height": 40, **more}
-    with pytest.raises(PromptError, match=r"does not say what x, y is: pass Box\.from_xywh"):
+    with pytest.raises(PromptError, match=r"does not say what x and y are: pass Box\.from_xywh"):
         parse_box(box)
 
 
@@ -242,8 +248,8 @@ def test_masks_are_kept_as_read_only_float16() -> None:
         (np.ones((8, 8), np.bool_), r"logits \[M, M\] of an earlier answer .* got bool \[8, 8\]"),
         (np.ones((8, 9), np.float32), r"got float32 \[8, 9\]"),
         (np.ones((2, 8, 8), np.float32), r"got float32 \[2, 8, 8\]"),
-        (np.full((8, 8), np.nan), "must be finite and fit float16"),
-        (np.full((8, 8), 1e6), "must be finite and fit float16"),
+        (np.full((8, 8), np.nan), "must be finite and within float16's range"),
+        (np.full((8, 8), 1e6), "must be finite and within float16's range"),
     ],
 )
 def test_wrong_masks(mask: Any, says: str) -> None:
@@ -263,7 +269,7 @@ def test_every_finite_half_is_a_logit_and_no_other(bits: int, layout: str) -> No
     if np.isfinite(whole).all():
         assert parse_mask(mask[layout]).tolist() == mask[layout].tolist()
     else:
-        with pytest.raises(PromptError, match="must be finite and fit float16"):
+        with pytest.raises(PromptError, match="must be finite and within float16's range"):
             parse_mask(mask[layout])
 
 

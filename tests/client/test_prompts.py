@@ -277,7 +277,7 @@ def test_of_several_boxes_the_wrong_one_is_named_by_its_place(wrong: tuple[float
         parse_boxes([(0, 0, 5, 5), wrong, (0, 0, 5, 5)])
     fine = np.array([(0, 0, 5, 5)] * 3)
     fine[2] = 9, 9, 5, 5
-    with pytest.raises(PromptError, match=r"^boxes\[2\]: .*: x_min must not be above"):
+    with pytest.raises(PromptError, match=r"^boxes\[2\]: .*: x_min must be at most"):
         parse_boxes(sv.Detections(xyxy=fine))
 
 

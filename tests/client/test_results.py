@@ -316,7 +316,7 @@ def test_only_what_save_wrote_as_arrays_is_loaded(
     np.savez(tmp_path / "other.npz", masks=segmentation.masks)
     np.save(tmp_path / "one.npy", segmentation.masks)
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match=rf"{name}' cannot be loaded: only an \.npz file that"):
+    with pytest.raises(ValueError, match=rf"{name}' cannot be loaded: pass an \.npz file"):
         Segmentation.load(tmp_path / name)
 
 
@@ -396,7 +396,7 @@ def test_an_empty_mask_has_no_outline(picture: NDArray[np.uint8]) -> None:
         answer.detection_ids[1]
     ]
     assert [annotation["area"] for annotation in answer.to_coco()] == [answer.areas[1]]
-    with pytest.raises(PromptError, match=r"^boxes\[0\]: box .* is that of an empty mask"):
+    with pytest.raises(PromptError, match=r"^boxes\[0\]: box .* is the box of an empty mask"):
         to_prompts(boxes=answer.boxes)
     assert len(to_prompts(boxes=answer[answer.areas > 0].to_supervision())) == 1
     assert len(answer.to_supervision()) == 2

@@ -53,7 +53,7 @@ def test_neither_headers_nor_images_follow_a_redirect(
     with misbehaving.http((200, misbehaving.METADATA)) as (other, counter):
         location = f"{other.replace('//', '//me:secret@')}/login?token=secret#secret"
         with misbehaving.http((status, b""), headers={"Location": location}) as (url, _):
-            told = pytest.raises(TransportError, match=rf"^{url} redirects to {other}/login, where")
+            told = pytest.raises(TransportError, match=rf"^{url} redirects to {other}/login, but")
             with told as caught:
                 send(url, request_)
         assert counter.requests == 0

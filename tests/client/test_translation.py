@@ -237,7 +237,7 @@ def test_a_full_dev_shm_is_named_and_its_region_is_not() -> None:
     ("status", "says"),
     [
         (401, "rejects this client: because; check the headers"),
-        (404, "answered: because; is the URL's path right"),
+        (404, "answered: because; check the path of the URL"),
         (500, "answered: because"),
     ],
 )
