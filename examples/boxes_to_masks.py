@@ -1,6 +1,6 @@
 """Turn a detector's boxes into masks, with `supervision.Detections` on both sides.
 
-python examples/boxes_to_masks.py coins.png
+python examples/boxes_to_masks.py coins.png       writes masks.png
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Click on a photo in a browser: serves the page and the back end that it needs.
+"""Click on a photo in a browser: this serves the page and the back end that it needs.
 
 python examples/browser.py photo.jpg [port]        then open http://127.0.0.1:8080
 

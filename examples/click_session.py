@@ -1,6 +1,8 @@
 """Click on an object until its mask is right. The photo is encoded once; a click sends no pixels.
 
-python examples/click_session.py photo.jpg 320,240 60,40,0   (x,y in pixels; ,0 is background)
+python examples/click_session.py photo.jpg 320,240 60,40,0       writes clicks.png
+
+A click is x,y in pixels; ,0 marks background.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Add masks to a COCO data set that has only boxes.
 
-python examples/folder_to_coco.py images/ boxes.json masks.json
+python examples/folder_to_coco.py images/ boxes.json masks.json       writes masks.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """Run a workflow step written for Roboflow's SAM 3 block on your own server, with the same output.
 
-python examples/roboflow_block.py photo.jpg
+python examples/roboflow_block.py photo.jpg       prints its predictions, with masks as COCO RLE
 """
 
 import json
@@ -9,8 +9,7 @@ import sys
 
 from PIL import Image
 
-from triton_sam3 import Client
-from triton_sam3.block import run_block
+from triton_sam3 import Client, run_block
 
 URL = os.environ.get("TRITON_SAM3_URL", "grpc://127.0.0.1:8001")
 

@@ -39,8 +39,7 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 except RuntimeError as mismatch:  # torchvision has operators that this torch lacks
     print(
-        f"error: torch and torchvision do not fit together ({mismatch}); install both from the "
-        "same index",
+        f"error: torch and torchvision do not match ({mismatch}); install both from the same index",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -126,9 +126,9 @@ def check_values(
     Mask IoU is that of the answer: the candidate with the highest predicted IoU, at the image's
     resolution. `exact` also checks the relative errors of an FP32 export, over every candidate;
     otherwise the values of an FP16 export, with `fused` operators or plain ones, must fit its
-    range. Each prompt is decoded with and without `multimask_output`, and the worst value counts.
-    Without it the answer is one of two masks, and a rounding error may flip the choice: an FP16
-    export is compared with the nearer of them.
+    range. Each prompt is decoded with and without `multimask_output`, and the worse value counts.
+    Without it Meta's model chooses one of two masks, and a rounding error may flip the choice: an
+    FP16 export is compared with the nearer of them.
 
     ONNX Runtime computes most of an FP16 graph in FP32 on a CPU: a GPU rounds somewhat more.
     """

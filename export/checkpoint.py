@@ -111,7 +111,7 @@ def _read_torch(path: Path) -> object:
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                raise CheckpointError(_unreadable(path, "not a zip archive as torch.save writes"))
+                raise CheckpointError(_unreadable(path, "not a zip archive from torch.save"))
         _check_intact(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

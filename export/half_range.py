@@ -22,7 +22,10 @@ LARGEST_ACCEPTED = 2.0**15
 
 @contextmanager
 def record_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[float]]:
-    """Append each layer's largest value, divided by its number, to the list when the model runs."""
+    """Append each layer's largest value, divided by its scale, to the list when the model runs.
+
+    layers: each with its scale.
+    """
     largest: list[float] = []
 
     def record(scale: int, _: nn.Module, __: object, output: Tensor) -> None:

@@ -22,9 +22,8 @@ ENVIRONMENT = {
 }
 """Variables for tritonserver unless the caller sets them. MALLOC_*: glibc's thresholds. A buffer
 larger than the first is returned to the system as soon as it is freed, as is free memory at the end
-of a heap beyond the second.
-Left alone, glibc raises both with the largest buffer freed, to 32 and 64 MiB in each of its heaps,
-and requests of many sizes made tritonserver grow without bound."""
+of a heap beyond the second. Left alone, glibc raises both with the largest buffer freed, to 32 and
+64 MiB in each of its heaps: requests of many sizes then made tritonserver grow without bound."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def command_line(
     - `shm_prefix`: distinguishes this server's shared memory from any other's.
 
     `extra_args` come last: they win where Triton takes an option only once. Raises SetupError if
-    they move or close an endpoint, which nobody could find then.
+    they move or close an endpoint, because nobody could find it then.
     """
     listen = {
         "--http-address": address.host,

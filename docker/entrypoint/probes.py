@@ -3,7 +3,7 @@
 Triton reports "ready" even when a Python stub is dead, and a server that is merely busy must not
 be restarted. So each probe sends a canary: one click in a black image, through every model.
 If no answer comes in time, or the queue is full, the probe checks whether every model that has work
-has finished any of it in the meantime:
+to do has finished some of it in the meantime:
 
                  canary answered right   busy: work is finished     otherwise
     startup      pass                    fail                       fail
@@ -50,7 +50,7 @@ class ProbeFailed(Exception):
 
 
 class _Unanswered(Exception):
-    """The canary got no result. `busy`: none so far, which a working server may also do."""
+    """The canary got no result. `busy`: it got none yet, which also happens on a working server."""
 
     def __init__(self, reason: str, *, busy: bool = False) -> None:
         super().__init__(reason)
@@ -85,10 +85,10 @@ def startup(target: Target, timeout: float) -> str:
 
 
 def live(target: Target, timeout: float) -> str:
-    """Pass if the server answers the canary, or others, within `timeout` s. Raises ProbeFailed.
+    """Pass if the server answers the canary, or other requests, within `timeout` seconds.
 
     A wrong answer or a closed port fails at once, errors after three in a row, and no answer only
-    when `timeout` has passed.
+    when `timeout` has passed. Raises ProbeFailed.
     """
     deadline = time.monotonic() + timeout
     before = _observe(target, timeout)
@@ -128,8 +128,8 @@ def ready(target: Target, timeout: float) -> str:
 def loaded(target: Target, timeout: float) -> bool:
     """Whether every model has been loaded: from then on an unhealthy server may be stopped.
 
-    Triton opens its port only then. What it answers there does not matter: from 26.04 on it is
-    not ready once a model has died.
+    Triton opens its port only then. What it answers there does not matter: from 26.04 on it
+    reports that it is not ready once a model has died.
     """
     try:
         _readiness(target, timeout)
@@ -193,10 +193,10 @@ def file_canary() -> tuple[bytes, bytes]:
 
 
 def _hung(before: _Observation, now: _Observation) -> str | None:
-    """The first model that had work and finished none of it; those behind it may just lack work.
+    """The first model that had work and finished none of it; those after it may just lack work.
 
-    The canary is the work of all but the mask writer, which it reaches only if the decoder is not
-    busy with others: that one needs a request that waits, as each does once all instances hang.
+    The canary is work for every model but the mask writer, which it reaches only once the decoder
+    is free. The mask writer has work if a request waits for it, as all do once its instances hang.
     """
     for model in WORKERS:
         served = model != READER or FILE_ENSEMBLE in now.finished

@@ -200,7 +200,7 @@ def zipped() -> bytes:
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [small().rotate(180)]}
 PIXELS = "more than the 50000000 pixels that are accepted"
 FRAMES = "has 2 frames, but at most 1 are accepted"
-PIECES = "is in more than 200000 pieces"
+PIECES = "is in more than the 200000 pieces"
 FORMATS = "not in an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "PNG of 60000×60000": lambda: png(60_000, 60_000),

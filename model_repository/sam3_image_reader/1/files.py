@@ -41,16 +41,16 @@ _JPEG, _EXIF = b"\xff\xd8\xff", b"Exif\0\0"
 _DECODED = frozenset(
     (0xC0, 0xC1, 0xC2, 0xC3, 0xC4, 0xC9, 0xCA, 0xCC, _START_OF_SCAN, 0xDB, 0xDC, 0xDD, 0xFE)
 ) | frozenset(range(0xE0, 0xF0))
-"""Markers of the segments that libjpeg reads; others are errors to it. But between restarts it
-passes over a reserved one (02 to BF) without the length that is said there, and decodes scans that
-seem to lie within."""
+"""Markers of the segments that libjpeg reads; it rejects all others. But between restarts it skips
+a reserved one (02 to BF) without the length stated after it, and so decodes scans that seem to lie
+inside that segment."""
 
 DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
 """The prefix that a browser puts before base64."""
 
 
 class InvalidFile(ValueError):
-    """A file that is not accepted; the message is the answer to the caller."""
+    """The file is not accepted; the message is the answer to the caller."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class _Reads(BytesIO):
         self._left -= 1
         if self._left < 0:
             raise InvalidFile(
-                f"encoded_image is in more than {MAX_READS} pieces: re-save it without embedded "
-                "non-image data"
+                f"encoded_image is in more than the {MAX_READS} pieces that are accepted: re-save "
+                "it without embedded non-image data"
             )
         return super().read(size)
 
@@ -85,7 +85,7 @@ def _check_jpeg(file: bytes) -> None:
     """Raise InvalidFile unless the first image of a JPEG is cheap to decode.
 
     What follows its end, such as the film that a phone appends, is not read. The segments are
-    followed as libjpeg and Pillow follow them, so that none of them hides another.
+    walked as libjpeg and Pillow walk them, so that none of them can hide another.
     """
     scans = exif = at = 0
     for _ in range(MAX_SEGMENTS):
@@ -177,7 +177,7 @@ class FileReader:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Turn all that Pillow's decoders raise, which varies widely, into InvalidFile."""
+        """Turn whatever Pillow's decoders raise, which is a wide variety, into InvalidFile."""
         try:
             yield
         except InvalidFile:

@@ -9,7 +9,7 @@ from sam3_shared.geometry import to_fractions
 
 
 class InvalidPoint(ValueError):
-    """A point or box that is not accepted; the message is the answer to the caller."""
+    """A point or box is not accepted; the message is the answer to the caller."""
 
 
 def to_coords(
@@ -17,14 +17,14 @@ def to_coords(
 ) -> NDArray[np.float32]:
     """Turn pixels [N, P, 2] with labels [N, P] into fractions [N, P, 2]; padding becomes zeros.
 
-    As in the Python client, a box that overshoots the image is clipped to it, and a point outside
-    is an error. All other checks of labels are left to the decoder.
+    As in the Python client, a box that extends beyond the image is clipped to it, and a point
+    outside it is an error. All other checks of labels are left to the decoder.
 
     Raises:
         InvalidPoint: with a message that says what is wrong and what is accepted.
     """
     if 0 in points.shape:
-        # Of no bytes, but of any length: only those who send what they say may keep this busy.
+        # It has no bytes but may claim any length: a request without data must not cost any work.
         raise InvalidPoint(
             f"points has shape {list(points.shape)}; give at least one object, and a point in each"
         )

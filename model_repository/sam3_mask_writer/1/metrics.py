@@ -1,7 +1,7 @@
-"""The mask writer's own metric on Triton's metrics endpoint: masks finished.
+"""The mask writer's own metric on Triton's metrics endpoint: finished masks.
 
-A request of many large masks takes longer than a probe waits, and Triton counts it only when it is
-answered: this counter shows meanwhile that the writer works.
+A request for many large masks takes longer than a probe waits, and Triton counts it only when it is
+answered: until then, this counter shows that the writer is at work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PERIOD_SECONDS = 1.0
 
 
 class Metrics:
-    """Both instances of the model count into one metric, which Triton keeps by its labels."""
+    """The counter, which both instances of the model share: Triton tells metrics by labels."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._family = pb_utils.MetricFamily(
@@ -28,7 +28,7 @@ class Metrics:
         self._failed = False
 
     def count_mask(self) -> None:
-        """Count a finished mask; publish at most once a second, as that messages a process."""
+        """Count a finished mask; publish at most once a second, which messages another process."""
         self._written += 1
         if time.monotonic() - self._published >= PERIOD_SECONDS:
             self.publish()

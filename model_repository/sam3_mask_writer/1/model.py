@@ -25,7 +25,7 @@ FAILED = "the mask writer failed on this request; the server's log says why"
 
 
 class InvalidRequest(ValueError):
-    """Sizes or candidates that are not accepted; the message is the answer to the caller."""
+    """Sizes or candidates are not accepted; the message is the answer to the caller."""
 
 
 class Finished(NamedTuple):
@@ -113,7 +113,7 @@ class TritonPythonModel:
             ious[rows, best],
             np.empty((len(best), 4), np.float32),
         )
-        for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
+        for n, k in enumerate(best):  # one at a time: many masks at full size take much memory
             mask = finish_masks(logits[n, k][None], *size)
             finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
             finished.boxes[n] = mask_boxes(mask)[0]

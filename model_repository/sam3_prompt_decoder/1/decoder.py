@@ -1,4 +1,4 @@
-"""Decodes the objects of many requests together: groups by token count, launches, hands back.
+"""Decodes the objects of many requests together: grouped by token count, in launches.
 
 Attention in SAM's decoder runs over all tokens of an object, so objects can share a launch only
 if they have the same number of tokens; padding them to one length would change their masks.
@@ -48,11 +48,10 @@ REPLAYED_OBJECTS, REPLAYED_OBJECTS_TOKENS = 8, 4
 are replayed."""
 
 REPLAY_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}
-"""Largest relative error (L2) of replayed masks, by device. In FP32 a different summation order
-costs a fifth of it; a different click, on random embeddings, costs twice as much with the demo
-model and 2,000 times as much at full size. In TF32, emulated, a different order costs 5e-4, because
-later rounding amplifies the change: the demo model's clicks cannot be told apart then, its images
-can."""
+"""Largest relative error (L2) of replayed masks, by device. In FP32 another summation order costs a
+fifth of it; another click, on random embeddings, costs twice as much with the demo model and 2,000
+times as much at full size. In emulated TF32 another order costs 5e-4, because later rounding
+amplifies the change: the tolerance then tells the demo model's images apart, but not its clicks."""
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""What is asked about images, and buffers for the answers: launches write them, jobs read them.
+"""Jobs, each what is asked about one image, and buffers for the masks that answer them.
 
 Jobs that get the same number of masks per object are stored next to each other, so a launch is
 usually written at once, and everything is copied from a GPU to the host in one piece. A replay's
@@ -197,7 +197,7 @@ def _options(job: Job) -> tuple[bool, bool]:
 
 
 def _choose(job: Job, logits: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the program's four masks per object (export/decoder.py) that a job asked for."""
+    """Those of the program's four masks per object (export/decoder.py) that a job asks for."""
     if not job.multimask_output:
         return logits[:, :1], ious[:, :1]
     return best_of(logits, ious) if job.best_only else (logits[:, 1:], ious[:, 1:])

@@ -14,7 +14,7 @@ PADDING, NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = range(-1, 4)
 
 
 class InvalidPrompt(ValueError):
-    """A prompt that is not accepted; the message is the answer to the caller."""
+    """A prompt is not accepted; the message is the answer to the caller."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def parse_prompts(
         InvalidPrompt: with a message that says what is wrong and what is accepted.
     """
     _check_shapes(coords, labels, masks, limits)
-    # Extremes prove a click valid in half the time that checking each token takes.
+    # The extremes show that clicks are valid in half the time that checking each token takes.
     lowest, highest = (labels.min(), labels.max()) if labels.size else (PADDING, PADDING)
     if not (lowest >= NEGATIVE and highest <= POSITIVE and _inside(coords)):
         _check_tokens(coords, labels)
@@ -130,7 +130,7 @@ def _check_shapes(
     if tokens > limits.max_tokens:
         raise InvalidPrompt(
             f"{tokens} tokens per object; at most {limits.max_tokens} are accepted (a point is one "
-            "token, a box two)"
+            "token, a box two): send fewer points"
         )
     size = limits.mask_size
     if masks is not None and tuple(masks.shape) != (objects, size, size):

@@ -50,7 +50,7 @@ def _channels_last(image: Tensor) -> Tensor:
 
 
 class ImageNotKept(KeyError):
-    """No image is kept under this id, or not any more."""
+    """No image is kept under this id, or no longer."""
 
 
 class StoreTooSmall(Exception):

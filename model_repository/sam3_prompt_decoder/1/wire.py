@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 
 class InvalidEmbeddings(ValueError):
-    """Embeddings that give no valid masks; the message is the answer to the caller."""
+    """Embeddings give no valid masks; the message is the answer to the caller."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _read_images(
         images = [Features(*rows) for rows in zip(*present, strict=True)]
         return [""] * len(images), images
     raise InvalidPrompt(
-        f"give an image either by all of {', '.join(Features._fields)} or by image_id"
+        f"give an image either as all of {', '.join(Features._fields)} or by its image_id"
     )
 
 

@@ -27,7 +27,7 @@ without a pause, 4.6 ms and 5.1 ms."""
 
 
 class Workers:
-    """One thread for each core that PyTorch uses."""
+    """A pool with one thread for each core that PyTorch uses."""
 
     def __init__(self) -> None:
         self.cores = torch.get_num_threads()

@@ -113,7 +113,8 @@ SHAPES = {
     ),
     "4 objects in one request; at most 3 are accepted: split the request (keep_image avoids "
     "encoding the image again)": (_array(4, 1, 2), _array(4, 1, dtype=np.int32), None),
-    "6 tokens per object; at most 5 are accepted (a point is one token, a box two)": (
+    "6 tokens per object; at most 5 are accepted (a point is one token, a box two): send fewer "
+    "points": (
         _array(1, 6, 2),
         _array(1, 6, dtype=np.int32),
         None,

@@ -293,7 +293,7 @@ def test_more_images_than_a_batch_holds(served: Served, side: int) -> None:
 
 
 def test_an_image_is_given_in_one_way(served: Served, image_id: str) -> None:
-    sentence = "give an image either by all of image_embed, high_res_feats_0, high_res_feats_1 or"
+    sentence = "give an image either as all of image_embed, high_res_feats_0, high_res_feats_1 or"
     dims = served.dims()
     features = {name: np.zeros((1, *dims[name]), np.float32) for name in FEATURES}
     for image in ({}, dict(list(features.items())[:2]), {**features, **by_id(image_id)}):
