@@ -41,7 +41,7 @@ onnxruntime.InferenceSession(sys.argv[1])
 """
 
 
-def test_nothing_reports_to_anybody(tmp_path: Path, exported: tiny.Export) -> None:
+def test_telemetry_is_disabled(tmp_path: Path, exported: tiny.Export) -> None:
     """ONNX Runtime would: it leaves an identity in the home folder then."""
     model = exported.repository / "sam3_image_encoder" / "1" / "model.onnx"
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -51,7 +51,7 @@ def test_nothing_reports_to_anybody(tmp_path: Path, exported: tiny.Export) -> No
     assert not [path for path in left if "Microsoft" in path]
 
 
-def test_another_python_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+def test_another_python_is_rejected_before_anything_is_installed(tmp_path: Path) -> None:
     newer = tmp_path / "python"
     run = "import sys; sys.version_info = (3, 14, 0); exec(sys.argv[1])"
     newer.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{run}" "$2"\n')

@@ -70,7 +70,7 @@ def assert_same(answer: Any, expected: Best) -> None:
 )
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_served_mask_and_its_refinement_are_metas(
+def test_a_served_mask_and_its_refinement_are_the_same_as_metas(
     server: TritonServer, meta: Any, photo: NDArray[np.uint8], case: str, multimask: bool
 ) -> None:
     """Each side refines its own first mask, ours in 16 bits."""
@@ -86,7 +86,7 @@ def test_a_served_mask_and_its_refinement_are_metas(
 
 
 @pytest.mark.semantic("masks", "each click's mask on an open view: IoU ≥ 0.999", "Meta's predictor")
-def test_clicks_on_a_view_are_metas(
+def test_clicks_on_a_view_give_the_same_as_metas_predictor(
     server: TritonServer, meta: Any, photo: NDArray[np.uint8]
 ) -> None:
     """The first of three masks; then with all points, the last logits and one mask."""

@@ -48,7 +48,7 @@ def kind(number: int) -> str:
 
 
 @pytest.mark.parametrize("model", [cell.strip("`") for cell in rows("Inputs")[0][3:]])
-def test_the_tables_are_what_the_models_take_and_give(model: str) -> None:
+def test_the_tables_match_the_models_configs(model: str) -> None:
     config = read_config(REPOSITORY, model)
     inputs: Tensors = {
         tensor.name: (kind(tensor.data_type), list(tensor.dims), tensor.optional)

@@ -14,7 +14,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "export" / "encoder.py"
 
 
-def test_what_older_sources_built_is_deleted_on_a_rebuild(sources: Path) -> None:
+def test_artifacts_of_older_sources_are_deleted_on_a_rebuild(sources: Path) -> None:
     first = artifacts._folder("demo", ())
     first.mkdir(parents=True)  # by a process that has exited
     other = artifacts._folder("full-size", ())
@@ -30,7 +30,7 @@ def test_what_older_sources_built_is_deleted_on_a_rebuild(sources: Path) -> None
         assert other.exists()
 
 
-def test_what_a_running_process_measures_stays(sources: Path) -> None:
+def test_artifacts_in_use_by_a_running_process_are_not_deleted(sources: Path) -> None:
     first = artifacts._folder("demo", ())
     with artifacts._build_lock(first):
         pass

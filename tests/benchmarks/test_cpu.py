@@ -13,7 +13,7 @@ from benchmarks.stage import EMBEDDINGS, IN_PROCESS, OURS
 from benchmarks.timing import Sample
 
 
-def test_a_first_mask_of_ours_is_a_one_shot_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_first_mask_is_a_one_shot_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others encode and then click."""
     clicks = {OURS: Sample((0.1,)), EMBEDDINGS: Sample((0.3,)), IN_PROCESS: Sample((0.2,))}
     measured = SimpleNamespace(

@@ -33,7 +33,9 @@ def test_without_a_gpu_every_figure_is_listed_with_the_reason(
     assert all("GPU" in figure.note for figure in figures)
 
 
-def test_tensorrt_is_looked_for_before_its_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_is_looked_for_before_its_graph_is_exported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[str] = []
 
     def missing(name: str) -> None:
@@ -50,6 +52,6 @@ def test_tensorrt_is_looked_for_before_its_graph_is_made(monkeypatch: pytest.Mon
     assert not made
 
 
-def test_the_best_rate_is_that_of_the_best_amount() -> None:
+def test_the_best_rate_is_that_of_the_best_batch_size() -> None:
     seconds = {1: Sample((0.010,)), 4: Sample((0.020, 0.025)), 8: Sample((0.080,))}
     assert cuda._best_rate(seconds).values == (200.0, 160.0)

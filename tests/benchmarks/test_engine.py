@@ -32,7 +32,7 @@ def test_the_same_network_in_pytorch_is_within_the_gate(repository: Path) -> Non
         assert engine.mask_iou() >= GATE_TRAINED
 
 
-def test_what_the_worker_cannot_do_is_an_error_with_its_reason(engine: Engine) -> None:
+def test_a_failure_of_the_worker_is_an_error_with_its_reason(engine: Engine) -> None:
     with pytest.raises(EngineError, match="TypeError"):
         engine._ask("encode", batches=3)
     assert engine.decode() > 0  # and the worker keeps running

@@ -88,7 +88,7 @@ def test_an_unexpected_error_is_wrong_and_reported() -> None:
         ("rrrrcc", 8.0),  # it is still going on
     ],
 )
-def test_when_an_outage_was_last_seen(kinds: str, trouble: float) -> None:
+def test_the_last_trouble_of_an_outage(kinds: str, trouble: float) -> None:
     assert last_trouble(outcomes(kinds), 2.0, 8.0) == pytest.approx(trouble, abs=1e-3)
 
 
@@ -96,13 +96,13 @@ def verdicts(*times: float, ready: bool) -> list[Verdict]:
     return [Verdict(time - 0.1, time, ready) for time in times]
 
 
-def test_readiness_lies_when_it_says_yes_and_nobody_is_answered() -> None:
+def test_readiness_is_wrong_if_it_is_true_and_no_request_is_answered() -> None:
     seen = outcomes("rrccccrr")
     assert truth(verdicts(1.5, 4.0, 7.5, ready=True), seen) == Truth(3, 1, 0)
     assert truth(verdicts(4.0, ready=False), seen) == Truth(1, 0, 0)
 
 
-def test_readiness_lies_when_it_says_no_and_all_are_answered() -> None:
+def test_readiness_is_wrong_if_it_is_false_and_all_requests_are_answered() -> None:
     seen = [Outcome(i / 10, i / 10 + 0.05, Kind.RIGHT) for i in range(50)]
     assert truth(verdicts(2.0, ready=False), seen) == Truth(1, 0, 1)
     assert truth(verdicts(2.0, ready=True), seen) == Truth(1, 0, 0)
@@ -124,7 +124,7 @@ def test_a_fault_without_recovery_fails() -> None:
     assert "| never |" in report.table([dead])
 
 
-def test_what_a_watcher_raises_is_raised_at_the_end() -> None:
+def test_an_error_in_a_watcher_is_raised_at_the_end() -> None:
     """Otherwise nobody would notice that watching had stopped."""
 
     def look() -> None:
@@ -148,7 +148,9 @@ def test_slopes_are_of_the_last_server_alone() -> None:
     assert slope([*old, *new[:3]], lambda size: size.private) is None
 
 
-def test_a_variant_bounds_kept_images_in_its_copy_alone(repository: Path, tmp_path: Path) -> None:
+def test_a_variant_limits_kept_images_only_in_its_own_copy(
+    repository: Path, tmp_path: Path
+) -> None:
     before = read_config(repository, DECODER)
     copy = variant(repository, tmp_path, 12345)
     assert read_config(repository, DECODER) == before
@@ -181,7 +183,7 @@ def echo() -> Iterator[int]:
         thread.join()
 
 
-def test_the_relay_passes_on_cuts_and_refuses() -> None:
+def test_the_relay_forwards_cuts_and_rejects() -> None:
     with echo() as port, Relay(port) as relay:
         with socket.create_connection(("127.0.0.1", relay.port), 5) as caller:
             caller.sendall(b"hello")
@@ -245,7 +247,7 @@ def test_a_fault_that_raises_fails_and_the_others_are_still_run(
     ("kept", "words"),
     [([], "never tested"), ([0, 0], "never tested"), ([90, 101, 90], "101 bytes of images kept")],
 )
-def test_kept_images_beyond_their_bound_or_never_seen_are_a_failure(
+def test_kept_images_beyond_their_limit_or_never_seen_are_a_failure(
     kept: list[int], words: str
 ) -> None:
     with pytest.raises(RuntimeError, match=words):
@@ -254,7 +256,7 @@ def test_kept_images_beyond_their_bound_or_never_seen_are_a_failure(
 
 
 @pytest.mark.parametrize(("name", "kept"), [("sam3_kept_images_bytes", 90), ("renamed", None)])
-def test_only_what_the_decoder_reports_is_a_sample(name: str, kept: int | None) -> None:
+def test_only_reports_of_the_decoder_are_samples(name: str, kept: int | None) -> None:
     class Metrics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -275,7 +277,7 @@ def test_only_what_the_decoder_reports_is_a_sample(name: str, kept: int | None) 
     assert samples == ([] if kept is None else [kept])
 
 
-def test_a_refused_export_is_no_verdict_of_readiness(
+def test_a_rejected_export_says_nothing_about_readiness(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     refused = subprocess.CompletedProcess((), 2, "", "This is a checkpoint of SAM 3.1.")
@@ -314,7 +316,7 @@ def test_a_killed_decoder_is_brought_back(repository: Path, tmp_path: Path) -> N
     assert not any(is_alive(process.pid) for process in family)  # nothing is left behind
 
 
-def test_what_libfaketime_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_leftovers_of_libfaketime_are_removed(tmp_path: Path) -> None:
     (tmp_path / "faketime_shm_1").touch()
     with pytest.raises(KeyboardInterrupt), removing_regions(tmp_path):
         for name in ("faketime_shm_2", "sem.faketime_sem_2", "psm_3"):

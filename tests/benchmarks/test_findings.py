@@ -30,7 +30,7 @@ def test_a_failure_costs_only_its_own_figures_and_each_is_reported() -> None:
     ]
 
 
-def test_a_figure_that_was_forgotten_is_listed_too() -> None:
+def test_a_figure_that_was_never_reported_is_listed_too() -> None:
     found = Findings(lambda _: None)
     found.collect([CLICK], lambda: None)
     assert [figure.verdict for figure in found.figures] == ["not measured"]

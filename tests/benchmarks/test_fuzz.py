@@ -51,7 +51,7 @@ def fuzzer(server: TritonServer) -> Iterator[Fuzzer]:
         yield started
 
 
-def test_every_answer_is_masks_or_a_refusal(fuzzer: Fuzzer, server: TritonServer) -> None:
+def test_every_answer_is_masks_or_an_error(fuzzer: Fuzzer, server: TritonServer) -> None:
     before = Census.from_pid(server.pid)
     fuzzer.run(600, 0)
     assert [finding.line() for finding in fuzzer.tally.findings] == []
@@ -87,7 +87,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     monkeypatch.setattr(Canary, "click", click)
 
 
-def test_the_first_failure_ends_both_halves(
+def test_the_first_failure_ends_both_parts_of_the_run(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is raised itself, although hypothesis replays the case without asking the canary."""
@@ -103,7 +103,7 @@ def test_the_first_failure_ends_both_halves(
 
 
 @pytest.mark.parametrize("error", [WrongAnswer("another mask"), KeyError("of the fuzzer's own")])
-def test_whatever_aborts_a_run_the_requests_before_it_are_saved(
+def test_the_latest_requests_are_saved_however_a_run_is_aborted(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     def fail(fuzzer: Fuzzer, *_: object) -> Outcome:
@@ -135,7 +135,7 @@ def test_memory_is_reported_by_model(server: TritonServer) -> None:
     assert set(Census.from_pid(server.pid).parts) == {"tritonserver", *models}
 
 
-def test_a_server_that_takes_a_moment_to_die_is_the_one_that_crashed(
+def test_a_server_that_dies_a_moment_later_counts_as_crashed(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = 0.0
@@ -186,7 +186,7 @@ def case(expected: str) -> Case:
         ({}, FINDING),
     ],
 )
-def test_a_result_is_held_to_the_contract(arrays: dict[str, Any], outcome: str) -> None:
+def test_a_result_must_fit_the_contract(arrays: dict[str, Any], outcome: str) -> None:
     answer = Answer("200", result=result(**arrays))
     assert judge(answer, case(VALID), True, SIDE).outcome == outcome
 
@@ -209,11 +209,11 @@ def test_a_result_is_held_to_the_contract(arrays: dict[str, Any], outcome: str) 
         (CLOSED, "", FINDING),
     ],
 )
-def test_a_refusal_has_a_message_and_leaks_nothing(code: str, text: str, outcome: str) -> None:
+def test_an_error_has_a_message_and_leaks_nothing(code: str, text: str, outcome: str) -> None:
     assert judge(Answer(code, text), None, True, SIDE).outcome == outcome
 
 
-def test_what_is_expected_counts() -> None:
+def test_an_unexpected_answer_is_a_finding() -> None:
     refusal = Answer("400", "it is not accepted")
     assert judge(refusal, case(REFUSED), True, SIDE).outcome == REJECTED
     assert judge(refusal, case(VALID), True, SIDE).outcome == FINDING
@@ -244,7 +244,7 @@ def test_values_in_json_for_a_huge_shape_crash_the_server_and_are_known() -> Non
     assert not is_lethal(spelled(1, 2000, 1, 2))
 
 
-def test_quoting_the_caller_is_no_leak() -> None:
+def test_quoting_the_caller_is_not_a_leak() -> None:
     answer = Answer("400", "unexpected input masks.py")
     assert judge(answer, None, True, SIDE).outcome == FINDING
     assert judge(answer, None, True, SIDE, b"masks.py").outcome == REJECTED

@@ -36,7 +36,7 @@ def crowds_without(failing: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [growths[0].markdown(), *told]
 
 
-def test_a_peer_that_fails_under_a_crowd_leaves_ours_its_curve(
+def test_a_peer_that_fails_under_load_does_not_cost_our_curve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table, reason = crowds_without(HTTP, monkeypatch)
@@ -53,7 +53,7 @@ def test_without_ours_there_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None
         crowds_without(OURS, monkeypatch)
 
 
-def test_work_done_together_is_shown_by_the_piece_too() -> None:
+def test_batched_work_is_also_shown_per_item() -> None:
     seconds = {1: Sample((0.010,)), 4: Sample((0.020,))}
     table = growth.together("clicks", "images", seconds).markdown()
     assert "| images → | 1 | 4 |" in table

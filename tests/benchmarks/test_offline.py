@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_parts_are_of_the_size_and_join_again(folder: Path) -> None:
+def test_parts_have_the_given_size_and_can_be_joined(folder: Path) -> None:
     sizes = [path.stat().st_size for path in sorted(folder.glob("base.tar.xz.*"))]
     assert sizes == [1000, 1000, 560]
     assert offline.join(folder, "base") == CONTENT
@@ -57,7 +57,7 @@ def test_a_truncated_part_is_not_unpacked(folder: Path) -> None:
         ("numpy/core/numeric.py", True),
     ],
 )
-def test_only_what_runs_there_goes_in(name: str, packed: bool) -> None:
+def test_only_what_runs_offline_is_packed(name: str, packed: bool) -> None:
     assert offline.wanted(name, "3.12") is packed
 
 
@@ -75,5 +75,5 @@ def test_only_what_runs_there_goes_in(name: str, packed: bool) -> None:
         ("", False),
     ],
 )
-def test_the_encoders_own_kernels_go(source: str, unneeded: bool) -> None:
+def test_the_encoders_own_kernels_are_removed(source: str, unneeded: bool) -> None:
     assert bool(offline.UNNEEDED_KERNELS.search(source)) is unneeded

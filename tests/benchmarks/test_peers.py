@@ -94,7 +94,7 @@ class _RefusesOne:
         pass
 
 
-def test_the_original_failure_is_reported_not_that_others_waited_for_it(
+def test_the_original_failure_is_reported_instead_of_its_consequences(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(load, "_shares", lambda clients: [1] * clients)

@@ -61,7 +61,7 @@ def test_a_failing_run_says_what_perf_analyzer_said(
         run_case(analyzer, case, server.grpc_url, server.http_url)
 
 
-def test_every_model_is_driven_over_every_transport_it_takes() -> None:
+def test_every_model_is_measured_over_every_transport_it_supports() -> None:
     driven = {(case.model, case.transport) for case in cases()}
     models = ("sam3_image_encoder", "sam3_interactive", "sam3_prompt_decoder")
     wanted = {(model, transport) for model in models for transport in (GRPC, HTTP, SHARED_MEMORY)}

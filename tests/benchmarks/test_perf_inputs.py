@@ -75,7 +75,9 @@ def test_mixed_requests_take_turns(files: dict[str, Path]) -> None:
     assert ["image_id" in request for request in requests] == [True, False] * (len(requests) // 2)
 
 
-def test_all_inputs_are_there_for_shared_memory(files: dict[str, Path], repository: Path) -> None:
+def test_the_file_for_shared_memory_has_all_inputs(
+    files: dict[str, Path], repository: Path
+) -> None:
     names = {tensor.name for tensor in read_config(repository, "sam3_interactive").input}
     for request in json.loads(files[perf_inputs.ALL_INPUTS].read_text())["data"]:
         assert request.keys() == names

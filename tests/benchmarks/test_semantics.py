@@ -59,5 +59,5 @@ def test_marked_tests_are_rows_and_nothing_failed_passes(pytester: pytest.Pytest
         (Outcome(), "not run"),
     ],
 )
-def test_a_rule_passes_only_whole(outcome: Outcome, verdict: str) -> None:
+def test_a_rule_passes_only_if_all_its_checks_do(outcome: Outcome, verdict: str) -> None:
     assert outcome.verdict == verdict

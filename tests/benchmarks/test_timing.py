@@ -33,7 +33,7 @@ def test_percentile_is_the_nearest_rank() -> None:
     assert Sample((5.0,)).percentile(99) == 5.0
 
 
-def test_an_empty_sample_is_refused() -> None:
+def test_an_empty_sample_is_rejected() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Sample(())
 
@@ -50,7 +50,7 @@ def test_samples_of_unequal_length_cannot_be_paired() -> None:
         ratio(Sample((1.0,)), Sample((1.0, 2.0)))
 
 
-def test_alternate_takes_turns_and_puts_none_always_behind_the_same_other() -> None:
+def test_alternate_takes_turns_and_varies_the_order() -> None:
     order: list[str] = []
 
     def meter(name: str) -> float:
@@ -68,6 +68,6 @@ def test_alternate_takes_turns_and_puts_none_always_behind_the_same_other() -> N
     assert list(samples) == ["a", "b", "c"]
 
 
-def test_no_round_begins_when_the_time_is_spent() -> None:
+def test_no_round_begins_after_the_time_is_up() -> None:
     samples = alternate({name: partial(float, 1) for name in "ab"}, 60, warmup=2, budget=0)
     assert {name: len(sample.values) for name, sample in samples.items()} == {"a": 1, "b": 1}

@@ -142,7 +142,7 @@ async def test_200_clicks_at_once_over_20_views(
     )
 
 
-async def test_asking_about_a_new_image_at_once_encodes_it_once(
+async def test_concurrent_requests_about_a_new_image_encode_it_once(
     url: str, fresh: Fresh, server: TritonServer
 ) -> None:
     image = fresh()
@@ -166,7 +166,7 @@ async def test_a_cancelled_click_leaves_the_view_usable(url: str, coins: Pixels)
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-async def test_a_cancellation_that_arrives_with_the_answer_still_counts(scheme: str) -> None:
+async def test_a_cancellation_that_arrives_with_the_answer_is_not_lost(scheme: str) -> None:
     server = {
         "grpc": misbehaving.grpc_server((grpc.StatusCode.OK, "")),
         "http": misbehaving.http((200, misbehaving.METADATA)),
@@ -203,7 +203,7 @@ async def test_a_cancelled_encoding_does_not_block_the_image(
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-async def test_callers_waiting_for_one_image_share_a_bound(scheme: str, coins: Pixels) -> None:
+async def test_callers_that_wait_for_an_image_share_its_timeout(scheme: str, coins: Pixels) -> None:
     with misbehaving.tcp(hang_up=False) as port:
         url = f"{scheme}://127.0.0.1:{port}"
         async with AsyncClient(url, timeout=0.5) as client:
@@ -216,7 +216,7 @@ async def test_callers_waiting_for_one_image_share_a_bound(scheme: str, coins: P
             assert asyncio.get_running_loop().time() - started < 5
 
 
-async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
+async def test_a_closed_client_raises_client_unusable(url: str, coins: Pixels) -> None:
     client = AsyncClient(url)
     await client.segment(coins, POINTS)
     await client.close()
@@ -225,7 +225,7 @@ async def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
         await client.segment(coins, POINTS)
 
 
-async def test_whoever_comes_as_a_lock_changes_hands_has_a_deadline_as_well() -> None:
+async def test_waiting_for_a_lock_that_is_changing_hands_times_out() -> None:
     transport = open_async_transport(Endpoint.parse("grpc://127.0.0.1:1"), {})
 
     def wait(lock: asyncio.Lock) -> Flow[None]:
@@ -243,7 +243,7 @@ async def test_whoever_comes_as_a_lock_changes_hands_has_a_deadline_as_well() ->
     await transport.close()
 
 
-def test_a_client_says_so_in_another_event_loop(url: str, coins: Pixels) -> None:
+def test_a_client_in_another_event_loop_raises_client_unusable(url: str, coins: Pixels) -> None:
     client = AsyncClient(url)
     assert len(asyncio.run(client.segment(coins, POINTS, threshold=-1))) == 1
     with pytest.raises(ClientUnusable, match="belongs to another event loop"):
@@ -266,7 +266,7 @@ async def test_a_cancelled_undo_leaves_the_clicks_as_they_were(url: str, coins: 
         np.testing.assert_array_equal((await view.undo()).logits, first)
 
 
-async def test_closing_ends_what_other_tasks_have_under_way(url: str, coins: Pixels) -> None:
+async def test_closing_ends_the_calls_in_flight_in_other_tasks(url: str, coins: Pixels) -> None:
     async def segment_on(client: AsyncClient) -> None:
         while True:
             await client.segment(coins, POINTS)
@@ -299,7 +299,7 @@ async def test_a_task_cancelled_as_the_client_closes_is_cancelled(
             await task
 
 
-async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pixels) -> None:
+async def test_a_forked_child_is_told_to_create_its_own_client(url: str, coins: Pixels) -> None:
     async with AsyncClient(url) as client:
         await client.segment(coins, POINTS)
         child = os.fork()
@@ -317,7 +317,7 @@ async def test_a_forked_child_is_sent_to_a_client_of_its_own(url: str, coins: Pi
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-async def test_a_cancelled_call_is_not_left_under_way(scheme: str) -> None:
+async def test_a_cancelled_call_does_not_stay_in_flight(scheme: str) -> None:
     """It would go on sending its image, and hold its connection until its timeout."""
     with misbehaving.tcp(hang_up=False) as port:
         transport = open_async_transport(Endpoint.parse(f"{scheme}://127.0.0.1:{port}"), {})

@@ -133,7 +133,9 @@ def test_selectors_are_resolved_by_name_and_in_full(
     assert found["detection_id"][0] == "id-cat"
 
 
-def test_what_the_block_puts_beside_the_masks(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
+def test_detections_have_the_fields_of_the_block(
+    segmenter: Boxes, image: NDArray[np.uint8]
+) -> None:
     (result,) = run_block(segmenter, step(points=[(60, 60)]), image)
     data = result["predictions"].data
     assert data["parent_id"].tolist() == data["root_parent_id"].tolist() == ["image"]
@@ -201,7 +203,7 @@ def test_batches_pair_boxes_with_images_and_share_points(
     ],
     ids=["detections", "batch of one", "response", "list of boxes"],
 )
-def test_a_lone_image_takes_boxes_as_they_come(
+def test_a_single_image_takes_boxes_in_any_form(
     segmenter: Boxes, image: NDArray[np.uint8], wrap: Callable[[sv.Detections], Any]
 ) -> None:
     inputs = {"boxes": wrap(detections("cat", "dog"))}
@@ -209,7 +211,7 @@ def test_a_lone_image_takes_boxes_as_they_come(
     assert len(result["predictions"]) == 2
 
 
-def test_one_value_of_boxes_goes_with_every_image(
+def test_a_single_value_of_boxes_applies_to_every_image(
     segmenter: Boxes, image: NDArray[np.uint8]
 ) -> None:
     results = run_block(
@@ -231,7 +233,7 @@ def test_no_detections_is_an_empty_result(segmenter: Boxes, image: NDArray[np.ui
 
 @pytest.mark.semantic("block", "a mask without a pixel is left out", "the block's rules")
 @pytest.mark.parametrize("serialize_results", [False, True])
-def test_masks_without_a_pixel_are_left_out(
+def test_empty_masks_are_left_out(
     segmenter: Boxes, image: NDArray[np.uint8], serialize_results: bool
 ) -> None:
     (result,) = run_block(
@@ -271,7 +273,7 @@ def test_masks_without_a_pixel_are_left_out(
         ),
     ],
 )
-def test_wrong_steps(
+def test_invalid_steps_are_rejected(
     segmenter: Boxes,
     image: NDArray[np.uint8],
     definition: dict[str, Any],
@@ -283,13 +285,13 @@ def test_wrong_steps(
     assert segmenter.calls == []
 
 
-def test_a_client_that_does_not_wait_is_told_apart(image: NDArray[np.uint8]) -> None:
+def test_an_async_client_is_rejected(image: NDArray[np.uint8]) -> None:
     client: Any = AsyncClient("http://127.0.0.1:9")
     with pytest.raises(TypeError, match="pass a Client, not an AsyncClient"):
         run_block(client, step(points=[(1, 2)]), image)
 
 
-def test_without_supervision_nothing_is_asked(
+def test_without_supervision_nothing_is_sent(
     segmenter: Boxes, image: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
@@ -299,14 +301,16 @@ def test_without_supervision_nothing_is_asked(
     assert run_block(segmenter, step(points=[(40, 30)]), image, serialize_results=True)
 
 
-def test_images_come_from_somewhere(segmenter: Boxes) -> None:
+def test_a_step_without_images_is_rejected(segmenter: Boxes) -> None:
     with pytest.raises(PromptError, match=r"^images is '\$inputs.image', which has no value"):
         run_block(segmenter, step(points=[(1, 2)]))
     with pytest.raises(PromptError, match=r"^the step has no 'images', and none were passed"):
         run_block(segmenter, {"type": BLOCK_TYPE, "points": [(1, 2)]})
 
 
-def test_boxes_must_match_the_images(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
+def test_boxes_for_another_number_of_images_are_rejected(
+    segmenter: Boxes, image: NDArray[np.uint8]
+) -> None:
     definition = step(boxes="$inputs.boxes")
     with pytest.raises(PromptError, match=r"^got boxes for 1 images, but 2 images: pass one"):
         run_block(segmenter, definition, [image] * 2, {"boxes": [detections("cat")]})

@@ -52,7 +52,7 @@ def test_segment_prints_a_table(url: str, photo: Path) -> None:
     assert result.stdout.count("foreground") == 2
 
 
-def test_segment_writes_by_the_suffix(url: str, photo: Path, tmp_path: Path) -> None:
+def test_segment_chooses_the_format_by_the_suffix(url: str, photo: Path, tmp_path: Path) -> None:
     outputs = {suffix: tmp_path / f"out.{suffix}" for suffix in ("png", "jpg", "json", "npz")}
     for output in outputs.values():
         assert invoke("segment", photo, *POINT, "--output", output, url=url).exit_code == 0
@@ -75,7 +75,7 @@ def test_the_url_may_come_from_the_environment(
     assert invoke("segment", photo, *POINT).exit_code == 0
 
 
-def test_shared_memory_is_one_option(url: str, photo: Path) -> None:
+def test_shared_memory_is_an_option(url: str, photo: Path) -> None:
     result = invoke("segment", photo, *POINT, "--shared-memory", "system", url=url)
     assert result.exit_code == 0, result.output
 
@@ -145,7 +145,7 @@ def test_a_header_of_the_tokens_name_takes_its_place(name: str) -> None:
         (["segment-dir", "EMPTY", "--output", "OUT", *POINT], "there are no images in"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_2(
+def test_bad_input_prints_one_sentence_and_exits_with_2(
     server: TritonServer, photo: Path, tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -162,13 +162,13 @@ def test_bad_input_is_one_sentence_and_exit_2(
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_url_that_is_none_is_bad_input(photo: Path) -> None:
+def test_an_invalid_url_is_bad_input(photo: Path) -> None:
     result = invoke("segment", photo, *POINT, url="localhost:8001")
     assert result.exit_code == BAD_INPUT
     assert "is not a server URL" in result.stderr
 
 
-def test_no_server_is_exit_1(photo: Path) -> None:
+def test_an_unreachable_server_exits_with_1(photo: Path) -> None:
     url = f"grpc://127.0.0.1:{misbehaving.unused_port()}"
     result = invoke("segment", photo, *POINT, "--timeout", "0.5", url=url)
     assert result.exit_code == FAILED
@@ -176,7 +176,7 @@ def test_no_server_is_exit_1(photo: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_folder_is_segmented_and_a_broken_file_loses_no_other(
+def test_a_broken_file_in_a_folder_does_not_stop_the_others(
     url: str, photo: Path, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "photos", tmp_path / "out"
@@ -193,7 +193,7 @@ def test_a_folder_is_segmented_and_a_broken_file_loses_no_other(
     assert json.loads((output / "a.png.json").read_text())["image"]["width"] == 384
 
 
-def test_images_of_one_name_in_two_folders_keep_their_folders(
+def test_images_of_the_same_name_are_written_to_their_own_folders(
     url: str, photo: Path, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "photos", tmp_path / "out"
@@ -208,7 +208,7 @@ def test_images_of_one_name_in_two_folders_keep_their_folders(
     assert written == ["a/x.png.json", "b/x.png.json"]
 
 
-def test_a_folder_without_its_server_is_one_sentence_and_exit_1(
+def test_a_folder_without_a_server_prints_one_sentence_and_exits_with_1(
     photo: Path, tmp_path: Path
 ) -> None:
     for name in ("a.png", "b.png"):
@@ -226,7 +226,7 @@ def test_a_folder_without_its_server_is_one_sentence_and_exit_1(
     assert "does not serve sam3_interactive, " in result.stderr
 
 
-def test_a_folder_with_prompts_of_its_own(url: str, photo: Path, tmp_path: Path) -> None:
+def test_a_folder_can_have_prompts_for_each_image(url: str, photo: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({photo.name: {"boxes": [[95, 60, 140, 110]]}}))
     arguments = ["segment-dir", photo.parent, "--output", tmp_path / "out", "--prompts", prompts]
@@ -332,7 +332,7 @@ def test_every_option_reaches_the_client(
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_server_that_is_not_ready_is_exit_1(more: list[str]) -> None:
+def test_a_server_that_is_not_ready_exits_with_1(more: list[str]) -> None:
     missing = b'{"error": "Request for unknown model: \'x\' is not found"}'
     with misbehaving.http((200, misbehaving.METADATA), (404, missing)) as (url, _):
         result = invoke("status", *more, url=url)

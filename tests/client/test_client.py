@@ -46,7 +46,7 @@ def same(one: Segmentation, other: Segmentation) -> None:
 @pytest.mark.semantic(
     "client", "boxes come first, then the object of the points", "the block's rules"
 )
-def test_boxes_come_first_and_then_the_points(url: str, coins: Pixels) -> None:
+def test_masks_of_boxes_come_before_the_mask_of_the_points(url: str, coins: Pixels) -> None:
     with Client(url) as client:
         both = client.segment(coins, points=POINTS, boxes=BOXES, threshold=-1)
         points = client.segment(coins, points=POINTS, threshold=-1)
@@ -56,7 +56,7 @@ def test_boxes_come_first_and_then_the_points(url: str, coins: Pixels) -> None:
 
 
 @pytest.mark.semantic("client", "HTTP and gRPC give the same", "equality")
-def test_both_protocols_give_the_same(server: TritonServer, coins: Pixels) -> None:
+def test_both_protocols_give_the_same_result(server: TritonServer, coins: Pixels) -> None:
     with Client(server.grpc_url) as one, Client(server.http_url) as other:
         for multimask_output in (True, False):
             same(
@@ -93,7 +93,7 @@ def test_a_known_image_is_not_encoded_again(url: str, fresh: Fresh, server: Trit
 @pytest.mark.semantic(
     "client", "with that turned off the same image is encoded each time", "Triton's own counters"
 )
-def test_memory_can_be_turned_off(url: str, fresh: Fresh, server: TritonServer) -> None:
+def test_remembering_images_can_be_turned_off(url: str, fresh: Fresh, server: TritonServer) -> None:
     image = fresh()
     with Client(url, remember_images=0) as client:
         before = encodings(server)
@@ -101,7 +101,9 @@ def test_memory_can_be_turned_off(url: str, fresh: Fresh, server: TritonServer) 
         assert encodings(server) == before + 2
 
 
-def test_only_so_many_images_are_remembered(url: str, fresh: Fresh, server: TritonServer) -> None:
+def test_the_number_of_remembered_images_is_limited(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
     images = [fresh() for _ in range(3)]
     with Client(url, remember_images=2) as client:
         for image in images:
@@ -114,7 +116,7 @@ def test_only_so_many_images_are_remembered(url: str, fresh: Fresh, server: Trit
         assert encodings(server) == before + 1
 
 
-def test_threads_that_ask_about_a_new_image_encode_it_once(
+def test_threads_with_the_same_new_image_encode_it_once(
     url: str, fresh: Fresh, server: TritonServer
 ) -> None:
     image = fresh()
@@ -131,7 +133,7 @@ def test_threads_that_ask_about_a_new_image_encode_it_once(
     "more prompts than the server takes are split, over one encoding",
     "Triton's own counters",
 )
-def test_more_prompts_than_the_server_takes_are_split(fresh: Fresh, server: TritonServer) -> None:
+def test_more_prompts_than_a_request_takes_are_split(fresh: Fresh, server: TritonServer) -> None:
     image = fresh()
     with Client(server.grpc_url, remember_images=0) as client:
         served = client.status().served
@@ -161,7 +163,7 @@ def test_masks_below_the_threshold_are_dropped(url: str, coins: Pixels) -> None:
 @pytest.mark.semantic(
     "client", "boxes given but empty are an empty result without a call", "the block's rules"
 )
-def test_no_boxes_are_an_empty_result_without_a_server(coins: Pixels) -> None:
+def test_empty_boxes_give_an_empty_result_without_a_request(coins: Pixels) -> None:
     with Client("grpc://127.0.0.1:1") as client:
         result = client.segment(coins, boxes=np.empty((0, 4)))
     assert len(result) == 0
@@ -171,7 +173,7 @@ def test_no_boxes_are_an_empty_result_without_a_server(coins: Pixels) -> None:
 @pytest.mark.semantic(
     "client", "neither points nor boxes is an error that says so", "the block's rules"
 )
-def test_nothing_to_segment_is_said_without_a_server(coins: Pixels) -> None:
+def test_missing_prompts_are_rejected_without_a_request(coins: Pixels) -> None:
     with Client("grpc://127.0.0.1:1") as client:
         with pytest.raises(PromptError, match="nothing to segment"):
             client.segment(coins)
@@ -190,7 +192,7 @@ def test_classes_are_carried_to_the_masks(url: str, coins: Pixels) -> None:
 
 
 @pytest.mark.semantic("client", "points, a box and a mask can make one object", "the contract")
-def test_box_points_and_mask_can_make_one_object(url: str, coins: Pixels) -> None:
+def test_one_prompt_can_have_a_box_points_and_a_mask(url: str, coins: Pixels) -> None:
     with Client(url) as client:
         rough = client.segment(coins, POINTS, threshold=-1)
         prompts = [
@@ -205,7 +207,7 @@ def test_box_points_and_mask_can_make_one_object(url: str, coins: Pixels) -> Non
             np.testing.assert_allclose(mask.logits, alone.logits[0], atol=2e-2)
 
 
-def test_what_the_server_refuses_is_said_in_its_words(url: str, coins: Pixels) -> None:
+def test_an_error_of_the_server_keeps_its_message(url: str, coins: Pixels) -> None:
     with Client(url) as client:
         served = client.status().served
         assert served is not None
@@ -227,7 +229,7 @@ def test_a_server_that_is_not_triton_is_a_sam3_error(coins: Pixels, answer: byte
             client.status()
 
 
-def test_multimask_output_is_true_or_false_in_any_type(url: str, coins: Pixels) -> None:
+def test_multimask_output_may_be_a_boolean_of_any_type(url: str, coins: Pixels) -> None:
     values: list[Any] = [False, 0, np.False_, True, 1, np.True_]
     with Client(url) as client:
         single, *others = (
@@ -239,7 +241,7 @@ def test_multimask_output_is_true_or_false_in_any_type(url: str, coins: Pixels) 
         np.testing.assert_allclose(result.logits, others[2].logits, atol=2e-2)
 
 
-def test_a_closed_client_says_so(url: str, coins: Pixels) -> None:
+def test_a_closed_client_raises_client_unusable(url: str, coins: Pixels) -> None:
     client = Client(url)
     client.segment(coins, POINTS)
     client.close()
@@ -258,7 +260,7 @@ def test_closing_ends_the_clients_threads(server: TritonServer, coins: Pixels) -
 
 
 @pytest.mark.parametrize("shared_memory", [None, "system"])
-def test_a_client_that_is_collected_on_its_own_thread_is_closed(
+def test_a_client_garbage_collected_on_its_own_thread_is_closed(
     server: TritonServer, coins: Pixels, shared_memory: Literal["system"] | None
 ) -> None:
     client = Client(server.http_url, shared_memory=shared_memory)
@@ -278,7 +280,7 @@ def test_a_client_that_is_collected_on_its_own_thread_is_closed(
 
 
 @pytest.mark.parametrize("shared_memory", [None, "system"])
-def test_closing_ends_what_other_threads_have_under_way(
+def test_closing_ends_the_calls_in_flight_in_other_threads(
     url: str, server: TritonServer, coins: Pixels, shared_memory: Literal["system"] | None
 ) -> None:
     ended: list[BaseException] = []
@@ -327,7 +329,7 @@ print(before, threads(), cv2.getNumThreads())
 
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:9", "http://127.0.0.1:9"])
-def test_a_forked_child_waits_for_no_thread_of_opencv_that_its_parent_had(url: str) -> None:
+def test_a_forked_child_does_not_wait_for_opencv_threads_of_its_parent(url: str) -> None:
     """One of them may hold a lock at the fork, which nobody would ever give back."""
     script = FORKED.format(url=url)
     done = subprocess.run([*FORKS, script], capture_output=True, text=True, check=False, timeout=60)
@@ -361,7 +363,7 @@ client.close()
 
 
 @pytest.mark.parametrize("shared_memory", [None, "system"])
-def test_a_forked_child_is_sent_to_a_client_of_its_own_and_harms_no_other(
+def test_a_forked_child_cannot_use_or_harm_the_parents_client(
     url: str, shared_memory: str | None
 ) -> None:
     """Whether it closes its parent's client, drops it or ends with it."""

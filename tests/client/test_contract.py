@@ -33,13 +33,13 @@ def declared(expected: tuple[contract.Tensor, ...]) -> dict[str, tuple[str, int]
     return {tensor.name: (tensor.datatype, len(tensor.axes)) for tensor in expected}
 
 
-def test_the_ensemble_takes_and_gives_what_the_client_declares() -> None:
+def test_the_ensemble_has_the_tensors_that_the_client_declares() -> None:
     served = config(contract.INTERACTIVE)
     assert tensors(served.input) == declared(contract.INTERACTIVE_INPUTS)
     assert tensors(served.output) == declared(contract.OUTPUTS)
 
 
-def test_the_decoder_takes_and_gives_what_a_click_needs() -> None:
+def test_the_decoder_has_the_tensors_that_a_click_needs() -> None:
     served = config(contract.DECODER)
     inputs = tensors(served.input)
     of_a_click = declared((contract.IMAGE_ID, *contract.PROMPTS))
@@ -48,11 +48,11 @@ def test_the_decoder_takes_and_gives_what_a_click_needs() -> None:
 
 
 @pytest.mark.parametrize("model", [contract.INTERACTIVE, contract.ENCODER, contract.DECODER])
-def test_models_are_named_as_their_folders(model: str) -> None:
+def test_models_are_named_like_their_folders(model: str) -> None:
     assert config(model).name == model
 
 
-def test_flags_may_be_left_out() -> None:
+def test_flags_are_optional() -> None:
     for model in (contract.INTERACTIVE, contract.DECODER):
         optional = {tensor.name for tensor in config(model).input if tensor.optional}
         assert {
@@ -63,7 +63,7 @@ def test_flags_may_be_left_out() -> None:
         } <= optional
 
 
-def test_the_decoder_names_its_limits() -> None:
+def test_the_decoders_config_has_the_limits() -> None:
     parameters = config(contract.DECODER).parameters
     assert int(parameters[contract.MAX_OBJECTS].string_value) > 0
     assert int(parameters[contract.MAX_TOKENS].string_value) > 0

@@ -54,7 +54,7 @@ def test_url(url: str, address: str, is_grpc: bool, secure: bool) -> None:
         f"http://{'a' * 64}.example",
     ],
 )
-def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
+def test_an_invalid_url_is_quoted_with_what_is_accepted(url: str) -> None:
     with pytest.raises(ValueError, match=r"is not a server URL; use grpc://") as caught:
         Endpoint.parse(url)
     assert repr(url) in str(caught.value)
@@ -62,7 +62,7 @@ def test_what_is_no_url_is_quoted_with_what_is_accepted(url: str) -> None:
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
 @pytest.mark.parametrize("url", [None, 8001, b"grpc://host", Path("host")])
-def test_what_is_no_text_is_no_url(make: Any, url: Any) -> None:
+def test_a_url_must_be_a_string(make: Any, url: Any) -> None:
     with pytest.raises(ValueError, match=r"is not a server URL; use grpc://"):
         make(url)
 
@@ -71,14 +71,14 @@ def test_what_is_no_text_is_no_url(make: Any, url: Any) -> None:
     "url",
     ["grpc://me:secret@host:1", "http://me:sec/ret@host", "ftp://secret@host", "https://[secret@"],
 )
-def test_a_password_in_a_url_is_refused_and_not_quoted(url: str) -> None:
+def test_a_password_in_a_url_is_rejected_and_not_quoted(url: str) -> None:
     with pytest.raises(ValueError, match="must not contain a user name or a password") as caught:
         Endpoint.parse(url)
     assert "sec" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://host?token=secret", "grpc://?secret", "http://h#secret"])
-def test_a_query_in_a_url_is_refused_and_not_quoted(url: str) -> None:
+def test_a_query_in_a_url_is_rejected_and_not_quoted(url: str) -> None:
     with pytest.raises(ValueError, match=r"must not contain a (query|fragment)") as caught:
         Endpoint.parse(url)
     assert "secret" not in str(caught.value)
@@ -98,13 +98,13 @@ def pem(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_pem_files_without_tls_are_a_mistake(scheme: str, pem: dict[str, Path]) -> None:
+def test_pem_files_for_a_url_without_tls_are_rejected(scheme: str, pem: dict[str, Path]) -> None:
     tls = TLS(root_certificates=pem["chain"])
     with pytest.raises(ValueError, match=f"use {scheme}s://"):
         Endpoint.parse(f"{scheme}://host", tls)
 
 
-def test_half_an_identity_is_a_mistake(pem: dict[str, Path]) -> None:
+def test_a_private_key_without_a_certificate_is_rejected(pem: dict[str, Path]) -> None:
     TLS(private_key=pem["key"], certificate_chain=pem["chain"])
     for half in ({"private_key": pem["key"]}, {"certificate_chain": pem["chain"]}):
         with pytest.raises(ValueError, match="pass both or neither"):
@@ -119,7 +119,7 @@ def test_pem_files_that_cannot_be_used_are_named(pem: dict[str, Path]) -> None:
             TLS(private_key=key, certificate_chain=pem["chain"])
 
 
-def test_the_systems_authorities_are_a_file_of_the_environment(
+def test_the_systems_authorities_can_be_set_by_the_environment(
     pem: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(pem["chain"]))
@@ -129,7 +129,7 @@ def test_the_systems_authorities_are_a_file_of_the_environment(
     assert TLS().authorities is None
 
 
-def test_authorities_in_a_folder_are_taken_from_the_file_beside_it(
+def test_a_folder_of_authorities_is_replaced_by_the_file_beside_it(
     pem: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Ubuntu, whose OpenSSL names no file, and gRPC reads nothing else."""
@@ -144,7 +144,7 @@ def test_authorities_in_a_folder_are_taken_from_the_file_beside_it(
     assert TLS().authorities is None
 
 
-def test_headers_that_both_protocols_carry() -> None:
+def test_headers_that_both_protocols_accept() -> None:
     headers = {"Authorization": "Bearer a b~", "x-sam3.tenant_1": ""}
     assert validate_headers(headers) == headers
     assert validate_headers(None) == {}
@@ -152,14 +152,14 @@ def test_headers_that_both_protocols_carry() -> None:
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
 @pytest.mark.parametrize("value", ["secret\n", "secrét", "secret\r\nx: y", b"secret", 5, None])
-def test_a_value_that_no_header_can_have_is_named_and_not_quoted(make: Any, value: Any) -> None:
+def test_an_invalid_header_value_is_not_quoted(make: Any, value: Any) -> None:
     with pytest.raises(ValueError, match="value of header 'x-token' must be") as caught:
         make("grpc://host", headers={"fine": "yes", "x-token": value})
     assert "secr" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", "x y", "x:y", "grpc-timeout", "x-Bin", "ü", "x\n", 5])
-def test_a_name_that_no_header_can_have_is_counted_and_not_quoted(name: Any) -> None:
+def test_an_invalid_header_name_is_given_by_number_and_not_quoted(name: Any) -> None:
     with pytest.raises(ValueError, match=r"name of header 2 is not valid: use letters") as caught:
         validate_headers({"fine": "yes", name: "value"})
     assert repr(name) not in str(caught.value)
@@ -180,6 +180,6 @@ def test_a_name_that_no_header_can_have_is_counted_and_not_quoted(name: Any) -> 
         "te",
     ],
 )
-def test_a_header_that_frames_the_request_is_not_the_callers(make: Any, name: str) -> None:
+def test_headers_that_frame_the_request_are_rejected(make: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"header '{name}' says how a request is sent"):
         make("http://host", headers={name: "0"})

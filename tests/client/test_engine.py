@@ -91,7 +91,7 @@ def segment(hand: Hand, engine: Engine, *prompts: Prompt, keep: bool = True) -> 
     return hand.drive(engine.segment(IMAGE, prompts, Options(), keep=keep))
 
 
-def test_an_image_opened_for_a_model_of_another_size_is_to_be_opened_again() -> None:
+def test_an_image_must_be_opened_again_for_a_model_of_another_size() -> None:
     picture = Picture(IMAGE)
     assert picture.pixels(S).shape == (S, S, 3)
     with pytest.raises(ClientUnusable, match=r"of 56×56 pixels, .* 70×70: open the image again"):
@@ -99,7 +99,7 @@ def test_an_image_opened_for_a_model_of_another_size_is_to_be_opened_again() -> 
     assert picture.pixels(S).shape == (S, S, 3)
 
 
-def test_a_known_image_is_asked_about_by_id(hand: Hand) -> None:
+def test_a_known_image_is_used_by_id(hand: Hand) -> None:
     known = engine()
     for _ in range(3):
         assert len(segment(hand, known, POINT)) == 1
@@ -114,7 +114,7 @@ def test_the_configuration_is_read_once(hand: Hand) -> None:
     assert asked == [(contract.INTERACTIVE,), (contract.DECODER,)]
 
 
-def test_the_configuration_is_read_again_after_a_refused_request(hand: Hand) -> None:
+def test_the_configuration_is_read_again_after_a_rejected_request(hand: Hand) -> None:
     """Another export may be served by now, of another size."""
 
     class Refuses(Hand):
@@ -137,14 +137,14 @@ def test_without_memory_every_call_sends_the_image(hand: Hand) -> None:
     assert not hand.kept
 
 
-def test_an_image_that_is_not_to_be_kept_is_not(hand: Hand) -> None:
+def test_an_image_is_not_kept_unless_requested(hand: Hand) -> None:
     segment(hand, engine(), POINT, keep=False)
     assert not hand.kept
 
 
 @pytest.mark.parametrize("remember_images", [0, 8])
 @pytest.mark.parametrize(("prompts", "requests"), [(LIMIT, 1), (LIMIT + 1, 2), (5 * LIMIT, 5)])
-def test_many_prompts_are_several_requests_over_one_encoding(
+def test_many_prompts_become_several_requests_on_one_encoding(
     hand: Hand, prompts: int, requests: int, remember_images: int
 ) -> None:
     result = segment(hand, engine(remember_images), *[POINT] * prompts)
@@ -156,7 +156,7 @@ def test_many_prompts_are_several_requests_over_one_encoding(
     assert sum(sizes) == prompts
 
 
-def test_a_bad_prompt_at_the_end_costs_no_request_at_the_start(hand: Hand) -> None:
+def test_an_invalid_last_prompt_is_found_before_anything_is_sent(hand: Hand) -> None:
     outside, longest = Prompt(points=[(1000, 1000)]), Prompt(points=[(1, 1)] * (LIMIT + 1))
     for bad, says in ((outside, "outside the"), (longest, f"at most {LIMIT}")):
         with pytest.raises(PromptError, match=rf"^objects\[{2 * LIMIT}\]: .*{says}"):
@@ -164,7 +164,7 @@ def test_a_bad_prompt_at_the_end_costs_no_request_at_the_start(hand: Hand) -> No
     assert not hand.requests
 
 
-def test_no_prompts_are_an_empty_result_without_a_call(hand: Hand) -> None:
+def test_no_prompts_give_an_empty_result_without_a_request(hand: Hand) -> None:
     result = segment(hand, engine())
     assert len(result) == 0
     assert result.image_size == (40, 30)
@@ -172,7 +172,7 @@ def test_no_prompts_are_an_empty_result_without_a_call(hand: Hand) -> None:
     assert not hand.queries
 
 
-def test_a_lost_image_is_sent_again_once(hand: Hand) -> None:
+def test_an_evicted_image_is_sent_again_once(hand: Hand) -> None:
     known = engine()
     segment(hand, known, POINT)
     hand.kept.clear()
@@ -182,7 +182,7 @@ def test_a_lost_image_is_sent_again_once(hand: Hand) -> None:
     assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 2}
 
 
-def test_a_server_that_loses_everything_at_once_still_answers(hand: Hand) -> None:
+def test_a_server_that_evicts_every_image_at_once_still_answers(hand: Hand) -> None:
     class Leaky(Hand):
         def infer(self, request: Infer) -> dict[str, Array]:
             outputs = super().infer(request)
@@ -195,7 +195,7 @@ def test_a_server_that_loses_everything_at_once_still_answers(hand: Hand) -> Non
     assert leaky.models[contract.INTERACTIVE] == 4
 
 
-def test_an_id_another_caller_got_is_used_before_the_image_is_sent(hand: Hand) -> None:
+def test_an_id_from_another_caller_is_tried_before_the_image_is_sent(hand: Hand) -> None:
     known = engine()
     segment(hand, known, POINT)
     slot = known._memory.slot(Picture(IMAGE).digest)
@@ -237,7 +237,7 @@ def test_two_callers_with_a_new_image_encode_it_once(hand: Hand) -> None:
     assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 1}
 
 
-def test_on_a_server_that_keeps_nothing_nobody_waits_for_another() -> None:
+def test_callers_do_not_wait_for_each_other_if_the_server_keeps_no_images() -> None:
     stingy, known = Hand(keeps=False), engine()
     segment(stingy, known, POINT)
     first, second = (known.segment(IMAGE, [POINT], Options()) for _ in range(2))
@@ -260,7 +260,7 @@ def _advance(flow: Flow[Any], hand: Hand) -> Any:
         step = flow.send(_perform(step, hand))
 
 
-def test_a_failure_frees_the_image_for_the_next_caller(hand: Hand) -> None:
+def test_after_a_failure_the_next_caller_can_send_the_image(hand: Hand) -> None:
     known = engine()
     failing = known.segment(IMAGE, [POINT], Options())
     _advance(failing, hand)
@@ -272,7 +272,7 @@ def test_a_failure_frees_the_image_for_the_next_caller(hand: Hand) -> None:
     assert len(segment(hand, known, POINT)) == 1
 
 
-def test_opening_sends_the_image_once_and_asks_for_no_mask(hand: Hand) -> None:
+def test_opening_sends_the_image_once_and_requests_no_mask(hand: Hand) -> None:
     known = engine()
     for _ in range(2):
         hand.drive(known.open(IMAGE))
@@ -281,7 +281,7 @@ def test_opening_sends_the_image_once_and_asks_for_no_mask(hand: Hand) -> None:
 
 
 @pytest.mark.parametrize("remember_images", [0, 8])
-def test_an_open_image_is_asked_about_by_id_whatever_is_remembered(
+def test_an_open_image_is_used_by_id_whatever_the_client_remembers(
     hand: Hand, remember_images: int
 ) -> None:
     known = engine(remember_images)
@@ -306,13 +306,13 @@ def test_later_edits_of_an_open_image_do_no_harm(hand: Hand, shape: tuple[int, .
     assert [np.unique(pixels).tolist() for pixels in sent] == [[200], [200]]
 
 
-def test_a_model_without_its_limits_is_none_of_ours(hand: Hand) -> None:
+def test_a_model_without_limits_is_rejected(hand: Hand) -> None:
     bare = {name: value for name, value in hand.config().items() if name != "parameters"}
     with pytest.raises(ServerError, match="has no parameter 'max_objects'"):
         ServedModel.from_configs(bare, bare)
 
 
-def test_prompts_are_given_one_way_or_the_other() -> None:
+def test_prompts_cannot_be_combined_with_points_or_boxes() -> None:
     assert gather_prompts(None, None, [POINT]) == (POINT,)
     assert gather_prompts(None, None, POINT) == (POINT,)
     assert len(gather_prompts([(1, 2)], [(0, 0, 1, 1)], None)) == 2
@@ -327,18 +327,18 @@ def test_prompts_are_given_one_way_or_the_other() -> None:
 
 
 @pytest.mark.parametrize("threshold", [float("nan"), "0.5", None, True, [0.1]])
-def test_a_threshold_is_a_number(threshold: Any) -> None:
+def test_a_threshold_must_be_a_number(threshold: Any) -> None:
     with pytest.raises(PromptError, match="threshold must be a number, got"):
         Options(threshold)
 
 
 @pytest.mark.parametrize("switch", ["false", None, 2, np.array([True, False])])
-def test_multimask_output_is_on_or_off(switch: Any) -> None:
+def test_multimask_output_must_be_a_boolean(switch: Any) -> None:
     with pytest.raises(PromptError, match="multimask_output must be true or false, got"):
         Options(multimask_output=switch)
 
 
 @pytest.mark.parametrize("images", [-1, 1.5, "3", None])
-def test_remembered_images_are_a_whole_number(images: Any) -> None:
+def test_remember_images_must_be_a_whole_number(images: Any) -> None:
     with pytest.raises(ValueError, match="remember_images must be a non-negative integer"):
         Engine(Retries(0, 1.0), images, None, threading.Lock)

@@ -28,7 +28,7 @@ def drawn_tree() -> dict[str, str | None]:
     return parents
 
 
-def test_picture_shows_every_class_under_its_base() -> None:
+def test_the_module_docstring_shows_every_class_under_its_base() -> None:
     drawn = drawn_tree()
     assert set(drawn) == set(CLASSES)
     for name, parent in drawn.items():
@@ -44,7 +44,7 @@ def test_picture_shows_every_class_under_its_base() -> None:
         ("DeadlineExceeded", TimeoutError),
     ],
 )
-def test_caught_as_the_built_in(name: str, built_in: type[Exception]) -> None:
+def test_errors_can_be_caught_as_built_in_exceptions(name: str, built_in: type[Exception]) -> None:
     with pytest.raises(built_in, match="what went wrong") as caught:
         raise CLASSES[name]("what went wrong")
     assert isinstance(caught.value, errors.SAM3Error)

@@ -14,14 +14,14 @@ from triton_sam3.prompts import Prompt
 from triton_sam3.results import Segmentation
 
 
-def test_hidden_files_and_other_kinds_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_and_files_that_are_not_images_are_left_out(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "._a.jpg", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "c").mkdir()
     assert [path.name for path in images_in(tmp_path)] == ["a.jpg", "b.PNG"]
 
 
-def test_a_folder_with_nothing_to_do_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "._a.jpg").touch()
     with pytest.raises(ImageError, match="there are no images in"):
         images_in(tmp_path)
@@ -30,14 +30,14 @@ def test_a_folder_with_nothing_to_do_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg"])
-def test_prompts_name_images_in_the_folder_alone(tmp_path: Path, name: str) -> None:
+def test_prompts_must_name_images_inside_the_folder(tmp_path: Path, name: str) -> None:
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"a/x.jpg": {}, name: {}}))
     with pytest.raises(PromptError, match=rf"names '{name}', which is not in"):
         read_prompts(tmp_path, prompts)
 
 
-def test_results_do_not_go_among_the_images(tmp_path: Path) -> None:
+def test_results_are_not_written_among_the_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     check_output(tmp_path / "in", tmp_path / "in" / "masks")
     with pytest.raises(ValueError, match="cannot go into the folder of the images"):
@@ -51,7 +51,7 @@ def test_postscript_is_left_out(tmp_path: Path) -> None:
     assert [path.name for path in images_in(tmp_path)] == ["a.jpg"]
 
 
-def test_a_picture_of_a_result_is_the_overlay(tmp_path: Path) -> None:
+def test_a_png_of_a_result_is_the_overlay(tmp_path: Path) -> None:
     image = tmp_path / "in" / "a.png"
     image.parent.mkdir()
     Image.new("RGB", (30, 20), (9, 90, 200)).save(image)

@@ -52,19 +52,19 @@ def polygons_to_mask(polygons: tuple[Polygon, ...], width: int, height: int) -> 
     "results", "polygons with holes draw back to the mask", "the format's own reader"
 )
 @given(any_mask)
-def test_polygons_draw_back_to_the_mask(mask: NDArray[np.bool_]) -> None:
+def test_drawing_the_polygons_gives_the_mask_again(mask: NDArray[np.bool_]) -> None:
     height, width = mask.shape
     np.testing.assert_array_equal(polygons_to_mask(mask_to_polygons(mask), width, height), mask)
 
 
-def test_polygons_of_smooth_shapes_draw_back_to_the_mask() -> None:
+def test_drawing_the_polygons_of_smooth_shapes_gives_the_mask_again() -> None:
     noise = np.random.default_rng(0).standard_normal((211, 307)).astype(np.float32)
     mask = cv2.GaussianBlur(noise, (0, 0), 4) > 0
     np.testing.assert_array_equal(polygons_to_mask(mask_to_polygons(mask), 307, 211), mask)
 
 
 @given(any_mask)
-def test_one_polygon_a_region_and_one_ring_a_hole(mask: NDArray[np.bool_]) -> None:
+def test_each_region_is_a_polygon_and_each_hole_a_ring(mask: NDArray[np.bool_]) -> None:
     polygons = mask_to_polygons(mask)
     assert len(polygons) == label(mask, connectivity=EIGHT).max()
     background = label(np.pad(~mask, 1, constant_values=True), connectivity=FOUR).max()
@@ -80,13 +80,13 @@ def test_holes_belong_to_the_region_around_them() -> None:
     assert outer.outer.dtype == np.int32
 
 
-def test_no_polygons_of_an_empty_mask() -> None:
+def test_an_empty_mask_has_no_polygons() -> None:
     assert mask_to_polygons(np.zeros((5, 6), np.bool_)) == ()
     assert not polygons_to_mask((), 6, 5).any()
 
 
 @given(any_mask)
-def test_rle_is_cocos(mask: NDArray[np.bool_]) -> None:
+def test_rle_is_the_same_as_cocos(mask: NDArray[np.bool_]) -> None:
     rle = mask_to_rle(mask)
     assert rle == {
         **coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))),
@@ -97,7 +97,7 @@ def test_rle_is_cocos(mask: NDArray[np.bool_]) -> None:
     np.testing.assert_array_equal(coco_mask.decode(rle).astype(np.bool_), mask)
 
 
-def test_rle_is_supervisions_too() -> None:
+def test_rle_is_read_by_supervision() -> None:
     mask = ring_with_island()
     height, width = mask.shape
     np.testing.assert_array_equal(
@@ -163,7 +163,7 @@ def test_a_png_is_read_by_pillow_as_black_and_white(mask: NDArray[np.bool_]) -> 
         np.testing.assert_array_equal(np.asarray(image), np.where(mask, 255, 0))
 
 
-def test_polygons_go_through_json() -> None:
+def test_polygons_survive_json() -> None:
     polygons = mask_to_polygons(ring_with_island())
     read = json.loads(json.dumps([polygon.to_dict() for polygon in polygons]))
     again = tuple(
@@ -185,13 +185,13 @@ def test_a_simplified_outline_stays_within_the_tolerance(tolerance: float) -> No
     assert sum(len(p.outer) for p in after) < 0.8 * sum(len(p.outer) for p in before)
 
 
-def test_a_hole_of_which_nothing_is_left_goes() -> None:
+def test_a_hole_simplified_to_nothing_is_dropped() -> None:
     (outer, _) = mask_to_polygons(ring_with_island())
     assert (len(outer.simplified(1.0).holes), len(outer.simplified(100.0).holes)) == (1, 0)
     assert len(outer.simplified(100.0).outer) > 0
 
 
 @pytest.mark.parametrize("tolerance", [-1, float("nan"), float("inf")])
-def test_a_tolerance_is_a_number_of_pixels(tolerance: float) -> None:
+def test_an_invalid_tolerance_is_rejected(tolerance: float) -> None:
     with pytest.raises(ValueError, match="tolerance must be a finite number of pixels"):
         mask_to_polygons(ring_with_island())[0].simplified(tolerance)

@@ -53,13 +53,13 @@ def assert_image(image: NDArray[Any], expected: NDArray[Any]) -> None:
     np.testing.assert_array_equal(image, expected)
 
 
-def test_rgb_array_is_returned_itself(photo: NDArray[np.uint8]) -> None:
+def test_an_rgb_array_is_returned_without_a_copy(photo: NDArray[np.uint8]) -> None:
     loaded = load_image(photo)
     assert np.shares_memory(loaded, photo)
     assert_image(loaded, photo)
 
 
-def test_array_kinds(photo: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
+def test_other_arrays_become_rgb(photo: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
     three = np.stack([grey] * 3, axis=2)
     assert_image(load_image(grey), three)
     assert_image(load_image(grey[:, :, None]), three)
@@ -80,7 +80,7 @@ def test_array_kinds(photo: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
         (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\) has no pixels"),
     ],
 )
-def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
+def test_arrays_that_are_not_images_are_rejected(array: NDArray[Any], says: str) -> None:
     with pytest.raises(ImageError, match=says):
         load_image(array)
 
@@ -101,7 +101,7 @@ def test_arrays_that_are_no_image(array: NDArray[Any], says: str) -> None:
         ("/no/such/photo.jpg", "there is no file '/no/such/photo.jpg'"),
     ],
 )
-def test_values_that_are_no_image(value: Any, says: str) -> None:
+def test_values_that_are_not_images_are_rejected(value: Any, says: str) -> None:
     with pytest.raises(ImageError, match=says):
         load_image(value)
 
@@ -138,7 +138,7 @@ def test_a_released_view_of_bytes_is_an_image_error() -> None:
 
 @pytest.mark.parametrize("form", [bytes, bytearray, memoryview, io.BytesIO])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_encoded_images_are_turned_as_their_file_is(
+def test_bytes_are_turned_by_their_exif_orientation_like_files(
     tmp_path: Path, photo: NDArray[np.uint8], orientation: int, form: Callable[[bytes], Any]
 ) -> None:
     path = tmp_path / "turned.png"
@@ -177,7 +177,7 @@ def test_pil_modes_become_rgb(photo: NDArray[np.uint8], mode: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bit_files_keep_the_upper_byte(
+def test_16_bit_files_keep_the_upper_byte(
     tmp_path: Path, grey: NDArray[np.uint8], suffix: str
 ) -> None:
     path = tmp_path / f"deep.{suffix}"
@@ -185,7 +185,7 @@ def test_sixteen_bit_files_keep_the_upper_byte(
     assert_image(load_image(path), np.stack([grey] * 3, axis=2))
 
 
-def test_transparent_palette_file_without_a_warning(
+def test_a_transparent_palette_file_is_read_without_a_warning(
     tmp_path: Path, photo: NDArray[np.uint8]
 ) -> None:
     path = tmp_path / "palette.png"
@@ -198,7 +198,7 @@ def test_transparent_palette_file_without_a_warning(
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_values_beyond_sixteen_bits_are_refused(mode: str) -> None:
+def test_values_beyond_16_bits_are_rejected(mode: str) -> None:
     image = Image.new(mode, (3, 2), 70000)
     with pytest.raises(ImageError, match=r"the PIL image holds .*scale it to 0\.\.255"):
         load_image(image)
@@ -211,7 +211,7 @@ def test_32_bit_integers_are_read_as_16_bit(largest: int, becomes: int) -> None:
 
 
 @pytest.mark.parametrize("largest", [1, 255])
-def test_32_bit_integers_that_may_be_8_bit_are_refused(largest: int) -> None:
+def test_32_bit_integers_that_may_be_8_bit_are_rejected(largest: int) -> None:
     image = Image.new("I", (3, 2), largest)
     with pytest.raises(ImageError, match=rf"at most {largest}, which may be .*convert\('L'\)"):
         load_image(image)
@@ -220,7 +220,7 @@ def test_32_bit_integers_that_may_be_8_bit_are_refused(largest: int) -> None:
 
 
 @pytest.mark.parametrize("data", ["iVBORw0KGgo" * 400, "\0" * 300])
-def test_an_images_data_as_text_is_told_from_a_path(data: str) -> None:
+def test_image_data_as_text_is_distinguished_from_a_path(data: str) -> None:
     with pytest.raises(ImageError, match=r"there is no file .*; if this is image data") as caught:
         load_image(data)
     assert len(str(caught.value)) < 500
@@ -270,7 +270,7 @@ DAMAGED_EXIF: dict[str, tuple[bytes, int]] = {
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize(("exif", "orientation"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
-def test_damaged_exif_refuses_no_picture(
+def test_damaged_exif_does_not_reject_the_image(
     tmp_path: Path, photo: NDArray[np.uint8], exif: bytes, orientation: int
 ) -> None:
     path = tmp_path / "damaged.png"
@@ -278,7 +278,9 @@ def test_damaged_exif_refuses_no_picture(
     assert_image(load_image(path), UPRIGHT[orientation](photo))
 
 
-def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_too_many_pixels_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (400, 300)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
@@ -286,7 +288,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load_image(path)
 
 
-def test_not_an_image(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("no picture")
     with pytest.raises(ImageError, match=r"notes\.txt' is not an image Pillow can read"):
@@ -315,7 +317,7 @@ def test_postscript_is_not_run(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
-def test_damaged_files_raise_nothing_but_image_errors(
+def test_damaged_files_raise_only_image_errors(
     tmp_path: Path, photo: NDArray[np.uint8], suffix: str
 ) -> None:
     buffer = io.BytesIO()
@@ -371,7 +373,7 @@ def test_resize_is_within_a_grey_level_of_torchvision(
 @pytest.mark.parametrize(
     "picture", [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea]
 )
-def test_resize_is_metas_processors_within_a_grey_level(
+def test_resize_is_within_a_grey_level_of_metas_processor(
     picture: Callable[[], NDArray[np.uint8]], side: int
 ) -> None:
     """`Sam3Processor` resizes octets too, unlike the predictor's own `set_image`. It rounds between
@@ -389,7 +391,7 @@ def test_resize_is_metas_processors_within_a_grey_level(
     ("height", "width", "side", "off"),
     [(3024, 4032, 1008, 0), (3000, 4000, 224, 0), (1501, 1013, 336, 1), (40_009, 33, 10, 1)],
 )
-def test_resize_in_strips_comes_to_the_same_as_in_one(
+def test_resizing_in_strips_gives_the_same_as_in_one_piece(
     height: int, width: int, side: int, off: int
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -400,12 +402,12 @@ def test_resize_in_strips_comes_to_the_same_as_in_one(
     assert np.abs(ours - np.asarray(whole, np.int16)).max() <= off
 
 
-def test_resize_of_a_fitting_image_copies_nothing(photo: NDArray[np.uint8]) -> None:
+def test_resizing_an_image_of_that_size_copies_nothing(photo: NDArray[np.uint8]) -> None:
     square = np.ascontiguousarray(photo[:60, :60])
     assert resize(square, 60) is square
 
 
-def test_fractions_are_the_references_numbers(reference: Any) -> None:
+def test_fractions_are_the_same_as_the_references(reference: Any) -> None:
     transforms = reference(1008)
     xy = np.random.default_rng(0).uniform(0, 640, (500, 2))
     width, height = 641, 487

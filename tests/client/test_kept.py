@@ -11,7 +11,7 @@ def test_the_same_image_shares_a_slot() -> None:
     assert memory.slot("a") is not memory.slot("b")
 
 
-def test_the_image_asked_about_longest_ago_is_forgotten() -> None:
+def test_the_least_recently_used_image_is_forgotten() -> None:
     memory = ImageMemory(2, threading.Lock)
     a, b = memory.slot("a"), memory.slot("b")
     memory.slot("a")
@@ -20,7 +20,7 @@ def test_the_image_asked_about_longest_ago_is_forgotten() -> None:
     assert memory.slot("b") is not b
 
 
-def test_without_memory_every_slot_is_its_own() -> None:
+def test_with_a_limit_of_0_no_slot_is_shared() -> None:
     memory = ImageMemory(0, threading.Lock)
     assert memory.slot("a") is not memory.slot("a")
 

@@ -26,7 +26,7 @@ POINT = {"points": [(110, 80)]}
 BOX = {"boxes": [(95, 60, 140, 110)]}
 
 
-def test_one_mapping_goes_with_every_image() -> None:
+def test_one_mapping_applies_to_every_image() -> None:
     asked = [job.prompts() for job in jobs(["a", "b"], POINT, 1)]
     assert len(asked) == 2
     assert asked[0][0].points == asked[1][0].points
@@ -43,7 +43,7 @@ def test_a_detectors_boxes_may_be_an_images_prompts() -> None:
     assert [[prompt.class_id for prompt in asked] for asked in prompts] == [[3, 4], []]
 
 
-def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
+def test_another_number_of_prompts_than_images_is_rejected_at_once() -> None:
     with pytest.raises(PromptError, match="prompts for 2 images, but 3 images"):
         jobs(["a", "b", "c"], [POINT, POINT], 1)
     with pytest.raises(PromptError, match="one entry per image, got 5"):
@@ -59,22 +59,22 @@ def test_a_number_of_prompts_that_does_not_match_is_said_at_once() -> None:
         *(np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))),
     ],
 )
-def test_a_single_image_is_no_list_of_images(image: Any) -> None:
+def test_a_single_image_is_rejected(image: Any) -> None:
     with pytest.raises(ImageError, match="wrap a single image in a list"):
         jobs(image, POINT, 1)
 
 
-def test_an_array_of_images_is_a_list_of_them() -> None:
+def test_an_array_of_images_is_accepted() -> None:
     assert len(list(jobs(np.zeros((6, 4, 5, 3), np.uint8), POINT, 1))) == 6
 
 
-def test_prompts_that_run_out_are_noticed() -> None:
+def test_too_few_prompts_from_an_iterator_are_an_error() -> None:
     work = jobs(iter(["a", "b", "c"]), iter([POINT, POINT]), 1)
     with pytest.raises(PromptError, match="prompts for 2 images, but more images"):
         list(work)
 
 
-def test_unknown_keys_are_the_images_own_error() -> None:
+def test_an_unknown_key_is_an_error_of_its_image_only() -> None:
     (job,) = jobs(["a"], [{"point": [(1, 1)]}], 1)
     with pytest.raises(PromptError, match="an unknown key; use 'points' and 'boxes'"):
         job.prompts()
@@ -113,7 +113,7 @@ class Workshop:
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-async def test_at_most_so_many_are_at_work_and_none_is_lost(in_order: bool) -> None:
+async def test_concurrency_is_limited_and_no_image_is_lost(in_order: bool) -> None:
     for asynchronous in (False, True):
         shop = Workshop(20)
         work = jobs(shop.images(), POINT, 4)
@@ -132,7 +132,7 @@ async def test_at_most_so_many_are_at_work_and_none_is_lost(in_order: bool) -> N
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-async def test_what_was_asked_is_answered_before_the_images_source_fails(in_order: bool) -> None:
+async def test_outcomes_come_before_an_error_of_the_images_iterable(in_order: bool) -> None:
     def images() -> Iterator[ImageLike]:
         yield from "abcdef"
         raise OSError("the folder is gone")
@@ -165,7 +165,7 @@ async def test_stopping_early_takes_no_further_images() -> None:
     assert shop.taken <= 5
 
 
-def test_stopping_early_does_not_wait_for_what_is_at_work() -> None:
+def test_stopping_early_does_not_wait_for_images_in_flight() -> None:
     released = threading.Event()
 
     def attempt(job: Job) -> Outcome:
@@ -185,7 +185,7 @@ def test_stopping_early_does_not_wait_for_what_is_at_work() -> None:
 
 
 @pytest.mark.semantic("ways to call", "one failed image of many loses no other", "the contract")
-def test_one_failed_image_loses_no_other(url: str, coins: Pixels, tmp_path: Path) -> None:
+def test_a_failed_image_does_not_stop_the_others(url: str, coins: Pixels, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
     images: list[ImageLike] = [coins, "nowhere.png", broken, coins, coins[:60, :60]]
@@ -206,7 +206,7 @@ def test_one_failed_image_loses_no_other(url: str, coins: Pixels, tmp_path: Path
         outcomes[1].unwrap()
 
 
-async def test_awaited_and_as_completed(
+async def test_the_async_client_yields_outcomes_as_completed(
     url: str, fresh: Fresh, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [fresh() for _ in range(6)]
@@ -232,7 +232,7 @@ def test_the_images_are_not_kept(url: str, fresh: Fresh, server: TritonServer) -
         assert encodings(server) == before + 3
 
 
-async def test_nor_are_those_of_the_awaited_client(
+async def test_the_images_of_the_async_client_are_not_kept(
     url: str, fresh: Fresh, server: TritonServer
 ) -> None:
     image = fresh()
@@ -243,7 +243,7 @@ async def test_nor_are_those_of_the_awaited_client(
         assert encodings(server) == before + 3
 
 
-async def test_stopping_early_cancels_what_is_awaited() -> None:
+async def test_stopping_early_cancels_the_tasks_in_flight() -> None:
     async def attempt(job: Job) -> Outcome:
         if job.index:
             await asyncio.sleep(3600)

@@ -53,7 +53,7 @@ def differing(ours: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
     "masks", "logits become masks as Meta's transforms make them", "Meta's predictor"
 )
 @pytest.mark.parametrize("size", [(640, 480), (333, 517), (1000, 40), (100, 77), (1, 1)])
-def test_like_the_reference(reference: Any, size: tuple[int, int]) -> None:
+def test_masks_are_the_same_as_the_references(reference: Any, size: tuple[int, int]) -> None:
     width, height = size
     planes = [*(clouds(1, 1, SIDE, grain) for grain in (3, 9)), speck()]
     logits = np.concatenate(planes).astype(np.float16)
@@ -82,12 +82,12 @@ def test_holes_are_filled_as_the_reference_does(reference: Any) -> None:
     assert finished(logits, SIDE, SIDE, 257).all()
 
 
-def test_max_hole_area_is_the_references_figure_on_its_grid() -> None:
+def test_max_hole_area_is_the_same_as_the_references_on_its_grid() -> None:
     assert max_hole_area(SIDE) == 256
     assert max_hole_area(SIDE // 4) == 16
 
 
-def test_input_is_left_alone() -> None:
+def test_the_input_is_not_modified() -> None:
     logits = clouds(2, 2, 72, 2)
     before = logits.copy()
     finish_masks(logits, 200, 100)
@@ -95,7 +95,7 @@ def test_input_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (288, 288), (144, 144), (577, 90), (17, 1200)])
-def test_upsampling_is_torchs(size: tuple[int, int]) -> None:
+def test_upsampling_is_the_same_as_torchs(size: tuple[int, int]) -> None:
     width, height = size
     plane = clouds(3, 1, SIDE, 6)
     up = F.interpolate(
@@ -140,14 +140,14 @@ def two_passes(plane: NDArray[np.float32], width: int, height: int) -> NDArray[n
     return np.asarray(cv2.resize(tall, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
 
 
-def test_objects_do_not_touch_one_another() -> None:
+def test_objects_do_not_affect_each_other() -> None:
     logits = clouds(4, 5, 96, 3)
     together = finish_masks(logits, 211, 157)
     for plane, mask in zip(logits, together, strict=True):
         np.testing.assert_array_equal(finish_masks(plane[None], 211, 157)[0], mask)
 
 
-def test_no_objects() -> None:
+def test_no_objects_give_no_masks() -> None:
     assert finish_masks(np.zeros((0, 8, 8), np.float16), 30, 20).shape == (0, 20, 30)
     assert mask_boxes(np.zeros((0, 20, 30), np.bool_)).shape == (0, 4)
     assert mask_areas(np.zeros((0, 20, 30), np.bool_)).shape == (0,)
@@ -211,7 +211,7 @@ def plainly_filled(plane: NDArray[Any], limit: float) -> NDArray[np.float32]:
     level=st.floats(-40, 40),
     layout=st.sampled_from(["whole", "strided", "read-only"]),
 )
-def test_few_holes_and_many_are_filled_as_one_by_one(
+def test_few_and_many_holes_are_filled_as_if_one_by_one(
     seed: int, grain: float, dtype: type, limit: float, level: float, layout: str
 ) -> None:
     logits: NDArray[Any] = (clouds(seed, 2, 48, grain) + level).astype(dtype)
@@ -236,7 +236,7 @@ def test_few_holes_and_many_are_filled_as_one_by_one(
     width=st.integers(1, 200),
     height=st.integers(1, 200),
 )
-def test_finished_as_filled_one_by_one_and_upsampled_whole(
+def test_masks_are_the_same_as_filled_one_by_one_and_upsampled_whole(
     seed: int,
     side: int,
     grain: float,
@@ -257,7 +257,7 @@ def test_finished_as_filled_one_by_one_and_upsampled_whole(
 
 
 @pytest.mark.parametrize("side", [510, 511, 513])
-def test_regions_beyond_what_16_bits_number(side: int) -> None:
+def test_more_regions_than_16_bits_can_number(side: int) -> None:
     logits = np.full((1, side, side), 5, np.float32)
     logits[0, ::2, ::2] = -5  # as many regions as there can be, 65025 or more
     assert finished(logits, side, side, 1).all()
@@ -267,13 +267,13 @@ def test_regions_beyond_what_16_bits_number(side: int) -> None:
     assert np.argwhere(~filled[0]).tolist() == [[300, 300], [300, 301], [300, 302]]
 
 
-def test_half_precision_is_widened_exactly() -> None:
+def test_float16_is_converted_exactly() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     np.testing.assert_array_equal(masks_module._float32(every), every.astype(np.float32))
 
 
 @pytest.mark.parametrize(("limit", "filled"), [(1799, False), (1800, True)])
-def test_holes_that_touch_by_their_corners_are_one_where_16_bits_do_not_number(
+def test_holes_that_touch_at_corners_are_one_region_on_large_planes(
     limit: float, filled: bool
 ) -> None:
     logits = np.ones((1, 600, 600), np.float16)

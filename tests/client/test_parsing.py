@@ -47,14 +47,14 @@ def test_every_spelling_of_points_means_the_same(expected: list[Point]) -> None:
         assert parse_points(spelling) == tuple(expected)
 
 
-def test_points_are_positive_unless_told() -> None:
+def test_points_are_positive_by_default() -> None:
     pairs = np.array([[1, 2], [3, 4]])
     expected = (Point(1, 2, True), Point(3, 4, True))
     assert parse_points(pairs) == expected
     assert parse_points([(1, 2), {"x": 3, "y": 4}]) == expected
 
 
-def test_what_else_a_point_carries_is_its_own_business() -> None:
+def test_other_keys_of_a_point_are_ignored() -> None:
     drawn = {"x": 3, "y": 4, "positive": False, "id": 7}
     assert parse_points([drawn]) == (Point(3, 4, False),)
 
@@ -64,7 +64,7 @@ def test_parsed_points_are_plain_numbers() -> None:
     assert [type(value) for value in point] == [float, float, bool]
 
 
-def test_no_points() -> None:
+def test_none_gives_no_points() -> None:
     assert parse_points(None) == ()
     assert parse_points(np.zeros((0, 2))) == ()
 
@@ -117,7 +117,7 @@ def test_no_points() -> None:
         ("ab", f"points must be a list of points, got 'ab'; {IN_A_LIST}"),
     ],
 )
-def test_wrong_points_are_quoted(given_points: Any, message: str) -> None:
+def test_invalid_points_are_quoted(given_points: Any, message: str) -> None:
     with pytest.raises(PromptError) as caught:
         parse_points(given_points)
     assert str(caught.value) == message
@@ -176,14 +176,14 @@ def test_every_spelling_of_a_box_means_the_same(spelling: Any) -> None:
         ({"x": 1, "y": 2}, f"box {{'x': 1, 'y': 2}} is missing 'width', 'height': {A_BOX}"),
     ],
 )
-def test_wrong_boxes_are_quoted(box: Any, message: str) -> None:
+def test_invalid_boxes_are_quoted(box: Any, message: str) -> None:
     with pytest.raises(PromptError) as caught:
         parse_box(box)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("more", [{}, {"rotation": 0, "fill": "red"}, {"label": "cat"}])
-def test_a_size_with_a_corner_or_a_centre_is_ambiguous(more: dict[str, Any]) -> None:
+def test_a_dict_of_x_y_width_and_height_is_ambiguous(more: dict[str, Any]) -> None:
     box = {"x": 10, "y": 20, "width": 30, "height": 40, **more}
     with pytest.raises(PromptError, match=r"does not say what x and y are: pass Box\.from_xywh"):
         parse_box(box)
@@ -193,12 +193,12 @@ def test_a_size_with_a_corner_or_a_centre_is_ambiguous(more: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "values", [(1, 2, -3, 4), (1, 2, 3, "4"), (1, math.nan, 3, 4), (1, 2, 3, None)]
 )
-def test_a_box_of_no_size_is_quoted(make: Any, values: Any) -> None:
+def test_a_box_of_an_invalid_size_is_quoted(make: Any, values: Any) -> None:
     with pytest.raises(PromptError, match=rf"^Box\.{make.__name__}\(1, .*\): (width|coordinates)"):
         make(*values)
 
 
-def test_long_values_are_quoted_in_short() -> None:
+def test_long_values_are_abbreviated_in_messages() -> None:
     detection = {"x": 1, "points": [{"x": 1.0, "y": 2.0}] * 5000, "note": "n" * 5000}
     with pytest.raises(PromptError, match=r"is missing 'y', 'width', 'height'") as caught:
         parse_box(detection)
@@ -223,7 +223,7 @@ junk = st.recursive(
 
 @settings(max_examples=60)
 @given(junk)
-def test_junk_raises_nothing_but_prompt_errors(value: Any) -> None:
+def test_arbitrary_values_raise_only_prompt_errors(value: Any) -> None:
     for parse in (parse_points, parse_box, parse_class_id):
         try:
             parse(value)
@@ -252,7 +252,7 @@ def test_masks_are_kept_as_read_only_float16() -> None:
         (np.full((8, 8), 1e6), "must be finite and within float16's range"),
     ],
 )
-def test_wrong_masks(mask: Any, says: str) -> None:
+def test_invalid_masks_are_rejected(mask: Any, says: str) -> None:
     with pytest.raises(PromptError, match=says):
         parse_mask(mask)
 
@@ -261,7 +261,7 @@ def test_wrong_masks(mask: Any, says: str) -> None:
 @pytest.mark.parametrize(
     "bits", [0, 1, 0x3FF, 0x3C00, 0x7800, 0x7BFF, 0x7C00, 0x7C01, 0x7E00, 0xFBFF, 0xFC00, 0xFFFF]
 )
-def test_every_finite_half_is_a_logit_and_no_other(bits: int, layout: str) -> None:
+def test_exactly_the_finite_float16_values_are_accepted_as_logits(bits: int, layout: str) -> None:
     plane = np.zeros((4, 4), np.uint16)
     plane[2, 2] = bits
     whole = plane.view(np.float16)
@@ -279,12 +279,12 @@ def test_class_ids(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [True, "3", 3.5, math.nan, math.inf, None])
-def test_wrong_class_ids(value: Any) -> None:
+def test_invalid_class_ids_are_rejected(value: Any) -> None:
     with pytest.raises(PromptError, match="class_id must be an integer, got "):
         parse_class_id(value)
 
 
-def test_of_several_the_wrong_one_is_named_by_its_place() -> None:
+def test_the_invalid_one_of_several_is_named_by_its_index() -> None:
     with pytest.raises(PromptError, match=r"^points\[2\]: "):
         parse_points([(1, 2), (3, 4), (5, "x"), (6,)])
     with pytest.raises(PromptError, match=r"^\(6,\) is not a point"):
@@ -299,6 +299,6 @@ class Foreign:
 
 
 @pytest.mark.parametrize("mask", [[[1.0, 2.0], [3.0]], Foreign()])
-def test_masks_that_are_no_array(mask: Any) -> None:
+def test_masks_that_are_not_arrays_are_rejected(mask: Any) -> None:
     with pytest.raises(PromptError, match=r"logits \[M, M\].* cannot be converted to an array: "):
         parse_mask(mask)

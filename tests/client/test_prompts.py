@@ -81,7 +81,7 @@ def test_boxes_carry_their_detection(boxes: Any) -> None:
     assert all(p.points == () and p.mask is None for p in prompts)
 
 
-def test_bare_boxes_are_foreground() -> None:
+def test_boxes_without_a_class_are_foreground() -> None:
     bare = sv.Detections(xyxy=np.array([[1, 2, 3, 4]]))
     for boxes in ([[1, 2, 3, 4]], np.array([[1, 2, 3, 4]]), ((1, 2, 3, 4),), bare):
         (prompt,) = parse_boxes(boxes)
@@ -95,7 +95,7 @@ def test_bare_boxes_are_foreground() -> None:
     [[], (), np.zeros((0, 4)), sv.Detections.empty(), {"predictions": []}],
     ids=["list", "tuple", "array", "supervision", "roboflow"],
 )
-def test_empty_boxes(empty: Any) -> None:
+def test_empty_boxes_give_no_prompts(empty: Any) -> None:
     assert to_prompts(boxes=empty) == ()
     assert to_prompts([], empty) == ()
     (prompt,) = to_prompts([(3, 4)], empty)
@@ -103,18 +103,18 @@ def test_empty_boxes(empty: Any) -> None:
 
 
 @pytest.mark.parametrize("boxes", [[1, 2, 3, 4], {"x": 1}, "box", 5, (1.5, 2, 3, 4)])
-def test_boxes_that_are_no_list(boxes: Any) -> None:
+def test_boxes_that_are_not_a_list_are_rejected(boxes: Any) -> None:
     with pytest.raises(PromptError, match=r"^boxes must be a list of boxes, got "):
         parse_boxes(boxes)
 
 
 @pytest.mark.parametrize("points", [None, [], np.zeros((0, 2))])
-def test_nothing_to_segment(points: Any) -> None:
+def test_neither_points_nor_boxes_is_an_error(points: Any) -> None:
     with pytest.raises(PromptError, match=r"^there is nothing to segment: give points, boxes or"):
         to_prompts(points)
 
 
-def test_boxes_come_first_then_one_object_of_all_points() -> None:
+def test_boxes_come_first_and_all_points_are_one_object() -> None:
     prompts = to_prompts([(1, 2), (3, 4, False)], as_supervision())
     assert [prompt.class_name for prompt in prompts] == ["cat", "dog", "foreground"]
     assert prompts[2].points == (Point(1, 2, True), Point(3, 4, False))
@@ -131,7 +131,7 @@ def test_prompts_are_frozen_and_replaceable() -> None:
     assert (changed.box, changed.class_name, changed.class_id) == (prompt.box, "cup", 2)
 
 
-def test_a_prompt_needs_something() -> None:
+def test_an_empty_prompt_is_rejected() -> None:
     with pytest.raises(PromptError, match="needs points, a box or a mask, but this one has none"):
         Prompt(points=[], class_name="cup")
 
@@ -173,12 +173,12 @@ def test_pack_of_only_masks_has_a_column_of_padding() -> None:
     assert packed.point_coords.shape == (1, 1, 2)
 
 
-def test_pack_refuses_a_mask_of_another_size() -> None:
+def test_pack_rejects_a_mask_of_another_size() -> None:
     with pytest.raises(PromptError, match="mask of 8×8 does not fit this server's masks of 12×12"):
         pack([Prompt(mask=np.zeros((8, 8)))], WIDTH, HEIGHT, MASK_SIDE)
 
 
-def test_boxes_that_overshoot_are_clipped() -> None:
+def test_boxes_that_extend_beyond_the_image_are_clipped() -> None:
     packed = pack([Prompt(box=(-50, -0.5, 1e6, 480.5))], WIDTH, HEIGHT, MASK_SIDE)
     np.testing.assert_array_equal(packed.point_coords[0], [[0, 0], [1, 1]])
 
@@ -186,13 +186,13 @@ def test_boxes_that_overshoot_are_clipped() -> None:
 @pytest.mark.parametrize(
     "box", [(-9, 0, -1, 9), (641, 0, 700, 9), (0, 481, 9, 500), (0, -9, 9, -1)]
 )
-def test_boxes_outside_are_errors(box: Any) -> None:
+def test_boxes_outside_the_image_are_rejected(box: Any) -> None:
     with pytest.raises(PromptError, match=r"^box \(.*\) lies entirely outside the 640×480 image"):
         pack([Prompt(box=box)], WIDTH, HEIGHT, MASK_SIDE)
 
 
 @pytest.mark.parametrize("point", [(640.5, 3), (3, 481), (-0.25, 3), (3, -1)])
-def test_points_outside_are_errors(point: tuple[float, float]) -> None:
+def test_points_outside_the_image_are_rejected(point: tuple[float, float]) -> None:
     with pytest.raises(PromptError) as caught:
         pack([Prompt(points=[(1, 1), point])], WIDTH, HEIGHT, MASK_SIDE)
     assert str(caught.value) == (
@@ -224,7 +224,7 @@ def some_prompts(draw: st.DrawFn) -> list[Prompt]:
 
 
 @given(some_prompts())
-def test_packed_tokens_read_back_as_the_prompts(prompts: list[Prompt]) -> None:
+def test_packed_tokens_can_be_turned_back_into_the_prompts(prompts: list[Prompt]) -> None:
     packed = pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
     assert ((packed.point_coords >= 0) & (packed.point_coords <= 1)).all()
     size = np.array([WIDTH, HEIGHT])
@@ -266,13 +266,13 @@ def test_a_prompts_tokens_do_not_depend_on_its_neighbours(prompts: list[Prompt],
         ((-9, -9, 0, 0), [[0, 0], [0, 0]]),
     ],
 )
-def test_a_box_may_be_a_line_or_a_dot(box: Any, corners: list[list[float]]) -> None:
+def test_a_box_may_be_a_line_or_a_point(box: Any, corners: list[list[float]]) -> None:
     packed = pack([Prompt(box=box)], WIDTH, HEIGHT, MASK_SIDE)
     np.testing.assert_allclose(packed.point_coords[0], corners)
 
 
 @pytest.mark.parametrize("wrong", [(5, 5, 1, 1), (5, 5), (float("nan"), 0, 1, 1)])
-def test_of_several_boxes_the_wrong_one_is_named_by_its_place(wrong: tuple[float, ...]) -> None:
+def test_the_invalid_one_of_several_boxes_is_named_by_its_index(wrong: tuple[float, ...]) -> None:
     with pytest.raises(PromptError, match=r"^boxes\[1\]: "):
         parse_boxes([(0, 0, 5, 5), wrong, (0, 0, 5, 5)])
     fine = np.array([(0, 0, 5, 5)] * 3)
@@ -289,18 +289,18 @@ class Boxes:
         self.xyxy = self.data[:, :4]
 
 
-def test_boxes_of_other_libraries_are_known_by_their_corners() -> None:
+def test_detections_of_other_libraries_are_recognised_by_xyxy() -> None:
     assert [prompt.box for prompt in parse_boxes(Boxes())] == [(0, 0, 5, 5), (1, 1, 9, 9)]
 
 
-def test_as_many_names_as_boxes() -> None:
+def test_detections_need_as_many_class_names_as_boxes() -> None:
     found = as_supervision()
     found.data["class_name"] = np.array(["cat"])
     with pytest.raises(PromptError, match="2 boxes need as many class names"):
         parse_boxes(found)
 
 
-def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:
+def test_the_invalid_one_of_several_objects_is_named_by_its_index() -> None:
     prompts = [Prompt(points=[(1, 1)]), Prompt(box=(700, 0, 800, 9))]
     with pytest.raises(PromptError, match=r"^objects\[1\]: box .* lies entirely outside"):
         pack(prompts, WIDTH, HEIGHT, MASK_SIDE)
@@ -308,7 +308,7 @@ def test_of_several_objects_the_wrong_one_is_named_by_its_place() -> None:
         pack(prompts[1:], WIDTH, HEIGHT, MASK_SIDE, first=257)
 
 
-def test_more_tokens_than_the_server_takes() -> None:
+def test_more_tokens_than_the_server_accepts_are_rejected() -> None:
     prompt = Prompt(points=[(1, 1)] * 3, box=(0, 0, 5, 5))
     assert pack([prompt], WIDTH, HEIGHT, MASK_SIDE, max_tokens=5).point_labels.shape == (1, 5)
     with pytest.raises(PromptError, match=r"has 5 tokens \(1 per point, 2 per box\), .* at most 4"):

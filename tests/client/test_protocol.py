@@ -63,7 +63,7 @@ def test_only_flags_that_differ_from_the_default_are_sent() -> None:
     }
 
 
-def test_only_needed_outputs_are_asked_for() -> None:
+def test_only_needed_outputs_are_requested() -> None:
     logits = {"low_res_masks", "iou_predictions"}
     assert set(image_request(IMAGE, "d", packed(POINT), Flags()).outputs) == logits
     kept = image_request(IMAGE, "d", packed(POINT), Flags(keep_image=True))
@@ -95,7 +95,7 @@ def test_a_refining_click_carries_one_plane_of_logits_and_no_image() -> None:
 
 
 @pytest.mark.parametrize("prompts", [[POINT], [REFINED]])
-def test_every_request_names_its_image_and_its_work_in_headers(prompts: list[Prompt]) -> None:
+def test_every_request_has_the_headers_for_its_image_and_its_work(prompts: list[Prompt]) -> None:
     for request, work in (
         (image_request(IMAGE, "d", packed(*prompts), Flags()), "encode"),
         (keep_request(IMAGE, "d", packed(*prompts)), "encode"),
@@ -153,12 +153,12 @@ def test_an_answer_loses_its_batch_and_candidate_axes() -> None:
         *({"low_res_masks": np.zeros((1, 3, 1, M, M), dtype)} for dtype in (object, np.float32)),
     ],
 )
-def test_an_answer_of_another_shape_or_type_is_not_taken(wrong: dict[str, Array]) -> None:
+def test_an_answer_of_another_shape_or_type_is_rejected(wrong: dict[str, Array]) -> None:
     with pytest.raises(ServerError, match=r"low_res_masks.*FP16.*N = 3"):
         read_answer(wrong, 3)
 
 
-def test_scores_of_another_type_are_not_taken() -> None:
+def test_scores_of_another_type_are_rejected() -> None:
     scores = np.array([[[b"0.9"]]], object)
     with pytest.raises(ServerError, match=r"object \[1, 1, 1\] for 'iou_predictions'.*FP32"):
         read_answer({**answer(1), "iou_predictions": scores}, 1)
@@ -174,13 +174,11 @@ def test_scores_of_another_type_are_not_taken() -> None:
         (np.empty((1, 0), object), b""),
     ],
 )
-def test_image_id_is_bytes_whatever_the_transport_makes_of_it(
-    ids: Array | None, expected: bytes
-) -> None:
+def test_an_image_id_is_bytes_over_either_transport(ids: Array | None, expected: bytes) -> None:
     assert read_image_id({} if ids is None else {"image_id": ids}) == expected
 
 
-def test_an_image_id_that_is_a_number_is_not_taken() -> None:
+def test_an_image_id_that_is_a_number_is_rejected() -> None:
     with pytest.raises(ServerError, match=r"int64 \[1, 1\] for 'image_id', expected BYTES"):
         read_image_id({"image_id": np.array([[7]])})
 
@@ -200,12 +198,12 @@ def test_sizes_and_limits_are_read_from_the_configuration() -> None:
     assert served == ServedModel(S, M, max_objects=7, max_tokens=9)
 
 
-def test_grpc_gives_numbers_as_text() -> None:
+def test_numbers_may_be_text_as_over_grpc() -> None:
     served = ServedModel.from_configs(interactive(["56", "56", "3"], ["-1", "16", "16"]), DECODER)
     assert (served.image_side, served.mask_side) == (56, 16)
 
 
-def test_another_model_is_named() -> None:
+def test_a_configuration_of_another_model_is_rejected_by_name() -> None:
     with pytest.raises(ServerError, match="'resnet' has no input 'image'"):
         ServedModel.from_configs({"name": "resnet", "input": []}, {})
 
@@ -214,7 +212,7 @@ SIDES: list[Any] = [0, -5, 100_000, 10**30, "x", None, [], 1e400]
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_side_that_no_model_has_is_quoted_with_what_is_accepted(side: Any) -> None:
+def test_an_impossible_side_is_quoted_with_what_is_accepted(side: Any) -> None:
     good = [56, 56, 3], [-1, M, M]
     for image, mask in (([side, side, 3], good[1]), (good[0], [-1, side, side])):
         with pytest.raises(ServerError, match=r"input '(image|mask_input)' with the dims") as told:
@@ -230,7 +228,7 @@ def test_dims_of_another_form_are_quoted(dims: Any) -> None:
 
 @pytest.mark.parametrize("limit", ["0", "-3", "x", "", "1.5", [], 1e400])
 @pytest.mark.parametrize("name", ["max_objects", "max_tokens"])
-def test_a_limit_that_no_server_can_have_is_quoted(name: str, limit: Any) -> None:
+def test_an_impossible_limit_is_quoted(name: str, limit: Any) -> None:
     parameters = {**DECODER["parameters"], name: {"string_value": limit}}
     decoder = {"name": "sam3_prompt_decoder", "parameters": parameters}
     with pytest.raises(ServerError, match=rf"parameter '{name}' with the value .* at least 1"):

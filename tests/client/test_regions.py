@@ -71,18 +71,18 @@ def test_names_cannot_be_guessed() -> None:
     assert all(len(name.rpartition("_")[2]) == 16 for name in names)
 
 
-def test_this_process_is_alive() -> None:
+def test_this_process_counts_as_alive() -> None:
     assert not owner_is_dead(new_name())
     assert not owner_is_dead("somebody_elses_region")
 
 
-def test_another_process_of_the_same_id_is_not_the_owner() -> None:
+def test_another_process_with_the_same_id_is_not_the_owner() -> None:
     prefix, _, rest = new_name().rpartition(f"_{os.getpid()}_")
     _, _, token = rest.partition("_")
     assert owner_is_dead(f"{prefix}_{os.getpid()}_1_{token}")
 
 
-def test_another_pid_namespace_is_not_judged() -> None:
+def test_regions_of_another_pid_namespace_are_left_alone() -> None:
     head, space, tail = new_name().partition(str(Path("/proc/self/ns/pid").stat().st_ino))
     assert space
     assert not owner_is_dead(f"{head}1{tail}".replace(str(os.getpid()), "999999999"))
@@ -98,7 +98,7 @@ def dying(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_file_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not() -> None:
+def test_only_the_files_of_dead_processes_are_swept() -> None:
     name = dying(
         "from triton_sam3.regions import SystemRegion\nprint(SystemRegion(4096).name, flush=True)"
     )
@@ -111,7 +111,7 @@ def test_a_file_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not() -
     mine.close()
 
 
-def test_a_zombie_is_dead() -> None:
+def test_a_zombie_counts_as_dead() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", "from triton_sam3.regions import new_name; print(new_name())"],
         stdout=subprocess.PIPE,
@@ -125,14 +125,14 @@ def test_a_zombie_is_dead() -> None:
     child.wait()
 
 
-def test_kinds_that_do_not_exist_are_said() -> None:
+def test_an_unknown_kind_is_rejected() -> None:
     with pytest.raises(ValueError, match="must be 'system', 'cuda' or None, got 'posix'"):
         check_available("posix")
     check_available("system")
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="about a machine without a GPU")
-def test_cuda_without_a_gpu_is_said_before_anything_is_sent() -> None:
+def test_cuda_without_a_gpu_is_an_error_before_anything_is_sent() -> None:
     with pytest.raises(TransportError, match="needs an NVIDIA GPU"):
         check_available("cuda")
 

@@ -81,7 +81,7 @@ async def test_a_restarted_server_goes_unnoticed(
     assert files() == []
 
 
-def test_a_click_meanwhile_waits_for_the_server_or_leaves_the_object_as_it_was(
+def test_a_click_during_a_restart_succeeds_or_leaves_the_object_unchanged(
     own_server: TritonServer, coins: Pixels
 ) -> None:
     url = own_server.grpc_url

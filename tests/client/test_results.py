@@ -74,13 +74,13 @@ def test_shapes_types_and_order(segmentation: Segmentation) -> None:
     assert segmentation.areas.tolist() == segmentation.masks.sum(axis=(1, 2)).tolist()
 
 
-def test_detection_ids_are_carried_or_made(segmentation: Segmentation) -> None:
+def test_detection_ids_come_from_the_prompts_or_are_new(segmentation: Segmentation) -> None:
     made, given, other = segmentation.detection_ids
     assert given == "given"
     assert uuid.UUID(made) != uuid.UUID(other)
 
 
-def test_nothing_can_be_written(segmentation: Segmentation) -> None:
+def test_results_are_read_only(segmentation: Segmentation) -> None:
     for name in ("masks", "scores", "boxes", "logits", "class_ids"):
         with pytest.raises(ValueError, match="read-only"):
             getattr(segmentation, name)[:] = 0
@@ -97,7 +97,7 @@ def test_a_threshold_is_compared_in_double_precision(segmentation: Segmentation)
     assert segmentation.filter(0.8999999).class_names == ("cup",)
 
 
-def test_threshold_drops_before_and_after(segmentation: Segmentation) -> None:
+def test_a_threshold_and_a_filter_drop_the_same_masks(segmentation: Segmentation) -> None:
     assert segmentation.filter(0.0).scores.tolist() == segmentation.scores.tolist()
     kept = segmentation.filter(0.75)
     assert kept.class_names == ("cup", "foreground")
@@ -141,13 +141,13 @@ def test_reprs_are_short(segmentation: Segmentation) -> None:
     assert repr(segmentation[[0] * 9]).endswith("cup 0.90, …)")
 
 
-def test_logits_refine(segmentation: Segmentation) -> None:
+def test_logits_can_be_used_to_refine(segmentation: Segmentation) -> None:
     prompt = Prompt(points=[(80, 60)], mask=segmentation[0].logits)
     assert prompt.mask is not None
     np.testing.assert_array_equal(prompt.mask, segmentation.logits[0])
 
 
-def test_supervision(segmentation: Segmentation) -> None:
+def test_results_convert_to_supervision(segmentation: Segmentation) -> None:
     detections = segmentation.to_supervision()
     assert isinstance(detections, sv.Detections)
     np.testing.assert_array_equal(detections.mask, segmentation.masks)
@@ -174,7 +174,7 @@ def test_supervision_round_trip(segmentation: Segmentation) -> None:
     assert tuple(prompt.detection_id for prompt in prompts) == segmentation.detection_ids
 
 
-def test_what_supervision_is_given_may_be_written_to(segmentation: Segmentation) -> None:
+def test_changing_the_detections_does_not_change_the_result(segmentation: Segmentation) -> None:
     detections = segmentation.to_supervision()
     detections.xyxy[:] = 0
     detections.class_id[:] = 1
@@ -182,7 +182,9 @@ def test_what_supervision_is_given_may_be_written_to(segmentation: Segmentation)
     assert segmentation.boxes.any()
 
 
-def test_without_supervision(segmentation: Segmentation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_supervision_is_an_error_that_says_how_to_install_it(
+    segmentation: Segmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match=r"pip install 'triton-sam3\[supervision\]'"):
         segmentation.to_supervision()
@@ -261,7 +263,7 @@ def test_outlines_with_fewer_vertices(segmentation: Segmentation) -> None:
     assert Image.open(io.BytesIO(segmentation[1].png())).size == (WIDTH, HEIGHT)
 
 
-def test_concatenated_parts_are_the_whole(segmentation: Segmentation) -> None:
+def test_concatenating_the_parts_gives_the_whole(segmentation: Segmentation) -> None:
     none = Segmentation.from_logits(
         np.zeros((0, 0, 0), np.float16), np.zeros(0, np.float32), (), (WIDTH, HEIGHT)
     )
@@ -308,7 +310,7 @@ def test_save_and_load_arrays(segmentation: Segmentation, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["answer.json", "answer.png", "other.npz", "one.npy", "empty"])
-def test_only_what_save_wrote_as_arrays_is_loaded(
+def test_only_files_from_save_are_loaded(
     segmentation: Segmentation, tmp_path: Path, name: str
 ) -> None:
     segmentation.save(tmp_path / "answer.json")
@@ -368,7 +370,7 @@ def test_save_to_an_unknown_suffix(segmentation: Segmentation, tmp_path: Path, n
     assert not list(tmp_path.iterdir())
 
 
-def test_no_masks(picture: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_a_result_without_masks(picture: NDArray[np.uint8], tmp_path: Path) -> None:
     empty = Segmentation.from_logits(
         np.zeros((0, SIDE, SIDE), np.float16), np.zeros(0, np.float32), (), (WIDTH, HEIGHT)
     )
@@ -408,7 +410,7 @@ def test_a_tuple_of_indices_is_a_selection(segmentation: Segmentation) -> None:
     assert len(segmentation[()]) == 0
 
 
-def test_arrays_go_to_the_very_name(segmentation: Segmentation, tmp_path: Path) -> None:
+def test_arrays_are_saved_under_the_exact_name(segmentation: Segmentation, tmp_path: Path) -> None:
     segmentation.save(tmp_path / "x.NPZ")
     assert [path.name for path in tmp_path.iterdir()] == ["x.NPZ"]
     assert len(Segmentation.load(tmp_path / "x.NPZ")) == len(segmentation)

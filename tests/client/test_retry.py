@@ -80,7 +80,7 @@ def failing(error: type[SAM3Error], times: int) -> Callable[[Call], str]:
 
 
 @pytest.mark.parametrize("error", [ServerUnreachable, Overloaded, ModelGone])
-def test_what_may_pass_is_tried_again(error: type[SAM3Error]) -> None:
+def test_errors_that_may_pass_are_retried(error: type[SAM3Error]) -> None:
     clock = Clock()
     retries = Retries(4, 60.0, clock=clock, uniform=longest)
     value, calls, _ = drive(retries, clock, failing(error, 3))
@@ -91,7 +91,7 @@ def test_what_may_pass_is_tried_again(error: type[SAM3Error]) -> None:
 @pytest.mark.parametrize(
     "error", [InvalidRequest, ImageNotKept, ModelUnavailable, DeadlineExceeded]
 )
-def test_what_will_not_pass_is_not_tried_again(error: type[SAM3Error]) -> None:
+def test_errors_that_will_not_pass_are_not_retried(error: type[SAM3Error]) -> None:
     clock = Clock()
     seen = []
 
@@ -104,13 +104,13 @@ def test_what_will_not_pass_is_not_tried_again(error: type[SAM3Error]) -> None:
     assert len(seen) == 1
 
 
-def test_who_asks_about_a_model_is_told_at_once_that_it_is_gone() -> None:
+def test_a_query_about_a_model_that_is_gone_fails_at_once() -> None:
     clock = Clock()
     with pytest.raises(ModelGone):
         drive(Retries(4, 60.0), clock, failing(ModelGone, 1), Query("get_model_metadata"))
 
 
-def test_attempts_end() -> None:
+def test_the_number_of_retries_is_limited() -> None:
     clock = Clock()
     seen = []
 
@@ -123,7 +123,7 @@ def test_attempts_end() -> None:
     assert len(seen) == 3
 
 
-def test_what_a_proxy_refused_waits_for_its_turn_until_the_deadline() -> None:
+def test_requests_rejected_by_a_proxy_are_retried_until_the_deadline() -> None:
     clock = Clock()
     retries = Retries(1, 60.0, clock=clock, uniform=longest)
     value, calls, _ = drive(retries, clock, failing(Refused, 12))
@@ -132,14 +132,14 @@ def test_what_a_proxy_refused_waits_for_its_turn_until_the_deadline() -> None:
         drive(retries, clock, failing(Refused, 99))
 
 
-def test_without_retries_what_a_proxy_refused_is_told_at_once() -> None:
+def test_without_retries_a_rejection_by_a_proxy_is_raised_at_once() -> None:
     clock = Clock()
     with pytest.raises(Refused):
         drive(Retries(0, 60.0, clock=clock), clock, failing(Refused, 1))
     assert clock.now == 100.0
 
 
-def test_refusals_leave_the_tries_to_what_failed() -> None:
+def test_rejections_by_a_proxy_do_not_count_as_retries() -> None:
     clock = Clock()
     errors = [Refused("full"), ServerUnreachable("gone")] * 2
 
@@ -167,7 +167,7 @@ def test_jitter_spreads_the_pauses_over_the_upper_half() -> None:
     assert 0.9 < max(pauses) <= 1.0
 
 
-def test_no_draw_of_pauses_gives_up_within_a_short_outage() -> None:
+def test_even_the_shortest_pauses_outlast_a_short_outage() -> None:
     """A proxy that has no server for a moment, and a gRPC channel that backs off besides."""
     clock = Clock()
     with pytest.raises(ServerUnreachable):
@@ -175,7 +175,7 @@ def test_no_draw_of_pauses_gives_up_within_a_short_outage() -> None:
     assert clock.now - 100.0 > 1.8
 
 
-def test_tries_share_one_deadline() -> None:
+def test_retries_share_one_deadline() -> None:
     clock = Clock()
     retries = Retries(4, 10.0, base=1.0, cap=8.0, clock=clock, uniform=longest)
     _, calls, _ = drive(retries, clock, failing(ServerUnreachable, 3))
@@ -191,23 +191,23 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("timeout", [None, "9", 0, -1.0, float("inf"), float("nan"), 1e12])
-def test_a_timeout_is_a_finite_number_of_seconds(timeout: Any) -> None:
+def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: Any) -> None:
     with pytest.raises(ValueError, match="finite number of seconds above 0, got"):
         Retries(4, timeout)
 
 
 @pytest.mark.parametrize("attempts", [-1, 1.5, "2", None, True])
-def test_attempts_are_a_whole_number(attempts: Any) -> None:
+def test_retries_must_be_a_whole_number(attempts: Any) -> None:
     with pytest.raises(ValueError, match="retries must be a non-negative integer, got"):
         Retries(attempts, 1.0)
 
 
-def test_a_number_of_numpys_is_a_number() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     numbers: tuple[Any, Any] = np.int64(1), np.float32(2)
     assert type(Retries(*numbers).timeout) is float
 
 
-def test_hours_of_refusals_wait_for_their_turn() -> None:
+def test_rejections_can_be_retried_for_hours() -> None:
     clock = Clock()
     retries = Retries(4, 86400.0, clock=clock, uniform=longest)
     assert drive(retries, clock, failing(Refused, 2000))[0] == "yes"

@@ -69,7 +69,7 @@ def test_a_relative_redirect_is_named_in_full() -> None:
 @both
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
 @pytest.mark.parametrize("request_", [METADATA, IMAGE_SENT])
-def test_what_is_compressed_is_not_unpacked(
+def test_compressed_answers_are_rejected_without_unpacking(
     send: Send, encoding: str, request_: Query | Infer
 ) -> None:
     packed = gzip.compress(bytes(1 << 24))
@@ -79,13 +79,13 @@ def test_what_is_compressed_is_not_unpacked(
         assert counter.headers[0]["accept-encoding"] == "identity"
 
 
-def test_identity_is_no_compression() -> None:
+def test_the_encoding_identity_is_accepted() -> None:
     answer = (200, misbehaving.METADATA)
     with misbehaving.http(answer, headers={"Content-Encoding": "identity"}) as (url, _):
         assert call(url, METADATA)["name"] == "triton"
 
 
-def test_the_status_of_a_compressed_error_counts() -> None:
+def test_a_compressed_error_is_reported_by_its_status() -> None:
     answer = (503, gzip.compress(b"<html>"))
     told = pytest.raises(TransportError, match="HTTP status 503")
     with misbehaving.http(answer, headers={"Content-Encoding": "gzip"}) as (url, _), told:

@@ -94,7 +94,7 @@ def test_the_answer_is_the_same_and_the_image_is_not_in_the_request(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="no NVIDIA GPU")
-def test_the_answer_through_the_gpus_memory_is_the_same(url: str, fresh: Fresh) -> None:
+def test_the_answer_through_gpu_memory_is_the_same(url: str, fresh: Fresh) -> None:
     image = fresh()
     with Client(url) as client, Client(url, shared_memory="cuda") as sharing:
         expected = client.segment(image, POINTS)
@@ -111,7 +111,7 @@ async def test_requests_at_the_same_time_do_not_share_a_region(url: str, fresh: 
         np.testing.assert_allclose(result.logits, reference.logits, atol=2e-2)
 
 
-def test_a_dropped_client_takes_its_regions_back(
+def test_a_garbage_collected_client_frees_its_regions(
     url: str, coins: Pixels, server: TritonServer
 ) -> None:
     client = Client(url, shared_memory="system")
@@ -124,7 +124,7 @@ def test_a_dropped_client_takes_its_regions_back(
 @pytest.mark.semantic(
     "ways to call", "a killed caller's shared memory is taken back", "bytes counted"
 )
-def test_a_killed_client_leaks_nothing_once_another_one_comes(
+def test_the_regions_of_a_killed_client_are_freed_by_the_next_one(
     url: str, coins: Pixels, server: TritonServer
 ) -> None:
     dying(
@@ -153,7 +153,7 @@ def test_a_region_in_use_is_waited_for(
     assert regions(server) == []
 
 
-def test_closing_takes_back_what_requests_under_way_use(
+def test_closing_frees_the_regions_of_requests_in_flight(
     url: str, coins: Pixels, server: TritonServer
 ) -> None:
     boxes = [(10 + n, 10, 60 + n, 60) for n in range(30)]
@@ -171,7 +171,7 @@ def test_closing_takes_back_what_requests_under_way_use(
         assert error is None or "is closed" in str(error)
 
 
-def test_what_closing_gave_up_is_taken_back_by_a_later_client_of_the_same_process(
+def test_regions_left_by_closing_are_freed_by_a_later_client_of_the_process(
     url: str, coins: Pixels, server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Client(url, shared_memory="system", remember_images=0)
@@ -204,7 +204,7 @@ def no_large_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_without_memory_to_share_the_image_travels_in_the_request(
+def test_without_memory_to_share_the_image_is_sent_in_the_request(
     url: str, coins: Pixels, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = Client(url, shared_memory="system")
@@ -300,7 +300,7 @@ def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
     assert 1 < closing.count(unregistering(region)) < 10
 
 
-def test_a_server_that_does_not_answer_is_asked_for_one_lost_region_not_for_each() -> None:
+def test_a_silent_server_is_asked_about_one_lost_region_only() -> None:
     memory = SharedMemory("system")
     by_hand(an_image(memory), answering(DeadlineExceeded("late")))
     silent = answering(DeadlineExceeded("late"), to="unregister")
@@ -321,7 +321,7 @@ def test_a_server_that_does_not_answer_is_asked_for_one_lost_region_not_for_each
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("late"), KeyboardInterrupt()])
-def test_a_region_whose_registration_is_given_up_is_taken_back(error: BaseException) -> None:
+def test_a_region_whose_registration_failed_is_freed(error: BaseException) -> None:
     memory = SharedMemory("system")
     with suppress(KeyboardInterrupt):
         by_hand(an_image(memory), answering(error, to="register"))
@@ -329,7 +329,7 @@ def test_a_region_whose_registration_is_given_up_is_taken_back(error: BaseExcept
     assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(name)]
 
 
-def test_a_region_whose_taking_back_is_given_up_is_taken_back_later() -> None:
+def test_a_region_that_could_not_be_unregistered_is_freed_later() -> None:
     memory = SharedMemory("system")
     region = region_of(by_hand(an_image(memory), answering(None)))
     with suppress(KeyboardInterrupt):
@@ -337,7 +337,7 @@ def test_a_region_whose_taking_back_is_given_up_is_taken_back_later() -> None:
     assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(region)]
 
 
-def test_closing_waits_for_a_request_under_way_and_hands_nothing_out() -> None:
+def test_closing_waits_for_a_request_in_flight_and_gives_out_no_region() -> None:
     memory = SharedMemory("system")
     busy = an_image(memory)
     step = next(busy)
@@ -358,7 +358,7 @@ def test_closing_waits_for_a_request_under_way_and_hands_nothing_out() -> None:
         closing.send({})
 
 
-def test_a_server_elsewhere_is_not_told_who_is_dead_here() -> None:
+def test_regions_are_not_swept_on_a_server_on_another_host() -> None:
     """Its list may have regions of living clients of another host."""
     memory = SharedMemory("system")
     elsewhere = answering(InvalidRequest("no such file"), to="register")
@@ -367,7 +367,7 @@ def test_a_server_elsewhere_is_not_told_who_is_dead_here() -> None:
     by_hand(memory.close(Retries(0, 9.0)), answering(None))
 
 
-def test_a_region_during_whose_sweep_no_answer_came_is_taken_back() -> None:
+def test_a_region_whose_sweep_got_no_answer_is_freed() -> None:
     memory = SharedMemory("system")
     silent = answering(DeadlineExceeded("late"), to="get_system")
     register, status = by_hand(an_image(memory), silent)
@@ -377,7 +377,7 @@ def test_a_region_during_whose_sweep_no_answer_came_is_taken_back() -> None:
     assert closing == [unregistering(str(register.args[0]))]
 
 
-def test_without_memory_of_the_gpu_the_image_travels_in_the_request(
+def test_without_gpu_memory_the_image_is_sent_in_the_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failed(Exception):
@@ -412,7 +412,7 @@ def test_one_region_in_use_does_not_end_the_sweep() -> None:
     assert all(unregistering(name) in sent for name in dead)
 
 
-def test_a_server_elsewhere_is_told_apart(
+def test_a_server_on_another_host_is_an_error_that_says_so(
     coins: Pixels, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The server looks for the region where this client did not put it, as from another container.
@@ -439,7 +439,7 @@ def sent_at_once(*flows: Flow[Any]) -> list[Infer]:
     return sent
 
 
-def test_requests_beyond_the_bound_on_regions_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_limit_on_regions_use_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "_MAX_REGIONS", 2)
     memory = SharedMemory("system")
     sent = sent_at_once(*(an_image(memory) for _ in range(3)))
@@ -448,7 +448,7 @@ def test_requests_beyond_the_bound_on_regions_go_without(monkeypatch: pytest.Mon
     assert placed == [True, True, False]
 
 
-def test_a_restarted_server_is_asked_through_none_of_the_regions_it_lost() -> None:
+def test_no_region_from_before_a_restart_is_used() -> None:
     memory = SharedMemory("system")
     known = {region_of([request]) for request in sent_at_once(an_image(memory), an_image(memory))}
 
@@ -463,7 +463,7 @@ def test_a_restarted_server_is_asked_through_none_of_the_regions_it_lost() -> No
     assert region_of([tries[1]]) not in known
 
 
-def test_closing_asks_once_and_waits_less_than_for_a_mask() -> None:
+def test_closing_asks_a_silent_server_only_once_and_briefly() -> None:
     """A server that hangs or is gone keeps nobody who closes for a request's whole timeout."""
     memory = SharedMemory("system")
     by_hand(an_image(memory), answering(None))
@@ -475,7 +475,7 @@ def test_closing_asks_once_and_waits_less_than_for_a_mask() -> None:
         closing.throw(ServerUnreachable("gone"))
 
 
-def test_an_image_and_the_masks_of_many_objects_lie_side_by_side_in_a_region() -> None:
+def test_an_image_and_masks_share_a_region_without_overlap() -> None:
     arrays: dict[str, NDArray[Any]] = {
         "image": np.full((1, 500, 500, 3), 7, np.uint8),
         "mask_input": np.full((1, 40, 96, 96), -2.5, np.float16),

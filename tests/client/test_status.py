@@ -34,13 +34,13 @@ def test_a_server_without_the_models_is_not_ready() -> None:
 
 
 @pytest.mark.parametrize("page", [b'{"versions": 5}', b'{"versions": {}, "config": [1]}'])
-def test_a_server_of_another_kind_that_is_ready_is_named(page: bytes) -> None:
+def test_another_ready_server_is_named(page: bytes) -> None:
     told = pytest.raises(ServerError, match="has no input 'image'")
     with misbehaving.http((200, page)) as (url, _), Client(url) as client, told:
         client.status()
 
 
-def test_the_stores_metrics_are_read(server: TritonServer) -> None:
+def test_metrics_of_kept_images_are_read(server: TritonServer) -> None:
     metrics = store_metrics(server.metrics_url, 10.0)
     assert metrics
     assert all(name.startswith("sam3_") for name in metrics)
@@ -58,13 +58,13 @@ def test_metrics_are_numbers_by_name() -> None:
         assert store_metrics(url, 10.0) == {"sam3_kept_images": 4.0, "sam3_kept_bytes": 1.5e7}
 
 
-def test_the_metrics_url_of_another_port_is_said(server: TritonServer) -> None:
+def test_a_metrics_url_with_another_port_is_server_unreachable(server: TritonServer) -> None:
     url = f"{server.grpc_url.replace('grpc', 'http')}/metrics"
     with pytest.raises(ServerUnreachable, match=f"no metrics from {url}"):
         store_metrics(url, 5.0)
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_metrics(
+def test_metrics_are_not_requested_through_a_proxy(
     server: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("no_proxy", "NO_PROXY"):
@@ -73,7 +73,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_metrics(
     assert store_metrics(server.metrics_url, 10.0)
 
 
-def test_missing_metrics_are_said() -> None:
+def test_missing_metrics_are_an_error() -> None:
     url = f"http://127.0.0.1:{misbehaving.unused_port()}/metrics"
     with pytest.raises(ServerUnreachable, match=f"no metrics from {url}"):
         store_metrics(url, 1.0)

@@ -45,7 +45,7 @@ Run = Callable[[Make, str, float], Any]
 
 @both
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_requests_share_the_time_of_their_call(perform_flow: Run, scheme: str) -> None:
+def test_the_requests_of_a_call_share_its_timeout(perform_flow: Run, scheme: str) -> None:
     def twice(_: Any) -> Flow[None]:
         with pytest.raises(DeadlineExceeded):
             yield Call(METADATA, 0.3)
@@ -61,7 +61,7 @@ def test_requests_share_the_time_of_their_call(perform_flow: Run, scheme: str) -
 
 
 @both
-def test_waiting_for_a_lock_is_part_of_the_call(perform_flow: Run) -> None:
+def test_waiting_for_a_lock_counts_towards_the_timeout(perform_flow: Run) -> None:
     def wait(make_lock: Callable[[], Lock]) -> Flow[None]:
         lock = make_lock()
         yield Acquire(lock, 60.0)
@@ -72,7 +72,7 @@ def test_waiting_for_a_lock_is_part_of_the_call(perform_flow: Run) -> None:
 
 
 @both
-def test_a_pause_that_leaves_no_time_gives_the_error_before_it(perform_flow: Run) -> None:
+def test_a_pause_that_leaves_no_time_raises_the_last_error(perform_flow: Run) -> None:
     def again(_: Any) -> Flow[Any]:
         with pytest.raises(Overloaded):
             yield Call(METADATA, 60.0)
@@ -85,7 +85,7 @@ def test_a_pause_that_leaves_no_time_gives_the_error_before_it(perform_flow: Run
     assert counter.requests == 1
 
 
-async def test_a_clients_timeout_is_that_of_its_calls() -> None:
+async def test_a_clients_timeout_applies_to_its_calls() -> None:
     with misbehaving.http((200, b'{"versions": ["1"]}'), delay=0.2) as (url, counter):
         with Client(url, timeout=0.7) as client, pytest.raises(DeadlineExceeded):
             client.status()  # seven requests and more
@@ -121,7 +121,7 @@ def holding(lock: Lock) -> Flow[None]:
         lock.release()
 
 
-def test_ctrl_c_lets_go_of_what_is_held() -> None:
+def test_ctrl_c_releases_locks() -> None:
     lock = threading.Lock()
     flow = holding(lock)  # kept here, as by a traceback
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,7 @@ def test_ctrl_c_lets_go_of_what_is_held() -> None:
     assert not lock.locked()
 
 
-async def test_a_cancellation_lets_go_of_what_is_held() -> None:
+async def test_a_cancellation_releases_locks() -> None:
     lock = asyncio.Lock()
     flow = holding(lock)
     task = asyncio.ensure_future(perform_async(flow, Silent()))

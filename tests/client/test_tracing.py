@@ -78,7 +78,7 @@ def id_of(span: ReadableSpan) -> str:
     return trace.format_span_id(context.span_id)
 
 
-def test_each_try_is_a_span_of_the_callers_trace(
+def test_each_attempt_is_a_span_of_the_callers_trace(
     provider: TracerProvider, exported: InMemorySpanExporter
 ) -> None:
     server = Server(refusals=1)
@@ -100,7 +100,7 @@ def test_each_try_is_a_span_of_the_callers_trace(
         assert int(flags, 16) & TraceFlags.SAMPLED
 
 
-async def test_an_awaited_request_is_one_too(exported: InMemorySpanExporter) -> None:
+async def test_an_async_request_is_a_span_too(exported: InMemorySpanExporter) -> None:
     transport = AsyncServer()
     await perform_async(sent(), transport)
     (span,) = exported.get_finished_spans()
@@ -108,7 +108,7 @@ async def test_an_awaited_request_is_one_too(exported: InMemorySpanExporter) -> 
     assert span_id == id_of(span)
 
 
-def test_what_is_not_sampled_is_not_traced_by_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_does_not_trace_what_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = TracerProvider(sampler=ALWAYS_OFF)
     monkeypatch.setattr(trace, "get_tracer", silent.get_tracer)
     server = Server()
@@ -123,14 +123,14 @@ def test_without_an_sdk_nothing_is_added() -> None:
 
 
 @pytest.mark.usefixtures("exported")
-def test_a_question_is_no_inference() -> None:
+def test_queries_are_not_spans() -> None:
     asked = Call(Query("get_model_config", ("sam3_interactive",)), 1.0)
     with tracing.traced(asked) as call:
         assert call is asked
 
 
 @pytest.mark.usefixtures("exported")
-def test_without_opentelemetry_the_call_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_opentelemetry_the_call_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_installed", False)
     asked = Call(REQUEST, 1.0)
     with tracing.traced(asked) as call:

@@ -55,7 +55,7 @@ Send = Callable[..., object]
 
 @both
 @schemes
-def test_nobody_listens(send: Send, scheme: str) -> None:
+def test_a_closed_port_is_server_unreachable(send: Send, scheme: str) -> None:
     url = f"{scheme}://127.0.0.1:{misbehaving.unused_port()}"
     with pytest.raises(ServerUnreachable, match="is the server running there") as caught:
         send(url)
@@ -64,14 +64,14 @@ def test_nobody_listens(send: Send, scheme: str) -> None:
 
 @both
 @schemes
-def test_unknown_host(send: Send, scheme: str) -> None:
+def test_an_unknown_host_is_server_unreachable(send: Send, scheme: str) -> None:
     with pytest.raises(ServerUnreachable, match=f"{scheme}://nowhere.invalid:80"):
         send(f"{scheme}://nowhere.invalid:80")
 
 
 @both
 @schemes
-def test_hung_up_on(send: Send, scheme: str) -> None:
+def test_a_closed_connection_is_server_unreachable(send: Send, scheme: str) -> None:
     with misbehaving.tcp(hang_up=True) as port, pytest.raises(ServerUnreachable):
         send(f"{scheme}://127.0.0.1:{port}")
 
@@ -119,7 +119,7 @@ def test_the_other_protocol_on_the_port(send: Send) -> None:
         (504, DeadlineExceeded),
     ],
 )
-def test_http_status(send: Send, status: int, error: type[SAM3Error]) -> None:
+def test_http_statuses_become_errors(send: Send, status: int, error: type[SAM3Error]) -> None:
     with (
         misbehaving.http((status, json.dumps({"error": "because"}).encode())) as (url, _),
         pytest.raises(error) as caught,
@@ -140,14 +140,14 @@ def test_the_page_of_a_proxy_is_not_quoted(send: Send) -> None:
 
 @both
 @pytest.mark.parametrize("body", [b"# HELP nv_inference_count", b"[]", b"null", b"\xff{}"])
-def test_an_answer_that_triton_does_not_give(send: Send, body: bytes) -> None:
+def test_an_answer_that_triton_does_not_give_is_a_server_error(send: Send, body: bytes) -> None:
     told = pytest.raises(ServerError, match=r"does not respond like Triton.* speak http")
     with misbehaving.http((200, body)) as (url, _), told:
         send(url)
 
 
 @both
-def test_the_limit_of_another_is_not_called_ours(send: Send) -> None:
+def test_a_timeout_of_the_server_is_distinguished_from_the_clients(send: Send) -> None:
     told = pytest.raises(DeadlineExceeded, match=r"gave up after .* not this client's timeout")
     with misbehaving.http((504, b"<html>")) as (url, _), told:
         send(url)
@@ -160,7 +160,7 @@ def test_the_limit_of_another_is_not_called_ours(send: Send) -> None:
             send(url)
 
 
-def test_what_was_waited_for_counts_earlier_tries() -> None:
+def test_the_time_waited_includes_earlier_attempts() -> None:
     with misbehaving.tcp(hang_up=False) as port:
         transport = open_transport(Endpoint.parse(f"http://127.0.0.1:{port}"), {})
         with pytest.raises(DeadlineExceeded, match=r"within 7\.[1-9]\d* s"):
@@ -183,7 +183,9 @@ def test_what_was_waited_for_counts_earlier_tries() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
     ],
 )
-def test_grpc_code(send: Send, code: grpc.StatusCode, error: type[SAM3Error]) -> None:
+def test_grpc_codes_become_errors(
+    send: Send, code: grpc.StatusCode, error: type[SAM3Error]
+) -> None:
     with misbehaving.grpc_server((code, "because")) as (url, _), pytest.raises(error) as caught:
         send(url)
     assert type(caught.value) is error
@@ -211,20 +213,20 @@ def test_grpc_code(send: Send, code: grpc.StatusCode, error: type[SAM3Error]) ->
         ("403", "This API is restricted, expecting header 'x'", AccessDenied),
     ],
 )
-def test_tritons_sentences_count_for_more_than_its_codes(
+def test_tritons_messages_take_precedence_over_its_codes(
     status: str, text: str, error: type[SAM3Error]
 ) -> None:
     raised = InferenceServerException(text, status=status)
     assert type(translate(raised, URL, 1.0)) is error
 
 
-def test_the_servers_sentence_is_kept_and_its_wrapping_is_not() -> None:
+def test_the_servers_message_is_kept_without_its_prefix() -> None:
     text = "[request id: <id_unknown>] in ensemble 'sam3_interactive', box 3 is half a box"
     raised = InferenceServerException(text, status="400")
     assert str(translate(raised, URL, 1.0)) == "box 3 is half a box"
 
 
-def test_a_full_dev_shm_is_named_and_its_region_is_not() -> None:
+def test_a_full_dev_shm_is_named_instead_of_a_region() -> None:
     text = "Failed to increase the shared memory pool size for key 'triton_sam3_ab12' to 9 bytes."
     sentence = str(translate(InferenceServerException(text, status="500"), URL, 1.0))
     assert "/dev/shm is full" in sentence
@@ -241,19 +243,19 @@ def test_a_full_dev_shm_is_named_and_its_region_is_not() -> None:
         (500, "answered: because"),
     ],
 )
-def test_the_url_that_was_asked_is_named(send: Send, status: int, says: str) -> None:
+def test_messages_name_the_url(send: Send, status: int, says: str) -> None:
     with misbehaving.http((status, b'{"error": "because"}')) as (url, _):
         place = f"{url}/triton"
         with pytest.raises(ServerError, match=f"^{place} {says}"):
             send(place)
 
 
-def test_the_url_without_the_model_is_named() -> None:
+def test_an_unknown_model_is_reported_with_the_url() -> None:
     raised = InferenceServerException("Request for unknown model: 'x'", status="404")
     assert str(translate(raised, URL, 1.0)).startswith(f"{URL} answered: Request for unknown")
 
 
-def test_a_refused_client_is_sent_to_its_headers() -> None:
+def test_rejected_credentials_point_to_the_headers() -> None:
     raised = InferenceServerException("no token", status="401")
     assert "check the headers, such as authorization" in str(translate(raised, URL, 1.0))
 
@@ -266,7 +268,7 @@ def test_a_refused_client_is_sent_to_its_headers() -> None:
         ("StatusCode.OUT_OF_RANGE", "because", InvalidRequest),
     ],
 )
-def test_a_proxys_refusal_and_a_bad_value_are_told_from_failures(
+def test_rejections_by_a_proxy_are_distinguished_from_failures(
     status: str, text: str, error: type[SAM3Error]
 ) -> None:
     raised = InferenceServerException(text, status=status)

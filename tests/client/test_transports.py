@@ -56,7 +56,7 @@ Run = Callable[[Flow[Any], str], Any]
 
 
 @both
-def test_what_is_safe_is_sent_again_over_http(perform_flow: Run) -> None:
+def test_requests_are_retried_over_http(perform_flow: Run) -> None:
     busy, down = (429, b'{"error": "busy"}'), (503, b"<html>")
     with misbehaving.http(busy, down, (200, misbehaving.METADATA)) as (url, counter):
         assert perform_flow(QUICK.send(METADATA), url)["name"] == "triton"
@@ -65,7 +65,7 @@ def test_what_is_safe_is_sent_again_over_http(perform_flow: Run) -> None:
 
 @pytest.mark.semantic("ways to call", "what is safe is sent again", "the contract")
 @both
-def test_what_is_safe_is_sent_again_over_grpc(perform_flow: Run) -> None:
+def test_requests_are_retried_over_grpc(perform_flow: Run) -> None:
     code = grpc.StatusCode
     answers = (code.RESOURCE_EXHAUSTED, "busy"), (code.UNAVAILABLE, "down"), (code.OK, "")
     with misbehaving.grpc_server(*answers) as (url, counter):
@@ -75,7 +75,7 @@ def test_what_is_safe_is_sent_again_over_grpc(perform_flow: Run) -> None:
 
 @pytest.mark.semantic("ways to call", "a bad prompt is not sent again", "the contract")
 @both
-def test_a_bad_request_is_sent_once(perform_flow: Run) -> None:
+def test_an_invalid_request_is_sent_once(perform_flow: Run) -> None:
     with misbehaving.http((400, b'{"error": "no"}')) as (url, counter):
         with pytest.raises(Exception, match="no"):
             perform_flow(QUICK.send(METADATA), url)
@@ -88,7 +88,7 @@ def test_a_bad_request_is_sent_once(perform_flow: Run) -> None:
 
 @both
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_retries_end(perform_flow: Run, scheme: str) -> None:
+def test_the_number_of_retries_is_limited(perform_flow: Run, scheme: str) -> None:
     url = f"{scheme}://127.0.0.1:{misbehaving.unused_port()}"
     with pytest.raises(ServerUnreachable):
         perform_flow(QUICK.send(METADATA), url)
@@ -109,7 +109,7 @@ def test_headers_of_a_request_may_be_written_in_any_case(perform_flow: Run, sche
         assert (sent["x-amzn-trace-id"], sent["authorization"]) == ("Root=1", "b")
 
 
-def test_what_a_vanished_host_does_not_acknowledge_ends_the_connection() -> None:
+def test_the_connection_to_a_vanished_host_is_closed() -> None:
     """Within 20 s and not the kernel's quarter of an hour, in which every call would time out."""
     with misbehaving.grpc_server((grpc.StatusCode.OK, "")) as (url, _):
         endpoint = Endpoint.parse(url)
@@ -137,7 +137,7 @@ def test_headers_go_with_every_request(perform_flow: Run) -> None:
         assert counter.headers[0]["authorization"] == "Bearer token"
 
 
-def test_a_transport_is_used_again_for_many_calls(url: str) -> None:
+def test_a_transport_is_reused_for_many_calls(url: str) -> None:
     with wire(url) as counted:
         transport = open_transport(Endpoint.parse(counted.url), {})
         try:
@@ -206,7 +206,9 @@ def test_the_systems_authorities_are_trusted(
         assert len(client.segment(coins, points=[(110, 80)], threshold=-1)) == 1
 
 
-def test_a_proxy_of_the_environment_is_not_used(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_from_the_environment_is_not_used(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "grpc_proxy"):
@@ -234,7 +236,7 @@ def test_another_hosts_certificate_is_not_trusted(secured: Secured, coins: Pixel
         client.segment(coins, points=[(110, 80)])
 
 
-def test_a_client_without_its_certificate_is_turned_away(secured: Secured, coins: Pixels) -> None:
+def test_a_client_without_a_certificate_is_rejected(secured: Secured, coins: Pixels) -> None:
     nameless = Client(secured.url, retries=0, root_certificates=secured.authority)
     with nameless as client, pytest.raises(ServerUnreachable):
         client.segment(coins, points=[(110, 80)])
@@ -262,7 +264,7 @@ def ask_async(url: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("ask_once", [ask, ask_async])
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_a_clients_headers_and_retries_are_its_calls(
+def test_a_clients_headers_and_retries_apply_to_its_calls(
     ask_once: Callable[..., None], scheme: str
 ) -> None:
     server = {
@@ -275,21 +277,21 @@ def test_a_clients_headers_and_retries_are_its_calls(
 
 
 @both
-def test_an_answer_of_many_masks_comes_over_grpc(perform_flow: Run) -> None:
+def test_an_answer_of_many_masks_fits_through_grpc(perform_flow: Run) -> None:
     """gRPC by itself takes 4 MiB: 25 masks of SAM 3's size."""
     large = "x" * (5 << 20)
     with misbehaving.grpc_server((grpc.StatusCode.OK, large)) as (url, _):
         assert perform_flow(QUICK.send(METADATA), url)["version"] == large
 
 
-async def test_over_http_the_calls_deadline_is_the_only_one() -> None:
+async def test_over_http_the_calls_deadline_is_the_only_limit() -> None:
     """tritonclient has one of its own, 60 s in all, less than a photo may take on a CPU."""
     transport: Any = open_async_transport(Endpoint.parse("http://127.0.0.1:1"), {})
     assert transport._client._stub.timeout.total is None
     await transport.close()
 
 
-def test_a_server_that_was_down_for_long_is_tried_again_soon() -> None:
+def test_a_server_back_after_a_long_outage_is_reached_soon() -> None:
     """gRPC by itself would fail every call meanwhile, after a long outage for two minutes."""
     options = dict(_GRPC_OPTIONS)
     first, longest = (options[f"grpc.{n}_reconnect_backoff_ms"] for n in ("initial", "max"))

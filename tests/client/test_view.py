@@ -62,7 +62,7 @@ def test_redo_restores_what_was_undone_until_another_click(url: str, coins: Pixe
         assert len(view.redo()) == 0
 
 
-def test_an_answer_that_nobody_holds_is_made_again_by_undo(url: str, coins: Pixels) -> None:
+def test_undo_recomputes_a_result_that_nobody_holds(url: str, coins: Pixels) -> None:
     with Client(url) as client, client.open(coins) as view:
         first = view.click(110, 80)
         masks, scores, detections = first.masks.copy(), first.scores, first.detection_ids
@@ -86,7 +86,7 @@ def test_reset_starts_another_object(url: str, coins: Pixels) -> None:
         np.testing.assert_array_equal(view.click(110, 80).logits, first.logits)
 
 
-def test_segmenting_in_a_view_leaves_the_clicked_object_alone(url: str, coins: Pixels) -> None:
+def test_segmenting_in_a_view_does_not_affect_the_clicked_object(url: str, coins: Pixels) -> None:
     with Client(url) as client, client.open(coins) as view:
         first = view.click(110, 80)
         boxes = view.segment(boxes=[(95, 60, 140, 110), (10, 20, 70, 80)], threshold=-1)
@@ -145,7 +145,7 @@ def test_clicks_of_several_threads_all_count(url: str, coins: Pixels) -> None:
     assert {id(result) for result in left[:7]} < {id(result) for result in results}
 
 
-def test_a_click_outside_changes_nothing(url: str, coins: Pixels) -> None:
+def test_a_click_outside_the_image_changes_nothing(url: str, coins: Pixels) -> None:
     with Client(url) as client, client.open(coins) as view:
         first = view.click(110, 80)
         for x, y in ((-1, 5), (385, 5), (5, 304), (float("nan"), 5)):
@@ -156,7 +156,7 @@ def test_a_click_outside_changes_nothing(url: str, coins: Pixels) -> None:
         assert second is not first
 
 
-def test_a_closed_view_says_so(url: str, coins: Pixels) -> None:
+def test_a_closed_view_raises_client_unusable(url: str, coins: Pixels) -> None:
     with Client(url) as client:
         with client.open(coins) as view:
             view.click(110, 80)

@@ -35,7 +35,7 @@ def test_a_batch_has_the_model_s_sizes(batch: tuple[torch.Tensor, Objects]) -> N
     assert objects.drawn_boxes().labels.tolist() == [[2, 3]] * 20
 
 
-def test_objects_come_in_turns(batch: tuple[torch.Tensor, Objects]) -> None:
+def test_objects_take_turns(batch: tuple[torch.Tensor, Objects]) -> None:
     assert batch[1].owner.tolist() == [0, 1, 2, 3] * 5
 
 
@@ -47,7 +47,7 @@ def test_a_click_lies_in_its_object(batch: tuple[torch.Tensor, Objects]) -> None
     assert (covered > 0).float().mean() > 0.95
 
 
-def test_a_box_is_about_tight(batch: tuple[torch.Tensor, Objects]) -> None:
+def test_a_box_is_nearly_tight(batch: tuple[torch.Tensor, Objects]) -> None:
     objects = batch[1]
     cell = SIZE / objects.truth.shape[-1]
     for (start, end), truth in zip(objects.boxes, objects.truth, strict=True):
@@ -61,7 +61,7 @@ def test_a_box_is_about_tight(batch: tuple[torch.Tensor, Objects]) -> None:
         assert ((end - tight_end).abs() <= slack).all()
 
 
-def test_a_correction_clicks_on_the_error_and_hands_back_the_mask(
+def test_a_correction_clicks_on_the_error_and_passes_the_mask_back(
     batch: tuple[torch.Tensor, Objects],
 ) -> None:
     objects = batch[1]
@@ -79,7 +79,9 @@ def test_a_correction_clicks_on_the_error_and_hands_back_the_mask(
     assert inside[large].all()
 
 
-def test_too_much_is_corrected_by_a_negative_click(batch: tuple[torch.Tensor, Objects]) -> None:
+def test_superfluous_pixels_are_corrected_by_a_negative_click(
+    batch: tuple[torch.Tensor, Objects],
+) -> None:
     objects = batch[1]
     everything = 5 * torch.ones(len(objects), 4, *objects.truth.shape[1:])
     answer = Answer(everything, torch.zeros(len(objects), 4))

@@ -19,7 +19,7 @@ def truth() -> torch.Tensor:
     return mask
 
 
-def test_a_right_mask_costs_next_to_nothing_and_a_wrong_one_much(truth: torch.Tensor) -> None:
+def test_a_right_mask_has_almost_no_loss_and_a_wrong_one_a_large_loss(truth: torch.Tensor) -> None:
     right = mask_loss((truth - 0.5) * 40, truth)
     wrong = mask_loss((0.5 - truth) * 40, truth)
     assert right.shape == (2,)
@@ -78,7 +78,7 @@ def test_the_pixel_loss_reaches_trunk_neck_upscaling_and_hypernetwork() -> None:
     assert decoder.iou_token.weight.grad is None
 
 
-def test_a_pixel_asks_only_about_its_own_picture() -> None:
+def test_a_pixel_is_sampled_only_from_its_own_picture() -> None:
     """The pixel loss takes objects interleaved by picture: 0, 1, 0, 1."""
     model = build(0, SIZE)
     side = model.architecture.mask_size

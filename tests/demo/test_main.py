@@ -80,7 +80,7 @@ def _note_prefixes(process: subprocess.Popen[str], prefixes: set[str]) -> None:
         time.sleep(0.2)
 
 
-def test_it_finishes_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
+def test_it_writes_pictures_and_prints_what_to_do_next(tmp_path: Path) -> None:
     with demo(tmp_path) as (process, prefixes):
         said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -101,7 +101,7 @@ def test_it_finishes_with_pictures_and_what_to_do_next(tmp_path: Path) -> None:
     assert torch.cuda.is_available() or kinds == {model_config_pb2.ModelInstanceGroup.KIND_CPU}
 
 
-def test_what_to_do_next_can_be_pasted_wherever_it_lies(
+def test_the_printed_commands_can_be_pasted_wherever_the_checkout_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/home/a b/.venv/bin/python")
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_reported_in_a_sentence(
     assert said.startswith(f"error: {damaged}: not a PyTorch checkpoint (damaged, incomplete")
 
 
-def test_a_graph_that_fits_no_config_is_reported_in_a_sentence(
+def test_a_graph_that_does_not_fit_its_config_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def disagree(*_: object, **__: object) -> None:

@@ -34,7 +34,7 @@ def test_a_box_is_tight_and_exclusive_at_its_end(square: prompts.Mask) -> None:
     assert prompts.box(square) == (10.0, 5.0, 19.0, 14.0)
 
 
-def test_what_is_missing_asks_for_a_positive_click(square: prompts.Mask) -> None:
+def test_missing_pixels_ask_for_a_positive_click(square: prompts.Mask) -> None:
     predicted = square.copy()
     predicted[5:9] = False
     region, missing = prompts.correction(predicted, square)
@@ -42,7 +42,7 @@ def test_what_is_missing_asks_for_a_positive_click(square: prompts.Mask) -> None
     assert np.array_equal(region, square & ~predicted)
 
 
-def test_what_is_too_much_asks_for_a_negative_click(square: prompts.Mask) -> None:
+def test_superfluous_pixels_ask_for_a_negative_click(square: prompts.Mask) -> None:
     predicted = square.copy()
     predicted[0:3, 0:3] = True
     region, missing = prompts.correction(predicted, square)

@@ -17,7 +17,7 @@ def scenes() -> list[Scene]:
     return [generate(seed, SIZE) for seed in range(24)]
 
 
-def test_a_seed_and_size_make_one_picture(scenes: list[Scene]) -> None:
+def test_a_seed_and_a_size_always_give_the_same_picture(scenes: list[Scene]) -> None:
     again = generate(3, SIZE)
     assert np.array_equal(again.image, scenes[3].image)
     assert np.array_equal(again.labels, scenes[3].labels)

@@ -45,7 +45,7 @@ def test_pictures_are_generated_once_and_are_not_the_held_out_ones(
     assert np.array_equal(labels[0], scene.labels)
 
 
-def test_rates_rise_stay_and_fall() -> None:
+def test_learning_rates_rise_stay_and_fall() -> None:
     assert train.rate(0) < 0.1
     assert train.rate(train.WARMUP) == 1
     assert train.rate(train.DECAY_FROM) == 1
@@ -81,7 +81,7 @@ def test_a_checkpoint_continues_at_full_size_with_falling_rates(few: None, tmp_p
     assert train._progress(run, goes_on) == 1
 
 
-def test_weights_are_averaged_with_those_of_the_start(few: None, tmp_path: Path) -> None:
+def test_weights_can_be_averaged_with_the_initial_ones(few: None, tmp_path: Path) -> None:
     run = train.new_run(build(1, ARCHITECTURE.image_size))
     first = build(2, ARCHITECTURE.image_size)
     checkpoint.save(first, tmp_path / "first.pt")

@@ -30,7 +30,9 @@ def folders(tmp_path: Path) -> list[Path]:
     "line",
     ["", "TensorRT is slow today\n", ERROR.replace(" E ", " W "), ERROR.replace("/a", "s/a")],
 )
-def test_what_no_error_names_stays(folders: list[Path], tmp_path: Path, line: str) -> None:
+def test_a_cache_that_no_error_names_is_kept(
+    folders: list[Path], tmp_path: Path, line: str
+) -> None:
     caches = EngineCaches(tmp_path / "models")
     lines = [line.format(folders[0])]
     assert list(caches.watch(lines)) == lines
@@ -58,7 +60,7 @@ def test_a_cache_that_cannot_be_emptied_is_named(folders: list[Path], tmp_path: 
     assert "empty it" in said
 
 
-def test_a_start_that_fails_of_its_engine_clears_the_way(tmp_path: Path) -> None:
+def test_a_start_that_fails_because_of_an_engine_removes_it(tmp_path: Path) -> None:
     """With the real server, and a model that fails as ONNX Runtime's provider does."""
     cache, models = tmp_path / "cache", tmp_path / "models"
     cache.mkdir()

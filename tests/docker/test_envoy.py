@@ -192,7 +192,7 @@ def test_a_proxy_that_stops_loses_nothing(start: Start) -> None:
     envoy.stop()
 
 
-def test_errors_that_a_server_answers_do_not_put_it_out(start: Start) -> None:
+def test_error_responses_do_not_eject_a_server(start: Start) -> None:
     """Five bodies that are not JSON get five 500s, which must not eject the server for others."""
 
     def even_the_last(config: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ def test_errors_that_a_server_answers_do_not_put_it_out(start: Start) -> None:
     assert counted == ["0", "0"]
 
 
-def test_a_server_that_is_silent_is_asked_whether_it_is_there(start: Start) -> None:
+def test_the_kernel_checks_a_silent_server(start: Start) -> None:
     """By the kernel: a lost node closes no connection, and a request would wait for it."""
     envoy = start()
     config = yaml.safe_load((envoy.folder / "envoy.yaml").read_text())
@@ -232,7 +232,7 @@ def test_a_server_that_is_silent_is_asked_whether_it_is_there(start: Start) -> N
     assert set(found) == {keepalive}
 
 
-def test_unfinished_uploads_take_no_servers_time(start: Start) -> None:
+def test_unfinished_uploads_do_not_count_as_new_images(start: Start) -> None:
     """Only complete bodies count towards the limit of new images, which is 2."""
     envoy = start()
     with unfinished(envoy, 4, 1000):
@@ -264,7 +264,7 @@ def answers(envoy: Envoy) -> bool:
         return False
 
 
-def test_connections_are_bounded_and_silent_ones_closed(start: Start) -> None:
+def test_connections_are_limited_and_silent_ones_closed(start: Start) -> None:
     envoy = start(few_connections)
     with ExitStack() as stack:
 
@@ -307,7 +307,7 @@ def test_connections_without_requests_are_closed(start: Start) -> None:
         wait_until(lambda: answers(envoy))
 
 
-def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:
+def test_rejections_are_counted_in_the_metric_of_the_alert(start: Start) -> None:
     envoy = start()
     rules = yaml.safe_load((CHART / "files" / "rules.yml").read_text())["groups"][1]["rules"]
     everything = " ".join(re.sub(r"\{[^}]*\}", "", rule["expr"]) for rule in rules)
@@ -329,7 +329,7 @@ def test_refusals_are_counted_where_the_alert_looks(start: Start) -> None:
     assert TOKEN not in text
 
 
-def test_nothing_else_of_the_admin_is_reached(start: Start) -> None:
+def test_nothing_else_of_envoys_admin_interface_is_reachable(start: Start) -> None:
     envoy = start()
     for path in ("/", "/stats", "/config_dump", "/certs", "/metrics/../config_dump", "/clusters"):
         assert observe(envoy, path)[0] == http.client.NOT_FOUND, path

@@ -105,12 +105,12 @@ def test_lint_finds_nothing_but_the_missing_icon() -> None:
         {"proxy": {"tokens": [TOKEN]}, "resources": {"limits": {"memory": None}}},
     ],
 )
-def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
+def test_invalid_values_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(helm.HelmError):
         render(values)
 
 
-def test_the_models_may_lie_on_a_volume_of_another_kind() -> None:
+def test_the_models_can_be_on_a_volume_of_another_kind() -> None:
     """Helm merges the given source into the default one, and a volume cannot have both."""
     folder = {"hostPath": {"path": "/srv/models"}}
     given = {"proxy": {"tokens": [TOKEN]}, "models": {"volume": folder}}
@@ -145,13 +145,13 @@ def test_the_image_understands_what_the_pod_runs() -> None:
         assert grace > args.drain_seconds + args.exit_seconds
 
 
-def test_slow_starts_are_waited_for() -> None:
+def test_the_startup_probe_allows_slow_starts() -> None:
     (container,) = server(render())["containers"]
     probe = container["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 1800
 
 
-def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> None:
+def test_on_a_cpu_canaries_are_rare_but_the_start_is_still_noticed() -> None:
     """A canary encodes an image, which takes 14 to 60 s at full size on two cores."""
     values = {"proxy": {"tokens": [TOKEN]}, "probes": {"periodSeconds": 120}}
     (container,) = server(render(values))["containers"]
@@ -159,7 +159,7 @@ def test_on_a_cpu_canaries_are_few_and_the_start_is_noticed_all_the_same() -> No
     assert periods == [15, 120, 120]
 
 
-def test_the_dead_are_not_drained() -> None:
+def test_a_dead_server_is_not_drained() -> None:
     """Otherwise the restart waits for the hook and the requests in flight: a minute more."""
     pods = [o["spec"]["template"]["spec"] for (k, _), o in render().items() if k == "Deployment"]
     for pod in pods:
@@ -187,7 +187,7 @@ def test_pods_meet_the_restricted_standard() -> None:
             assert container["resources"]["limits"]["memory"]
 
 
-def test_ids_may_be_the_namespaces_own() -> None:
+def test_user_ids_can_be_left_to_the_namespace() -> None:
     """OpenShift's restricted-v2 refuses others."""
     for values, expected in (({}, {1000, 101}), ({"fixedUserIds": False}, {None})):
         objects = render({"proxy": {"tokens": [TOKEN]}, **values})
@@ -196,7 +196,7 @@ def test_ids_may_be_the_namespaces_own() -> None:
             assert {pod["securityContext"].get(name) for pod in pods} == expected
 
 
-def test_a_rollout_is_given_as_long_as_a_start() -> None:
+def test_a_rollout_may_take_as_long_as_a_start() -> None:
     """By default a rollout counts as failed after ten minutes."""
     spec = render()["Deployment", "r-triton-sam3"]["spec"]
     probe = spec["template"]["spec"]["containers"][0]["startupProbe"]
@@ -219,7 +219,7 @@ def test_new_pods_are_spread_over_nodes_and_zones() -> None:
             assert selected <= template["metadata"]["labels"].items()
 
 
-def test_models_are_read_only_and_the_rest_is_bounded() -> None:
+def test_models_are_read_only_and_other_volumes_are_limited() -> None:
     pod = server(render())
     mounts = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts["models"]["readOnly"]
@@ -320,7 +320,7 @@ def test_only_the_proxy_and_the_monitoring_reach_a_server() -> None:
     assert [port["port"] for port in metrics["ports"]] == [9902]
 
 
-def test_policies_name_ports_that_pods_have_and_by_number() -> None:
+def test_policies_name_ports_of_the_pods_by_number() -> None:
     """OVN-Kubernetes treats a port name as all ports."""
     objects = render(EVERYTHING)
     for component in ("r-triton-sam3", "r-triton-sam3-proxy"):
@@ -345,7 +345,7 @@ def test_pods_reach_dns_and_traces_and_nothing_else() -> None:
     assert [port["port"] for port in traces["ports"]] == [4318]
 
 
-def test_rules_are_those_that_are_tested() -> None:
+def test_the_charts_rules_are_the_tested_ones() -> None:
     written = yaml.safe_load((CHART / "files" / "rules.yml").read_text())
     assert render(EVERYTHING)["PrometheusRule", "r-triton-sam3"]["spec"] == written
 
@@ -420,7 +420,7 @@ def test_envoys_heap_is_within_the_pods_memory(limit: str, size: int) -> None:
     assert heap["typed_config"]["max_heap_size_bytes"] == size * 80 // 100
 
 
-def test_the_file_is_that_of_one_server_and_one_proxy() -> None:
+def test_the_envoy_file_is_for_one_server_and_one_proxy() -> None:
     written = json.dumps(yaml.safe_load((CHART / "files" / "envoy.yaml").read_text()))
     rendered = json.dumps(envoy({"replicas": 1, "proxy": {"tokens": [TOKEN], "replicas": 1}}))
     rendered = rendered.replace("r-triton-sam3-servers", "triton")
@@ -440,7 +440,7 @@ def test_a_new_server_is_found_before_the_old_one_ends() -> None:
         assert parse(container["args"]).drain_seconds > 2 + 30 + seconds
 
 
-def test_a_rollout_without_a_spare_gpu_is_a_value() -> None:
+def test_a_rollout_without_a_spare_gpu_can_be_configured() -> None:
     for values, expected in (
         (None, {"maxSurge": 1, "maxUnavailable": 0}),
         (EVERYTHING, {"maxSurge": 0, "maxUnavailable": 1}),
@@ -449,7 +449,7 @@ def test_a_rollout_without_a_spare_gpu_is_a_value() -> None:
         assert strategy == {"type": "RollingUpdate", "rollingUpdate": expected}
 
 
-def test_proxies_are_scheduled_and_watched_as_servers_are() -> None:
+def test_proxies_are_scheduled_and_monitored_like_servers() -> None:
     objects = render(EVERYTHING)
     deployment = objects["Deployment", "r-triton-sam3-proxy"]["spec"]
     labels = deployment["template"]["metadata"]["labels"]

@@ -35,7 +35,7 @@ def test_hadolint_finds_nothing(tool: Callable[[str, str], Path]) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
+def test_the_image_is_pinned_and_does_not_run_as_root() -> None:
     assert re.fullmatch(r"TRITON=\S+/tritonserver:\d\d\.\d\d-py3", instruction("ARG")[0])
     assert instruction("USER")[-1] == "1000:1000"
     requirements = (DOCKER / "requirements.txt").read_text()
@@ -89,7 +89,7 @@ def test_the_image_has_what_the_models_import(repository: Path) -> None:
     assert {distribution.get(name, name) for name in missing} <= installed
 
 
-def test_what_the_models_import_is_found_without_the_environment() -> None:
+def test_the_models_imports_are_found_without_environment_variables() -> None:
     """The stub of 2.51 embeds an isolated Python 3.12, which ignores PYTHONPATH."""
     assert not any("PYTHONPATH" in line for line in instruction("ENV"))
     (path,) = [line for line in instruction("RUN") if ".pth" in line]
@@ -126,7 +126,7 @@ def test_the_image_understands_its_own_command() -> None:
     assert parse(asked[3:]).question == "live"
 
 
-def test_what_is_compiled_for_a_gpu_is_kept() -> None:
+def test_kernels_compiled_for_a_gpu_are_kept() -> None:
     """NVIDIA's images set CUDA_CACHE_DISABLE."""
     environment = dict(pair.split("=", 1) for pair in instruction("ENV")[0].split())
     assert environment["CUDA_CACHE_DISABLE"] == "0"
@@ -185,7 +185,9 @@ def test_the_image_has_every_module_that_process_1_imports(image: Path) -> None:
     assert not (image / "server" / "backends").exists()
 
 
-def test_the_entrypoint_is_found_beside_the_docker_sdk(image: Path, tmp_path: Path) -> None:
+def test_the_entrypoint_is_importable_even_with_the_docker_sdk_installed(
+    image: Path, tmp_path: Path
+) -> None:
     """A namespace package would lose to the SDK's regular one, even one later on the path."""
     sdk = tmp_path / "site-packages" / "docker"
     sdk.mkdir(parents=True)
@@ -233,7 +235,7 @@ class _Overrides(yaml.SafeLoader):
 _Overrides.add_constructor("!reset", lambda _loader, _node: None)
 
 
-def test_without_a_gpu_compose_is_patient_and_asks_for_none() -> None:
+def test_without_a_gpu_compose_requests_none_and_waits_longer() -> None:
     text = (DOCKER / "compose.cpu.yaml").read_text()
     (triton,) = yaml.load(text, _Overrides)["services"].values()
     assert triton["deploy"]["resources"] == {"reservations": None}
@@ -255,7 +257,7 @@ def test_compose_mounts_files_that_exist() -> None:
                 assert (DOCKER / source).exists(), source
 
 
-def test_nginx_sees_what_is_replaced() -> None:
+def test_nginx_sees_replaced_files() -> None:
     """A bind mount of a single file keeps showing the file that existed at container creation."""
     targets = []
     for volume in compose()["services"]["proxy"]["volumes"]:
@@ -281,7 +283,7 @@ def documented(start: str) -> str:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to other users")
-def test_documented_secrets_are_read_by_their_container_and_nobody_else(tmp_path: Path) -> None:
+def test_documented_secrets_are_readable_only_by_their_container(tmp_path: Path) -> None:
     (tmp_path / "docker").mkdir()
     (tmp_path / "ssl" / "sam3").mkdir(parents=True)
     for name in ("tls.crt", "tls.key"):
@@ -298,7 +300,7 @@ def test_documented_secrets_are_read_by_their_container_and_nobody_else(tmp_path
         assert name.startswith("sam3/g") or (tmp_path / name).parent.stat().st_uid == owner
 
 
-def test_the_documented_values_with_tokens_are_nobody_elses_to_read(tmp_path: Path) -> None:
+def test_the_documented_values_with_tokens_are_readable_only_by_their_owner(tmp_path: Path) -> None:
     (tmp_path / "build").mkdir()
     result = run(["bash", "-euc", f"umask 022\n{documented('Kubernetes')}"], cwd=tmp_path)
     assert result.stderr == ""
@@ -330,7 +332,7 @@ def test_compose_gives_time_to_drain_and_room_for_shared_memory() -> None:
     assert int(triton["shm_size"].removesuffix("gb")) * 2**30 >= needed
 
 
-def test_kserves_commands_are_the_images() -> None:
+def test_kserves_commands_are_understood_by_the_image() -> None:
     documents = yaml.safe_load_all((DOCKER / "kserve" / "inferenceservice.yaml").read_text())
     runtime, service = documents
     (container,) = runtime["spec"]["containers"]

@@ -128,7 +128,7 @@ def test_every_metric_in_use_is_exposed(exposed: set[str]) -> None:
     assert not unknown, f"not exposed: {sorted(unknown)}"
 
 
-def test_exceptions_are_in_use_and_really_missing_here(exposed: set[str]) -> None:
+def test_metrics_listed_as_gpu_metrics_are_in_use_and_missing_on_a_cpu(exposed: set[str]) -> None:
     assert set(NOT_ON_A_CPU) <= used()
     if Path("/proc/driver/nvidia").exists():
         assert set(NOT_ON_A_CPU) <= exposed
@@ -239,7 +239,7 @@ def test_a_real_prometheus_has_data_for_every_panel(
 
 
 @pytest.mark.proxy
-def test_alerts_see_what_fails_here_and_nothing_else(prometheus: str) -> None:
+def test_only_alerts_about_provoked_faults_are_pending(prometheus: str) -> None:
     """None fires so soon; those whose fault was provoked are pending."""
     for alert in PROVOKED:
         assert wait_for_value(prometheus, f'ALERTS{{alertname="{alert}"}}'), alert
@@ -248,5 +248,5 @@ def test_alerts_see_what_fails_here_and_nothing_else(prometheus: str) -> None:
 
 
 @pytest.mark.proxy
-def test_the_autoscalers_measure_is_recorded(prometheus: str) -> None:
+def test_the_autoscalers_metric_is_recorded(prometheus: str) -> None:
     assert wait_for_value(prometheus, "sam3_queue_seconds_per_request")

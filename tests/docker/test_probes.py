@@ -39,7 +39,7 @@ def own(repository: Path, tmp_path: Path) -> Iterator[Container]:
         yield one.wait_until_serving()
 
 
-def test_a_working_server_passes_all(container: Container) -> None:
+def test_a_working_server_passes_every_probe(container: Container) -> None:
     for probe in (startup, live, ready):
         assert probe(container.target, 60.0) == "the canary was answered"
 
@@ -72,7 +72,7 @@ def test_the_command_says_why_and_exits_with_0_or_1(
     assert "ready: draining" in capsys.readouterr().err
 
 
-def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
+def test_a_closed_port_fails_at_once(tmp_path: Path) -> None:
     http_port, metrics_port = free_ports(2)
     target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
     for probe in (startup, live, ready):
@@ -83,7 +83,7 @@ def test_nobody_there_fails_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hang_up", [False, True])
-def test_what_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: bool) -> None:
+def test_a_server_that_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: bool) -> None:
     with misbehaving.tcp(hang_up) as port:
         target = Target("127.0.0.1", port, port, tmp_path / "draining")
         for probe in (startup, live, ready):
@@ -91,7 +91,7 @@ def test_what_does_not_answer_fails_with_a_sentence(tmp_path: Path, hang_up: boo
                 probe(target, 0.5)
 
 
-def test_a_dead_model_is_named_where_triton_itself_is_not_ready_for_it(tmp_path: Path) -> None:
+def test_a_dead_model_is_named_even_if_triton_is_not_ready_because_of_it(tmp_path: Path) -> None:
     """As from 26.04 on."""
     dead = (500, b'{"error":"Stub process \'sam3_mask_writer_0_1\' is not healthy."}')
     metrics, config, not_ready = (200, b""), (200, b"{}"), (400, b"")
@@ -102,7 +102,7 @@ def test_a_dead_model_is_named_where_triton_itself_is_not_ready_for_it(tmp_path:
 
 
 @pytest.mark.parametrize("status", [200, 400])
-def test_loaded_is_what_answers_for_it_opens_its_port_then(tmp_path: Path, status: int) -> None:
+def test_a_server_whose_port_answers_counts_as_loaded(tmp_path: Path, status: int) -> None:
     """Otherwise a server that lost a model before the first check would never be watched."""
     with misbehaving.http((status, b"")) as (url, _):
         port = int(url.rpartition(":")[2])
@@ -111,7 +111,7 @@ def test_loaded_is_what_answers_for_it_opens_its_port_then(tmp_path: Path, statu
     assert not loaded(target, 5)
 
 
-def test_another_repository_is_not_taken_for_ours(tmp_path: Path) -> None:
+def test_a_server_of_another_repository_fails(tmp_path: Path) -> None:
     from tests.server import tiny
 
     tiny.add_plus_one(tmp_path / "models")
@@ -144,7 +144,7 @@ def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, mode
     assert own.call("/v2/health/ready")[0] == 200  # which a probe without a canary would trust
 
 
-def test_a_hung_decoder_is_noticed_and_does_not_stay(repository: Path, tmp_path: Path) -> None:
+def test_a_hung_decoder_is_noticed_and_recovers_or_exits(repository: Path, tmp_path: Path) -> None:
     """Once it resumes, the server answers again or exits.
 
     Resuming may crash Triton 2.51; if Triton has given up on it, the watch stops the server.
@@ -298,7 +298,7 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
                 pytest.fail("a busy server counts as dead")
 
 
-def test_a_full_queue_is_no_reason_to_restart_a_server_that_finishes_others(
+def test_a_full_queue_does_not_fail_a_server_that_finishes_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def finished(count: int) -> tuple[int, bytes]:

@@ -129,7 +129,7 @@ def begun(proxy: Proxy, length: str) -> Iterator[ssl.SSLSocket]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_masks_are_those_of_the_server(
+def test_masks_are_the_same_through_a_proxy(
     proxy: Proxy, servers: tuple[Container, Container], scheme: str
 ) -> None:
     image = pictures(1)[0]
@@ -157,7 +157,7 @@ def test_every_image_stays_on_one_server(proxy: Proxy, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_too_many_new_images_are_refused_and_clicks_are_not(proxy: Proxy, scheme: str) -> None:
+def test_too_many_new_images_are_rejected_but_clicks_are_not(proxy: Proxy, scheme: str) -> None:
     crowd, image = 12, pictures(1)[0]
 
     def encode(client: Client) -> str:
@@ -184,7 +184,7 @@ def test_too_many_new_images_are_refused_and_clicks_are_not(proxy: Proxy, scheme
         assert {one.result() for one in again} == {"answered"}
 
 
-def test_nobody_enters_without_a_token(proxy: Proxy) -> None:
+def test_requests_without_a_token_are_rejected(proxy: Proxy) -> None:
     for token in (None, "Bearer wrong", TOKEN, "bearer", f"Bearer {TOKEN} "):
         headers = {} if token is None else {"authorization": token}
         for path in ("/v2/health/ready", "/v2/models/sam3_interactive/config", "/"):
@@ -349,7 +349,7 @@ def test_a_body_labelled_as_a_form_crashes_no_server(
         server.wait_until_serving()
 
 
-def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
+def test_logs_show_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
     """As JSON, whatever characters a path contains."""
     (image,) = pictures(1)
     call(proxy, '/v2/"quoted"', None, HEADERS)
@@ -364,7 +364,7 @@ def test_logs_tell_requests_but_neither_tokens_nor_pixels(proxy: Proxy) -> None:
     assert max(len(line) for line in text.splitlines()) < 1000
 
 
-def test_logs_tell_who_asked_and_how_grpc_ended(proxy: Proxy) -> None:
+def test_logs_show_the_tenant_and_the_grpc_status(proxy: Proxy) -> None:
     client = triton_grpc.InferenceServerClient(
         f"127.0.0.1:{proxy.port}", ssl=True, root_certificates=str(trusted(proxy))
     )

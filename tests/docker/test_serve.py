@@ -48,7 +48,7 @@ def test_serves_both_protocols(container: Container) -> None:
     np.testing.assert_array_equal(masks[0], masks[1])
 
 
-def test_what_requests_took_goes_back_to_the_system(container: Container) -> None:
+def test_memory_of_requests_is_returned_to_the_system(container: Container) -> None:
     """As under `python -m server`, where a test counts the bytes."""
     assert container.triton().environ().items() >= ENVIRONMENT.items()
 
@@ -66,12 +66,12 @@ def test_what_requests_took_goes_back_to_the_system(container: Container) -> Non
         "/v2/logging",
     ],
 )
-def test_nobody_administers_it_over_http(container: Container, path: str) -> None:
+def test_administration_is_refused_over_http(container: Container, path: str) -> None:
     status, body = container.call(path, b"{}")
     assert status == 403, body
 
 
-def test_nobody_administers_it_over_grpc(container: Container) -> None:
+def test_administration_is_refused_over_grpc(container: Container) -> None:
     client = triton_grpc.InferenceServerClient(f"127.0.0.1:{container.grpc_port}")
     calls = (
         client.get_model_repository_index,
@@ -163,7 +163,7 @@ def test_a_model_that_cannot_load_ends_it_with_an_error(repository: Path, tmp_pa
     assert any("sam3_prompt_decoder" in record["message"] for record in one.records())
 
 
-def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_repository_is_reported_in_one_line(tmp_path: Path) -> None:
     with Container(tmp_path / "nothing", tmp_path) as one:
         assert one.process.wait(30) == EXIT_UNHEALTHY
     (record,) = one.records()
@@ -171,7 +171,9 @@ def test_no_repository_is_said_in_one_line(tmp_path: Path) -> None:
     assert "No model repository" in record["message"]
 
 
-def test_no_room_for_temporary_files_is_said_in_one_line(repository: Path, tmp_path: Path) -> None:
+def test_missing_room_for_temporary_files_is_reported_in_one_line(
+    repository: Path, tmp_path: Path
+) -> None:
     """As without a tmpfs at /tmp: a path that can be neither removed nor created."""
     one = Container(repository, tmp_path)
     one.drain_mark.mkdir()
@@ -183,7 +185,9 @@ def test_no_room_for_temporary_files_is_said_in_one_line(repository: Path, tmp_p
     assert "mount a tmpfs" in record["message"]
 
 
-def test_a_watched_server_without_a_decoder_is_ended(repository: Path, tmp_path: Path) -> None:
+def test_a_watched_server_is_stopped_when_its_decoder_dies(
+    repository: Path, tmp_path: Path
+) -> None:
     watch = ("--watch-seconds=0.5", "--watch-timeout=1.5", "--host=127.0.0.1")
     with Container(repository, tmp_path, *watch) as one:
         one.wait_until_serving()
@@ -254,7 +258,7 @@ def test_tracing_never_records_tensors() -> None:
     assert not any("trace" in argument for argument in arguments(silent))
 
 
-def test_what_it_exposes_is_what_the_probes_need(container: Container) -> None:
+def test_metrics_have_what_the_probes_need(container: Container) -> None:
     url = f"http://127.0.0.1:{container.metrics_port}/metrics"
     text = urllib.request.urlopen(url).read().decode()
     assert 'nv_inference_request_success{model="sam3_prompt_decoder",version="1"}' in text
@@ -273,7 +277,7 @@ def without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_only_failures_in_a_row_end_a_watched_server(
+def test_a_watched_server_is_stopped_only_by_consecutive_failures(
     without_triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two failed checks in one week and one in the next are no reason."""
@@ -297,7 +301,7 @@ def test_only_failures_in_a_row_end_a_watched_server(
     assert serve(Options(without_triton, address, tmp_path / "mark", watch_seconds=0.001)) == 0
 
 
-def test_what_the_command_line_says_reaches_triton_and_its_keeper(
+def test_options_reach_triton_and_its_keeper(
     without_triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: dict[str, Any] = {}

@@ -81,12 +81,12 @@ def test_click_session_takes_a_label(run: Run, photos: Path) -> None:
     assert labelled.split(":")[1].split("\n")[0] == plain.split(":")[1].split("\n")[0]
 
 
-def test_boxes_to_masks_of_no_file(run: Run) -> None:
+def test_boxes_to_masks_without_its_file(run: Run) -> None:
     said = run("boxes_to_masks.py", "no.png", fails=True)  # after a warning from OpenCV itself
     assert said.splitlines()[-1] == "'no.png' is not an image that OpenCV can read"
 
 
-def test_folder_to_coco_with_a_lost_image(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_folder_to_coco_with_a_missing_image(run: Run, photos: Path, tmp_path: Path) -> None:
     images = [{"id": 0, "file_name": "coffee.jpg"}, {"id": 1, "file_name": "lost.jpg"}]
     boxes = [{"id": number, "image_id": number, "bbox": [20, 20, 90, 80]} for number in (0, 1)]
     (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes}))
@@ -101,7 +101,7 @@ def test_roboflow_block_on_a_small_photo(run: Run, tmp_path: Path) -> None:
     run("roboflow_block.py", tmp_path / "small.png")
 
 
-def test_curl_tells_what_the_server_says(run: Run, photos: Path) -> None:
+def test_curl_shows_the_servers_error(run: Run, photos: Path) -> None:
     said = run("curl.sh", photos / "coffee.jpg", 32000, 240, fails=True)
     assert '"error"' in said
     assert "32000" in said

@@ -57,7 +57,7 @@ def _architectures(draw: Any) -> Architecture:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(_architectures())
-def test_sizes_are_read_off_the_weights(architecture: Architecture) -> None:
+def test_sizes_are_read_from_the_weights(architecture: Architecture) -> None:
     assert Architecture.from_weights(_weights(InteractiveModel(architecture))) == architecture
 
 
@@ -69,7 +69,7 @@ def _without_tables(embed_dim: int, depth: int) -> dict[str, Tensor]:
     return kept | blocks | {f"{TRUNK}patch_embed.proj.weight": torch.ones(embed_dim, 3, 14, 14)}
 
 
-def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> None:
+def test_without_rotary_tables_the_published_model_is_assumed() -> None:
     published = Architecture()
     weights = _without_tables(published.embed_dim, published.depth)
     assert Architecture.from_weights(weights) == replace(
@@ -84,13 +84,13 @@ def test_without_rotary_tables_the_rest_is_taken_to_be_the_published_model() -> 
 
 
 @pytest.mark.parametrize(("embed_dim", "depth"), [(64, 32), (1024, 2)])
-def test_without_rotary_tables_another_trunk_is_refused(embed_dim: int, depth: int) -> None:
+def test_without_rotary_tables_another_trunk_is_rejected(embed_dim: int, depth: int) -> None:
     says = f"a trunk of {depth} blocks and {embed_dim} channels without rotary tables"
     with pytest.raises(SizeError, match=says):
         Architecture.from_weights(_without_tables(embed_dim, depth))
 
 
-def test_a_rotary_table_that_is_absent_beside_others_is_named() -> None:
+def test_a_single_missing_rotary_table_is_named() -> None:
     weights = _weights(InteractiveModel(tiny.ARCHITECTURE))
     del weights[f"{TRUNK}blocks.1.attn.freqs_cis"]
     with pytest.raises(KeyError, match=r"blocks\.1\.attn\.freqs_cis"):
@@ -105,12 +105,14 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("image_size", "nearest"), [(1000, "994, 1008"), (13, "14"), (0, "14"), (-20, "14")]
 )
-def test_an_image_size_of_no_whole_patches_is_refused(image_size: int, nearest: str) -> None:
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_is_rejected(
+    image_size: int, nearest: str
+) -> None:
     with pytest.raises(SizeError, match=f"image size {image_size} .* the nearest: {nearest}$"):
         Architecture(image_size=image_size)
 
 
-def test_sizes_that_cannot_be_built_are_refused() -> None:
+def test_sizes_that_cannot_be_built_are_rejected() -> None:
     with pytest.raises(SizeError, match="1024 channels cannot be split among 7 heads"):
         Architecture(num_heads=7)
     with pytest.raises(SizeError, match="d_model 100 is not a multiple of 16"):

@@ -45,7 +45,7 @@ def test_mask_iou() -> None:
     assert mask_iou(logits > 0, logits > 0) == 1
 
 
-def test_logits_that_are_no_numbers_agree_with_nothing() -> None:
+def test_logits_that_are_not_finite_agree_with_nothing() -> None:
     nothing = torch.full((2, 2), math.nan)
     assert mask_iou(nothing, nothing) == 0
     assert mask_iou(torch.ones(2, 2), nothing) == 0
@@ -95,7 +95,7 @@ def _values(
     return {c.name: c for c in checks}
 
 
-def test_values_agree(exported: tiny.Export, program: ExportedProgram) -> None:
+def test_an_exports_values_agree(exported: tiny.Export, program: ExportedProgram) -> None:
     checks = _values(exported, program, "", 0)
     assert all(c.passed for c in checks.values())
     kinds = ("point", "points", "box", "box and points", "refined mask")
@@ -140,7 +140,7 @@ def test_a_wrong_single_mask_is_found(exported: tiny.Export, program: ExportedPr
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_choice_that_rounding_may_turn_fails_only_where_nothing_is_rounded(
+def test_a_choice_flipped_by_rounding_fails_only_an_exact_check(
     exported: tiny.Export, program: ExportedProgram, exact: bool
 ) -> None:
     """Below a share of stable pixels, the best of several masks replaces the single one."""
@@ -158,7 +158,7 @@ def test_a_choice_that_rounding_may_turn_fails_only_where_nothing_is_rounded(
     assert model.mask_decoder.dynamic_multimask_via_stability
 
 
-def test_only_the_refinement_finds_a_wrong_mask_encoder(
+def test_a_wrong_mask_encoder_is_found_only_by_refining(
     exported: tiny.Export, program: ExportedProgram
 ) -> None:
     checks = _values(exported, program, "prompt_encoder.mask_downscaling.6.weight", 0.5)
@@ -166,7 +166,7 @@ def test_only_the_refinement_finds_a_wrong_mask_encoder(
     assert failed == {"refined mask"}
 
 
-def test_values_that_are_no_numbers_fail(exported: tiny.Export, program: ExportedProgram) -> None:
+def test_values_that_are_not_finite_fail(exported: tiny.Export, program: ExportedProgram) -> None:
     checks = _values(exported, program, "trunk.pos_embed", math.nan)
     assert not any(c.passed for c in checks.values())
 
@@ -180,7 +180,7 @@ def test_values_that_are_no_numbers_fail(exported: tiny.Export, program: Exporte
         ("mask_decoder.conv_s1.bias", False),
     ],
 )
-def test_what_overflows_on_a_gpu_fails_in_half_precision(
+def test_values_that_would_overflow_on_a_gpu_fail_in_half_precision(
     exported: tiny.Export, program: ExportedProgram, changed: str, passed: bool
 ) -> None:
     checks = _values(exported, program, changed, 4e4, exact=False)

@@ -54,7 +54,7 @@ def saved(weights: object, folder: Path) -> Path:
     return folder / "sam3.pt"
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path, model: InteractiveModel) -> None:
+def test_a_saved_model_is_loaded_unchanged(tmp_path: Path, model: InteractiveModel) -> None:
     checkpoint.save(model, tmp_path / "sam3.pt")
     loaded = checkpoint.load(tmp_path / "sam3.pt")
     assert loaded.architecture == model.architecture
@@ -77,7 +77,7 @@ def test_half_precision_weights_are_loaded_as_fp32(
         assert torch.equal(ours, theirs.to(dtype).float())
 
 
-def test_weights_of_the_rest_of_sam3_are_left_aside(tmp_path: Path, weights: Weights) -> None:
+def test_weights_of_the_rest_of_sam3_are_ignored(tmp_path: Path, weights: Weights) -> None:
     more = {
         "detector.backbone.vision_backbone.convs.0.conv_1x1.weight": torch.zeros(1),
         "detector.transformer.decoder.layers.0.linear1.weight": torch.zeros(1),
@@ -87,7 +87,9 @@ def test_weights_of_the_rest_of_sam3_are_left_aside(tmp_path: Path, weights: Wei
     assert loaded.architecture == tiny.ARCHITECTURE
 
 
-def test_weights_may_stand_at_the_top_or_in_safetensors(tmp_path: Path, weights: Weights) -> None:
+def test_weights_may_be_at_the_top_level_or_in_safetensors(
+    tmp_path: Path, weights: Weights
+) -> None:
     assert checkpoint.load(saved(weights, tmp_path)).architecture == tiny.ARCHITECTURE
     # safetensors has no complex numbers: without the tables only the published model is known.
     real = {k: v.contiguous() for k, v in weights.items() if not k.endswith(ROTARY_TABLE)}
@@ -125,7 +127,9 @@ def test_every_weight_is_needed(tmp_path: Path, weights: Weights) -> None:
 
 
 @pytest.mark.parametrize("change", ["flat", "doubled", "empty"])
-def test_every_weights_shape_matters(tmp_path: Path, weights: Weights, change: str) -> None:
+def test_a_wrong_shape_of_any_weight_is_rejected(
+    tmp_path: Path, weights: Weights, change: str
+) -> None:
     """Whatever sizes a wrong shape gives, the result is an error message."""
     for key in _some(weights):
         value = weights[key]
@@ -160,7 +164,7 @@ def test_several_missing_weights_are_counted(tmp_path: Path, weights: Weights) -
         "tracker.sam_mask_decoder.adapter.weight",
     ],
 )
-def test_weights_that_would_be_left_out_are_refused(
+def test_weights_that_the_export_would_lose_are_rejected(
     tmp_path: Path, weights: Weights, name: str
 ) -> None:
     more = {name: torch.zeros(1)}
@@ -169,7 +173,7 @@ def test_weights_that_would_be_left_out_are_refused(
     assert refusal(saved(weights | more, tmp_path)).startswith(f"holds {name} and 2 more, which")
 
 
-def test_the_necks_level_that_is_not_used_is_left_aside(tmp_path: Path, weights: Weights) -> None:
+def test_the_unused_level_of_the_neck_is_ignored(tmp_path: Path, weights: Weights) -> None:
     more = {f"{NECK}3.conv_1x1.weight": torch.zeros(1)}
     assert checkpoint.load(saved(weights | more, tmp_path)).architecture == tiny.ARCHITECTURE
 
@@ -277,17 +281,19 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, weights: Weights, kind: str) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_rejected(
+    tmp_path: Path, weights: Weights, kind: str
+) -> None:
     make, reason = NO_CHECKPOINTS[kind]
     make(tmp_path / "sam3.pt", weights)
     assert reason in refusal(tmp_path / "sam3.pt")
 
 
-def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_path_is_rejected(tmp_path: Path) -> None:
     assert "cannot be read (File name too long)" in refusal(tmp_path / ("x" * 300))
 
 
-def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None:
+def test_a_damaged_weight_is_rejected(tmp_path: Path, weights: Weights) -> None:
     """Bits that flipped in transit, which torch would load."""
     path = saved(weights, tmp_path)
     octets = bytearray(path.read_bytes())
@@ -301,7 +307,7 @@ def test_a_damaged_weight_is_no_weight(tmp_path: Path, weights: Weights) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + b"\0" * 7 + b"garbage garbage!"])
-def test_garbage_for_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert "not a safetensors file" in refusal(path)

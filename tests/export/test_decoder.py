@@ -51,7 +51,7 @@ def _inputs(objects: int, tokens: int, masks: int) -> Inputs:
     return {**inputs, "point_labels": labels, "mask_index": chosen}
 
 
-def test_no_product_rounds_where_a_prompt_points(program: ExportedProgram) -> None:
+def test_no_matrix_product_rounds_a_prompts_position(program: ExportedProgram) -> None:
     """On GPUs products are in TF32, with 10 bits, which 1008 pixels need just for whole pixels."""
     aten = torch.ops.aten
     products = (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
@@ -116,11 +116,11 @@ def _check_against_metas(
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 9])
-def test_every_candidate_is_metas(model: InteractiveModel, tokens: int) -> None:
+def test_every_candidate_is_the_same_as_metas(model: InteractiveModel, tokens: int) -> None:
     _check_against_metas(PromptDecoder(model), model, tokens)
 
 
-def test_few_and_many_tokens_go_two_ways_to_metas_masks(
+def test_both_paths_for_few_and_many_tokens_give_metas_masks(
     model: InteractiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model's heads are too small for merging to pay, so only one path would be tested."""
@@ -136,7 +136,7 @@ def test_projecting_tokens_twice_pays_for_a_click_and_some_corrections() -> None
     assert 10 < few_tokens(attention) - OWN_TOKENS < 20
 
 
-def test_the_file_names_its_torch_and_holds_no_inputs(
+def test_the_file_records_its_torch_version_and_no_inputs(
     path: Path, program: ExportedProgram, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(path) as archive:

@@ -46,7 +46,7 @@ def _reference(model: InteractiveModel, images: NDArray[np.uint8]) -> tuple[Tens
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("side", [FITS, TOO_LARGE, DOES_NOT_DIVIDE])
-def test_the_numbers_are_metas(tiny_checkpoint: Path, side: int, count: int) -> None:
+def test_the_embeddings_are_the_same_as_metas(tiny_checkpoint: Path, side: int, count: int) -> None:
     model = checkpoint.load(tiny_checkpoint, image_size=side)
     images = _images(count, side)
     ours = ImageEncoder(model)(torch.from_numpy(images))
@@ -89,7 +89,7 @@ def test_a_pointwise_convolution_is_folded_away(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_model_is_left_as_it_was(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
+def test_the_model_is_not_modified(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
     model, untouched = checkpoint.load(tiny_checkpoint), checkpoint.load(tiny_checkpoint)
     ImageEncoder(model, dtype)(torch.from_numpy(_images(1, FITS)))
     for (name, ours), theirs in zip(model.named_parameters(), untouched.parameters(), strict=True):
@@ -114,7 +114,7 @@ def _graph(export: tiny.Export) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("count", [1, 3, MAX_BATCH])
-def test_the_graph_takes_any_batch(
+def test_the_graph_accepts_any_batch_size(
     session: ort.InferenceSession, model: InteractiveModel, count: int
 ) -> None:
     images = _images(count, FITS)
@@ -169,7 +169,7 @@ def _takers_of_the_image(proto: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in proto.graph.node if "image" in node.input]
 
 
-def test_the_image_goes_into_a_cast_alone(
+def test_the_image_is_input_to_a_cast_only(
     exported: tiny.Export, exported_fp16: tiny.Export
 ) -> None:
     """As TensorRT requires for UINT8; the next test checks the graph made for TensorRT."""
@@ -177,7 +177,7 @@ def test_the_image_goes_into_a_cast_alone(
         assert _takers_of_the_image(_graph(export)) == ["Cast"]
 
 
-def test_spelled_out_the_graph_is_of_plain_operators_and_computes_the_same(
+def test_a_graph_of_plain_operators_computes_the_same(
     model: InteractiveModel, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.onnx"
@@ -193,7 +193,7 @@ def test_spelled_out_the_graph_is_of_plain_operators_and_computes_the_same(
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_stand_beside_the_graph(exported: tiny.Export) -> None:
+def test_weights_are_stored_beside_the_graph(exported: tiny.Export) -> None:
     folder = exported.repository / ENCODER / "1"
     small, data = (folder / "model.onnx").stat().st_size, (folder / "model.onnx.data")
     assert data.stat().st_size > small

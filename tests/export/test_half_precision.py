@@ -37,7 +37,7 @@ def path(model: InteractiveModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_numbers_are_fp32s_but_for_rounding(
+def test_the_embeddings_differ_from_fp32_only_by_rounding(
     model: InteractiveModel, path: Path, count: int
 ) -> None:
     images = _images(count, FITS)
@@ -77,7 +77,7 @@ def test_blocks_may_add_up_to_more_than_half_precision_holds(
         assert _error(mine, theirs) < ROUNDING
 
 
-def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> None:
+def test_nothing_is_cast_between_blocks_and_tables_are_stored_once(path: Path) -> None:
     graph = onnx.load(path).graph
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds["Cast"] == 2  # pixels to FP32, the stream to FP16
@@ -90,7 +90,7 @@ def test_nothing_is_cast_between_blocks_and_tables_stand_once(path: Path) -> Non
 
 
 @pytest.mark.parametrize(("heads", "width", "together"), [(16, 64, 4), (4, 12, 4), (10, 64, 2)])
-def test_as_many_heads_are_rotated_at_once_as_fit(heads: int, width: int, together: int) -> None:
+def test_the_most_heads_that_fit_are_rotated_at_once(heads: int, width: int, together: int) -> None:
     """SAM 3's, the tiny model's, and more than fit: the largest divisor that does."""
     architecture = replace(tiny.ARCHITECTURE, embed_dim=heads * width, num_heads=heads)
     encoder = ImageEncoder(InteractiveModel(architecture), torch.float16)
@@ -99,7 +99,7 @@ def test_as_many_heads_are_rotated_at_once_as_fit(heads: int, width: int, togeth
     assert together * width <= ROTATED_AT_ONCE
 
 
-def test_where_windows_do_not_fit_the_stream_stays_fp32(tiny_checkpoint: Path) -> None:
+def test_the_stream_stays_fp32_if_windows_do_not_fit(tiny_checkpoint: Path) -> None:
     """Meta's blocks cut and pad the grid themselves there."""
     model = checkpoint.load(tiny_checkpoint, image_size=DOES_NOT_DIVIDE)
     encoder = ImageEncoder(model, torch.float16)

@@ -15,7 +15,7 @@ from export.half_range import fp16_layers, record_largest
 from tests.export.test_encoder import DOES_NOT_DIVIDE, FITS
 
 
-def test_the_largest_is_noted_divided_and_only_inside() -> None:
+def test_the_largest_values_are_recorded_scaled_and_only_within_the_context() -> None:
     layer = nn.Identity()
     with record_largest([(layer, 1), (layer, 16)]) as found:
         layer(torch.tensor([1.0, -64.0]))
@@ -25,7 +25,7 @@ def test_the_largest_is_noted_divided_and_only_inside() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("side", [FITS, DOES_NOT_DIVIDE])
-def test_what_the_graph_keeps_divided_is_taken_so(
+def test_values_that_the_graph_keeps_scaled_are_recorded_scaled(
     tiny_checkpoint: Path, side: int, fused: bool
 ) -> None:
     """The stream, and what is added to it if that is FP16 too."""

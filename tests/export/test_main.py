@@ -43,7 +43,7 @@ def _refused(checkpoint: Path, output: Path, *options: object) -> str:
     return _sentence(result)
 
 
-def test_an_export_says_what_it_measured_and_what_is_next(exported: tiny.Export) -> None:
+def test_an_export_prints_what_it_measured_and_what_to_do_next(exported: tiny.Export) -> None:
     assert exported.exit_code == 0
     said = exported.stdout
     for prompt in PROMPTS:
@@ -56,7 +56,7 @@ def test_an_export_says_what_it_measured_and_what_is_next(exported: tiny.Export)
         assert step in exported.stderr
 
 
-def test_an_export_replaces_the_old_repository_whole(exported: tiny.Export) -> None:
+def test_an_export_replaces_the_whole_old_repository(exported: tiny.Export) -> None:
     repository = exported.repository
     assert sorted(p.name for p in repository.iterdir()) == sorted(MODELS)
     assert not list(repository.rglob("old"))
@@ -65,7 +65,9 @@ def test_an_export_replaces_the_old_repository_whole(exported: tiny.Export) -> N
     assert sorted(p.name for p in repository.parent.iterdir() if p.name.startswith(".")) == []
 
 
-def test_half_precision_passes_its_gate_and_says_what_it_keeps(exported_fp16: tiny.Export) -> None:
+def test_half_precision_passes_its_gate_and_prints_what_stays_fp32(
+    exported_fp16: tiny.Export,
+) -> None:
     assert exported_fp16.exit_code == 0
     said = exported_fp16.stdout
     ious = [float(value) for value in re.findall(r"mask IoU\W+([\d.]+)", said)]
@@ -95,7 +97,7 @@ def _write_copy(repository: Path) -> Callable[..., Path]:
     return write
 
 
-def test_out_of_tolerance_is_status_1_and_the_old_repository_stays(
+def test_out_of_tolerance_exits_with_1_and_keeps_the_old_repository(
     exported: tiny.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "models"
@@ -145,7 +147,7 @@ def _incomplete(folder: Path) -> Path:
         (_incomplete, "lacks tracker.sam_mask_decoder.iou_token.weight"),
     ],
 )
-def test_a_bad_checkpoint_is_status_2_and_nothing_is_made(
+def test_a_bad_checkpoint_exits_with_2_and_writes_nothing(
     tmp_path: Path, make: Callable[[Path], Path], says: str
 ) -> None:
     checkpoint = make(tmp_path)
@@ -154,13 +156,13 @@ def test_a_bad_checkpoint_is_status_2_and_nothing_is_made(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_bad_image_size_is_status_2(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bad_image_size_exits_with_2(tiny_checkpoint: Path, tmp_path: Path) -> None:
     sentence = _refused(tiny_checkpoint, tmp_path / "models", "--image-size", 100)
     assert sentence.startswith("image size 100 is not a positive multiple of the patch size 14")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_output_in_the_way_exits_with_2_before_anything_is_read(tmp_path: Path) -> None:
     nothing = tmp_path / "sam3.pt"
     (tmp_path / "file").touch()
     assert "file is a file" in _refused(nothing, tmp_path / "file", "--overwrite")
@@ -173,7 +175,7 @@ def test_an_output_in_the_way_is_status_2_before_anything_is_read(tmp_path: Path
     assert mounted in _refused(nothing, Path("/dev/shm"), "--overwrite")
 
 
-def test_an_output_that_cannot_be_written_is_status_2(
+def test_an_output_that_cannot_be_written_exits_with_2(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -193,7 +195,7 @@ def _command(checkpoint: Path, output: Path) -> list[str]:
     ]
 
 
-def test_the_command_itself_ends_with_status_and_sentence(tmp_path: Path) -> None:
+def test_the_command_exits_with_a_status_and_a_sentence(tmp_path: Path) -> None:
     command = _command(tmp_path / "sam3.pt", tmp_path / "models")
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
@@ -203,7 +205,7 @@ def test_the_command_itself_ends_with_status_and_sentence(tmp_path: Path) -> Non
     assert "Traceback" not in ended.stderr
 
 
-def test_a_machine_without_triton_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_module_is_named(tmp_path: Path) -> None:
     """As with a torch that lacks it: sam3 imports it."""
     (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')")
     command = _command(tmp_path / "sam3.pt", tmp_path / "models")
@@ -230,18 +232,18 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_what_ends_an_export_does_so_as_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_end_an_export_like_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     _refused(tmp_path / "sam3.pt", tmp_path / "models")
     assert signal.getsignal(number) is signal.default_int_handler
 
 
-def test_a_hang_up_that_nohup_ignores_ends_nothing(tmp_path: Path) -> None:
+def test_a_sighup_ignored_by_nohup_does_not_end_an_export(tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _refused(tmp_path / "sam3.pt", tmp_path / "models")
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_photo_that_cannot_be_read_is_status_2_and_nothing_is_made(
+def test_an_unreadable_photo_exits_with_2_and_writes_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable() -> None:
@@ -254,7 +256,7 @@ def test_a_photo_that_cannot_be_read_is_status_2_and_nothing_is_made(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """A limit on file sizes simulates a full disk: the weights do not fit."""
@@ -292,7 +294,7 @@ def test_only_tensorrt_gets_a_graph_of_plain_operators(
     assert fused == [accelerator is not Accelerator.TENSORRT]
 
 
-def test_an_export_is_held_to_its_configs_and_checked_as_the_graph_is_made(
+def test_an_export_is_checked_against_its_configs(
     exported: tiny.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []

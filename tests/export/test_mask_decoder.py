@@ -15,7 +15,7 @@ E, C = tiny.ARCHITECTURE.grid, tiny.ARCHITECTURE.d_model
 @pytest.mark.parametrize("objects", [1, 3])
 @pytest.mark.parametrize("tokens", [6, 8, 30])
 @torch.inference_mode()
-def test_merged_projections_attend_as_metas_do(
+def test_merged_projections_attend_like_metas(
     model: InteractiveModel, objects: int, tokens: int
 ) -> None:
     generator = torch.Generator().manual_seed(tokens)

@@ -14,7 +14,7 @@ sizes = st.integers(1, 4)
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(images=sizes, heads=sizes, quarter=sizes, side=sizes)
-def test_rotation_is_metas_in_complex_numbers(
+def test_rotation_is_the_same_as_metas_in_complex_numbers(
     images: int, heads: int, quarter: int, side: int
 ) -> None:
     dim, tokens = 4 * quarter, side * side
@@ -37,7 +37,7 @@ def test_rotation_in_half_precision_stays_in_half_precision() -> None:
     )
 
 
-def test_attention_by_hand() -> None:
+def test_attention_is_the_same_as_computed_by_hand() -> None:
     heads, dim = 3, 4
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, 5, heads * dim, generator=generator)

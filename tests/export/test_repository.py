@@ -37,12 +37,12 @@ def _text(model: str) -> str:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_published_model_is_served_by_the_configs_as_they_are_written(model: str) -> None:
+def test_the_configs_as_written_are_for_the_published_model(model: str) -> None:
     assert adapt_config(_text(model), Architecture(), torch.float32) == _text(model)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_configs_are_what_triton_expects(model: str) -> None:
+def test_every_config_is_well_formed(model: str) -> None:
     config = read_config(TEMPLATES, model)
     assert config.name == model
     assert bool(config.backend) != bool(config.platform)
@@ -55,11 +55,11 @@ def test_kept_images_live_in_one_process() -> None:
 
 
 @pytest.mark.parametrize("model", [ENCODER, ENSEMBLE])
-def test_batches_are_as_large_as_the_graphs(model: str) -> None:
+def test_batch_sizes_match_the_graphs(model: str) -> None:
     assert read_config(TEMPLATES, model).max_batch_size == MAX_BATCH
 
 
-def test_ensembles_only_wire() -> None:
+def test_ensembles_have_no_code() -> None:
     for name in ENSEMBLES:
         config = read_config(TEMPLATES, name)
         assert {step.model_name for step in config.ensemble_scheduling.step} <= set(MODELS)
@@ -70,7 +70,7 @@ def _dims(text: str) -> list[list[int]]:
     return [[int(n) for n in re.findall(r"-?\d+", d)] for d in re.findall(r"dims: \[(.*?)\]", text)]
 
 
-def test_another_size_changes_the_sizes_and_nothing_else() -> None:
+def test_another_image_size_changes_only_sizes() -> None:
     small = Architecture(image_size=224, d_model=128)
     expected = {1008: 224, 72: 16, 144: 32, 288: 64, 256: 128, 64: 32, 32: 16}
     for model in (ENCODER, DECODER, ENSEMBLE):
@@ -81,7 +81,7 @@ def test_another_size_changes_the_sizes_and_nothing_else() -> None:
         assert rest[0] == rest[1]
 
 
-def test_half_precision_changes_the_embeddings_type_and_nothing_else() -> None:
+def test_half_precision_changes_only_the_embeddings_type() -> None:
     for model in (ENCODER, DECODER, ENSEMBLE):
         before, after = _text(model), adapt_config(_text(model), Architecture(), torch.float16)
         changed = [
@@ -91,7 +91,7 @@ def test_half_precision_changes_the_embeddings_type_and_nothing_else() -> None:
         assert all(a.replace("FP32", "FP16") == b for a, b in changed)
 
 
-def test_types_follow_in_the_built_configs(exported_fp16: tiny.Export) -> None:
+def test_the_built_configs_have_the_embeddings_type(exported_fp16: tiny.Export) -> None:
     for model, tensors in (
         (ENCODER, read_config(exported_fp16.repository, ENCODER).output),
         (DECODER, read_config(exported_fp16.repository, DECODER).input),
@@ -102,7 +102,7 @@ def test_types_follow_in_the_built_configs(exported_fp16: tiny.Export) -> None:
 
 
 @pytest.mark.parametrize("accelerator", Accelerator)
-def test_an_accelerator_changes_encoder_and_decoder_alone(
+def test_an_accelerator_changes_only_encoder_and_decoder(
     tmp_path: Path, accelerator: Accelerator
 ) -> None:
     copy_sources(tmp_path, Architecture(), torch.float32, accelerator)
@@ -166,7 +166,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_overwriting_replaces_the_whole(tmp_path: Path) -> None:
+def test_overwriting_replaces_the_whole_repository(tmp_path: Path) -> None:
     output = tmp_path / "models"
     _fill(output, "old")
     with new_repository(output, overwrite=True) as folder:
@@ -176,7 +176,7 @@ def test_overwriting_replaces_the_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
 
 
-def test_a_failure_leaves_the_old_repository(tmp_path: Path) -> None:
+def test_a_failure_keeps_the_old_repository(tmp_path: Path) -> None:
     output = tmp_path / "models"
     _fill(output, "old")
     with pytest.raises(ValueError), new_repository(output, overwrite=True) as folder:
@@ -186,7 +186,7 @@ def test_a_failure_leaves_the_old_repository(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
 
 
-def test_a_failing_replacement_puts_the_old_back(tmp_path: Path) -> None:
+def test_a_failed_replacement_restores_the_old_repository(tmp_path: Path) -> None:
     output = tmp_path / "models"
     _fill(output, "old")
     with pytest.raises(OutputError), new_repository(output, overwrite=True) as folder:
@@ -194,7 +194,7 @@ def test_a_failing_replacement_puts_the_old_back(tmp_path: Path) -> None:
     assert [p.name for p in (output / ENCODER).iterdir()] == ["old"]
 
 
-def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_followed_and_not_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "volume", tmp_path / "models"
     target.mkdir()
     link.symlink_to(target)
@@ -230,12 +230,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, parent: str) -> N
         pass
 
 
-def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_name_of_a_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be accessed: File name too long"):
         check_output(tmp_path / ("x" * 300), overwrite=False)
 
 
-def test_a_full_disk_is_no_traceback(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="models cannot be written: No space left on device"),
         new_repository(tmp_path / "models", overwrite=False),

@@ -87,7 +87,7 @@ DISGUISES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES)
-def test_pixels_are_the_clients(
+def test_pixels_are_the_same_as_the_clients(
     make: Callable[[], bytes], ask: Ask, image_side: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "file"
@@ -108,7 +108,7 @@ def test_a_photo_that_shrinks(ask: Ask, photo: Path, image_side: int) -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_motion_photo_is_its_picture(ask: Ask, progressive: bool) -> None:
+def test_a_motion_photo_is_read_as_its_picture(ask: Ask, progressive: bool) -> None:
     """Its video is not part of it, although some of its bytes look like a JPEG's scans."""
     plain = saved(small(), "JPEG", progressive=progressive)
     assert FILM.count(b"\xff\xda") > 25
@@ -117,7 +117,7 @@ def test_a_motion_photo_is_its_picture(ask: Ask, progressive: bool) -> None:
 
 
 @pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
-def test_text_carries_the_same_file(disguise: Callable[[bytes], bytes], ask: Ask) -> None:
+def test_base64_gives_the_same_as_the_file(disguise: Callable[[bytes], bytes], ask: Ask) -> None:
     plain, text = (read(ask, data) for data in (turned(6), disguise(turned(6))))
     for name, array in plain.items():
         np.testing.assert_array_equal(text[name], array)
@@ -259,7 +259,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "the contract",
 )
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
-def test_refused_with_a_sentence(make: Callable[[], bytes], words: str, ask: Ask) -> None:
+def test_invalid_files_are_rejected_with_a_sentence(
+    make: Callable[[], bytes], words: str, ask: Ask
+) -> None:
     assert words in refused(ask, make())
 
 
@@ -281,7 +283,7 @@ def peak_growth(processes: list[psutil.Process], act: Callable[[], object]) -> i
 
 @pytest.mark.semantic("thin clients", "a decompression bomb takes no memory", "bytes counted")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of memory")
-def test_a_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
+def test_a_decompression_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
     readers = stubs(server, READER)
     assert readers
     modest = png(5_000, 5_000, rows=5_000)
@@ -308,7 +310,7 @@ def test_a_bomb_takes_no_memory(server: TritonServer, ask: Ask) -> None:
         (np.empty((1 << 40, 0, 2)), np.empty((1 << 40, 0)), "give at least one object"),
     ],
 )
-def test_a_point_that_is_nowhere(
+def test_invalid_points_are_rejected(
     points: list[Any], labels: list[Any], words: str, ask: Ask
 ) -> None:
     inputs = {
@@ -358,7 +360,9 @@ def broken_files(draw: st.DrawFn) -> bytes:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_any_bytes_get_an_image_or_a_sentence(ask: Ask, image_side: int, data: bytes) -> None:
+def test_arbitrary_bytes_give_an_image_or_a_sentence(
+    ask: Ask, image_side: int, data: bytes
+) -> None:
     try:
         answer = read(ask, data)
     except InferenceServerException as error:
@@ -370,7 +374,7 @@ def test_any_bytes_get_an_image_or_a_sentence(ask: Ask, image_side: int, data: b
 
 
 @pytest.mark.parametrize(("model", "modules"), SHARED.items())
-def test_code_shared_with_the_client_needs_no_client(
+def test_the_code_shared_with_the_client_does_not_need_the_client(
     model: str, modules: tuple[str, ...], repository: Path
 ) -> None:
     version = repository / model / "1"
@@ -382,13 +386,13 @@ def test_code_shared_with_the_client_needs_no_client(
     subprocess.run([sys.executable, "-c", code], cwd=version, check=True)
 
 
-def test_masks_are_written_for_every_image_that_is_read(repository: Path) -> None:
+def test_the_mask_writer_accepts_every_image_that_the_reader_does(repository: Path) -> None:
     reader, writer = (read_config(repository, model).parameters for model in (READER, WRITER))
     for limit in ("max_pixels", "max_side"):
         assert reader[limit].string_value == writer[limit].string_value
 
 
-def test_the_largest_file_may_come_as_base64_in_lines(ask: Ask) -> None:
+def test_the_largest_file_can_be_sent_as_base64_in_lines(ask: Ask) -> None:
     """Which takes 1.37 times its bytes."""
     picture = saved(small(), "JPEG")
     largest = picture + bytes(32 * 1024**2 - len(picture))  # like a photo with its film

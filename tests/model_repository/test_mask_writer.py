@@ -48,14 +48,14 @@ def test_the_candidate_with_the_best_score_is_written(
 
 
 @pytest.mark.parametrize("wrong", [(0, 5), (5, -1), (40_000, 40_000), (1, 65_536), (2**31 - 1, 1)])
-def test_a_size_no_image_has_is_refused(
+def test_an_impossible_image_size_is_rejected(
     wrong: tuple[int, int], ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:
     sentence = refusal(ask, WRITER, **foreground, image_size=size(*wrong))
     assert f"image_size is {wrong[0]}×{wrong[1]}; expected width and height" in sentence
 
 
-def test_more_pixels_than_one_request_may_ask_for_are_refused(
+def test_too_many_pixels_in_one_request_are_rejected(
     ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:
     """Many masks of a size that is accepted alone: the writer could not be stopped."""
@@ -64,7 +64,7 @@ def test_more_pixels_than_one_request_may_ask_for_are_refused(
     assert "128 masks of each image would have 6272000000 pixels in all" in sentence
 
 
-def test_logits_and_scores_of_different_answers_are_refused(
+def test_logits_and_scores_of_different_answers_are_rejected(
     ask: Ask, foreground: dict[str, NDArray[Any]]
 ) -> None:
     other = {**foreground, "iou_predictions": foreground["iou_predictions"][..., :2]}
@@ -94,7 +94,7 @@ def test_the_pixels_of_all_images_of_a_batch_count(
     assert "16 masks of each image would have 6272000000 pixels in all" in sentence
 
 
-def test_finished_masks_are_counted_whichever_instance_finishes_them(
+def test_finished_masks_of_both_instances_are_counted(
     ask: Ask, foreground: dict[str, NDArray[Any]], server: TritonServer
 ) -> None:
     """In one series, which the liveness probe reads; a request of several masks counts each."""

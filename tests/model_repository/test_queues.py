@@ -10,7 +10,7 @@ MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_queue_has_a_policy(model: str) -> None:
+def test_no_model_limits_its_queue(model: str) -> None:
     """With a bound or a timeout, Triton leaves requests waiting for up to half a second."""
     batching = read_config(REPOSITORY, model).dynamic_batching
     assert not batching.HasField("default_queue_policy")

@@ -77,7 +77,7 @@ def stretched(photo: Path, image_side: int) -> NDArray[np.uint8]:
 )
 @each_prompt
 @pytest.mark.parametrize("multimask", [True, False])
-def test_pixels_in_masks_out(
+def test_pixels_give_finished_masks(
     prompts: list[Prompt],
     multimask: bool,
     ask: Ask,
@@ -106,14 +106,16 @@ def test_an_earlier_mask_is_refined(
     "thin clients", "finished masks of an image file are the Python client's", "equality"
 )
 @each_prompt
-def test_a_file_in_masks_out(prompts: list[Prompt], ask: Ask, client: Client, photo: Path) -> None:
+def test_a_file_gives_finished_masks(
+    prompts: list[Prompt], ask: Ask, client: Client, photo: Path
+) -> None:
     answer = ask(FILE, **file_inputs(photo.read_bytes(), prompts))
     assert_same(answer, client.segment(photo, prompts=prompts))
     assert answer["image_size"].tolist() == [[*SIZE]]
     assert answer["image_id"].tolist() == [[b""]]
 
 
-def test_a_file_and_one_mask_an_object(ask: Ask, client: Client, photo: Path) -> None:
+def test_a_file_gives_one_mask_per_object(ask: Ask, client: Client, photo: Path) -> None:
     prompts = PROMPTS["points"]
     expected = client.segment(photo, prompts=prompts, multimask_output=False)
     inputs = file_inputs(photo.read_bytes(), prompts)
@@ -144,7 +146,7 @@ def test_later_clicks_name_the_kept_image(
     assert_same(answer, client.segment(photo, prompts=prompts))
 
 
-def test_a_forgotten_image_is_not_found(ask: Ask) -> None:
+def test_an_evicted_image_is_not_found(ask: Ask) -> None:
     with pytest.raises(InferenceServerException) as caught:
         ask(
             CLICK,
@@ -222,7 +224,7 @@ def test_curl_with_a_photo_of_megabytes(server: TritonServer) -> None:
     assert curl(url, request_body(encoded, 1000, 750))[0] == 200
 
 
-def test_curl_is_told_what_is_wrong(server: TritonServer, photo: Path) -> None:
+def test_curl_shows_what_is_wrong(server: TritonServer, photo: Path) -> None:
     url = f"{server.http_url}/v2/models/{FILE}/infer"
     status, answer = curl(url, request_body("photo.jpg", 200, 150))
     assert status == 400

@@ -19,7 +19,7 @@ def build(address: Address = LOOPBACK, **options: object) -> list[str]:
     )
 
 
-def test_everything_that_is_passed() -> None:
+def test_the_whole_command_line() -> None:
     arguments = build(backend_directory=Path("/backends"), extra_args=["--log-verbose=1"])
     assert [arg for arg in arguments if "restricted" not in arg] == [
         "/bin/tritonserver",
@@ -54,7 +54,7 @@ ADMINISTRATION = "model-repository,trace,logging"
         ("192.0.2.7", f"{ADMINISTRATION},shared-memory"),
     ],
 )
-def test_administration_asks_for_a_header_that_nobody_can_send(host: str, refused: str) -> None:
+def test_administration_requires_a_header_that_nobody_can_send(host: str, refused: str) -> None:
     options, values = zip(
         *(arg.split("=", 1) for arg in build(Address(host, 1, 2, 3)) if "restricted" in arg),
         strict=True,

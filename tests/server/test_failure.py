@@ -59,7 +59,7 @@ def failed(model: str, reason: str) -> str:
         ),
     ],
 )
-def test_only_the_reason_is_left(lines: str, explanation: str) -> None:
+def test_messages_are_reduced_to_the_reason(lines: str, explanation: str) -> None:
     assert explain(f"{START}{lines}\n{END}") == explanation
 
 
@@ -68,6 +68,6 @@ def test_an_unknown_option() -> None:
     assert explain(log) == "unrecognized option '--nosuch'"
 
 
-def test_without_an_error_the_last_lines() -> None:
+def test_without_an_error_the_last_lines_are_shown() -> None:
     log = "\n".join(f"line {i}" for i in range(100))
     assert explain(log).splitlines() == [f"line {i}" for i in range(85, 100)]

@@ -80,6 +80,6 @@ def test_the_request_is_sized_by_the_config() -> None:
         (200, b'{"outputs":[{"name":"iou_predictions","data":[0.1, NaN]}]}', "without finite"),
     ],
 )
-def test_bad_answers(status: int, answer: bytes, message: str) -> None:
+def test_bad_answers_fail_the_canary(status: int, answer: bytes, message: str) -> None:
     with pytest.raises(StartError, match=message):
         check_canary(status, answer)

@@ -39,7 +39,7 @@ def test_nvidia_pytritons_server_gets_what_it_lacks(tmp_path: Path) -> None:
     assert path == "/nowhere"
 
 
-def test_numpy_2_is_refused_before_it_misreads_anything(
+def test_numpy_2_is_rejected_before_it_misreads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(installation, "version", lambda _: "2.4.6")

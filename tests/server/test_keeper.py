@@ -109,7 +109,7 @@ def stubborn(tmp_path: Path) -> Iterator[tuple[Kept, int]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_ends_what_does_not_want_to(stubborn: tuple[Kept, int], number: int) -> None:
+def test_a_command_that_ignores_sigterm_is_killed(stubborn: tuple[Kept, int], number: int) -> None:
     kept, runaway = stubborn
     assert tiny.runs(int(kept.reported)) and tiny.runs(runaway)
     kept.process.send_signal(number)
@@ -126,7 +126,7 @@ def test_sigterm_leaves_time_to_finish(tmp_path: Path) -> None:
         assert kept.process.wait(SOON) == 3
 
 
-def test_an_end_of_its_own_takes_the_children_along(tmp_path: Path) -> None:
+def test_children_are_killed_when_the_command_exits(tmp_path: Path) -> None:
     with Kept(tmp_path, "sh", "-c", "sleep 600 & echo $!; exit 7") as kept:
         child = int(kept.line())
         assert kept.process.wait(SOON) == 7
@@ -134,13 +134,13 @@ def test_an_end_of_its_own_takes_the_children_along(tmp_path: Path) -> None:
         assert kept.cleaned_up()
 
 
-def test_a_caller_that_has_gone(tmp_path: Path) -> None:
+def test_everything_ends_when_the_caller_disappears(tmp_path: Path) -> None:
     with Kept(tmp_path, "sleep", "600", caller=os.getppid()) as kept:
         assert kept.process.wait(SOON) == 128 + signal.SIGKILL
         assert kept.cleaned_up()
 
 
-def test_a_command_that_is_none(tmp_path: Path) -> None:
+def test_a_command_that_cannot_be_executed(tmp_path: Path) -> None:
     with Kept(tmp_path, str(tmp_path / "nothing")) as kept:
         assert kept.process.wait(SOON) == keeper.CANNOT_EXECUTE
         assert kept.reported == ""
@@ -150,7 +150,7 @@ def test_a_command_that_is_none(tmp_path: Path) -> None:
         assert kept.cleaned_up()
 
 
-def test_asking_again_to_end_prolongs_nothing(stubborn: tuple[Kept, int]) -> None:
+def test_a_second_signal_does_not_prolong_the_grace_period(stubborn: tuple[Kept, int]) -> None:
     kept, _ = stubborn
     until = time.monotonic() + SOON
     while kept.process.poll() is None and time.monotonic() < until:

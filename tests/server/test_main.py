@@ -61,7 +61,7 @@ def terminate(process: "subprocess.Popen[str]") -> None:
     process.terminate()
 
 
-def test_urls_in_one_line_then_terminated(working: Path) -> None:
+def test_prints_its_urls_in_one_line_and_ends_on_sigterm(working: Path) -> None:
     with running(working) as process:
         assert process.stdout and process.stderr
         http, grpc, metrics = process.stdout.readline().split()
@@ -87,7 +87,7 @@ def test_ctrl_c_twice_while_running(working: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [ctrl_c, terminate])
-def test_ended_while_a_model_loads(tmp_path: Path, end: object) -> None:
+def test_can_be_stopped_while_a_model_loads(tmp_path: Path, end: object) -> None:
     assert callable(end)
     tiny.add_python(tmp_path, "slow", tiny.SLOW)
     with running(tmp_path) as process:
@@ -99,7 +99,7 @@ def test_ended_while_a_model_loads(tmp_path: Path, end: object) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.06])
-def test_ended_at_any_moment_of_the_start(working: Path, delay: float) -> None:
+def test_can_be_stopped_at_any_moment_of_the_start(working: Path, delay: float) -> None:
     """From the first sign of a keeper, before anything is served."""
     with running(working) as process:
         keepers = tiny.wait_for(lambda: tiny.children(process.pid), A_FEW_SECONDS)
@@ -126,7 +126,7 @@ def run(repository: Path, *options: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_broken_model_exits_1_with_its_reason(tmp_path: Path) -> None:
+def test_a_broken_model_exits_with_1_and_its_reason(tmp_path: Path) -> None:
     tiny.add_python(tmp_path / "models", "broken", tiny.FAILING)
     log = tmp_path / "log"
     status, out, err = run(tmp_path / "models", f"--log={log}")
@@ -138,7 +138,7 @@ def test_a_broken_model_exits_1_with_its_reason(tmp_path: Path) -> None:
     assert "failed to load 'broken'" in log.read_text()
 
 
-def test_what_cannot_work_exits_2_with_one_sentence(working: Path) -> None:
+def test_invalid_arguments_exit_with_2_and_one_sentence(working: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [

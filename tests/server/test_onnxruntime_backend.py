@@ -117,7 +117,7 @@ def test_every_type_comes_back_bit_for_bit(client: InferenceServerClient) -> Non
         assert answer.tobytes() == array.tobytes()
 
 
-def test_only_the_outputs_asked_for(client: InferenceServerClient) -> None:
+def test_only_requested_outputs_are_returned(client: InferenceServerClient) -> None:
     inputs = [tensor(name, array) for name, array in VALUES.items()]
     result = client.infer("types", inputs, outputs=[InferRequestedOutput("same_int64")])
     assert [output["name"] for output in result.get_response()["outputs"]] == ["same_int64"]
@@ -173,7 +173,7 @@ def _executions(client: InferenceServerClient) -> int:
     return sum(int(batch["compute_input"]["count"]) for batch in counts["batch_stats"])
 
 
-def test_requests_run_together_and_each_gets_its_own(client: InferenceServerClient) -> None:
+def test_requests_run_together_and_each_gets_its_own_outputs(client: InferenceServerClient) -> None:
     assert look_up_together(client, [3], [0, 1], [2]) == [
         ([40], [4]),
         ([10, 20], [4, 4]),
@@ -224,7 +224,7 @@ def physical_cores() -> int:
         ),
     ],
 )
-def test_a_model_that_cannot_load_says_why(
+def test_a_model_that_cannot_be_loaded_is_an_error_with_the_reason(
     tmp_path: Path, text: str, model: Any, reason: str
 ) -> None:
     tiny.add_model(tmp_path, "broken", text, onnx_model=model)
@@ -388,7 +388,7 @@ def test_accelerators_are_read_as_triton_writes_them(backend: ModuleType) -> Non
         backend.accelerators(config("openvino"))
 
 
-def test_outputs_of_another_length_are_not_handed_out(backend: ModuleType) -> None:
+def test_outputs_of_another_batch_size_are_rejected(backend: ModuleType) -> None:
     with pytest.raises(ValueError, match="differ in batch size"):
         backend.split({"y": np.zeros((1, 3))}, [1, 2])
 
@@ -398,7 +398,9 @@ def test_threads_do_not_spin_on_the_next_models_cores(backend: ModuleType) -> No
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_what_the_graph_refuses_is_the_callers_to_correct(client: InferenceServerClient) -> None:
+def test_inputs_that_the_graph_rejects_are_an_invalid_request(
+    client: InferenceServerClient,
+) -> None:
     index = np.array([[1], [7], [2], [0]], np.int32)  # as many as are merged: nothing is waited for
     with pytest.raises(InferenceServerException, match="out of data bounds") as caught:
         client.infer("table", [tensor("index", index)])

@@ -51,7 +51,7 @@ def test_a_port_with_closing_connections_is_free() -> None:
         ("no.such.host.invalid", (None, None, None), "is not an IPv4 address of this machine"),
     ],
 )
-def test_what_could_never_work(
+def test_impossible_ports_and_hosts_are_rejected(
     host: str, wanted: tuple[int | None, int | None, int | None], message: str
 ) -> None:
     with pytest.raises(SetupError, match=message):

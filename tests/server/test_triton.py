@@ -78,12 +78,12 @@ def add_plus_two(repository: Path) -> None:
     tiny.add_model(repository, "plus_two", text)
 
 
-def test_awkward_paths_do_not_matter(shared: TritonServer) -> None:
+def test_paths_with_special_characters_work(shared: TritonServer) -> None:
     assert "touch oops" in str(shared.repository.resolve())
     assert plus_one(shared) == [2, 3, 4]
 
 
-def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> None:
+def test_memory_of_requests_is_returned_to_the_system(shared: TritonServer) -> None:
     """Bodies of many sizes at once, for which untuned glibc would keep memory in every heap."""
     process = psutil.Process(shared.pid)
     before = process.memory_full_info().uss
@@ -93,7 +93,7 @@ def test_what_requests_took_goes_back_to_the_system(shared: TritonServer) -> Non
     assert process.memory_full_info().uss - before < 48 * 2**20
 
 
-def test_a_callers_own_word_on_the_environment_counts(working: Path, start: Start) -> None:
+def test_the_callers_environment_takes_precedence(working: Path, start: Start) -> None:
     name, other = next(iter(ENVIRONMENT)), "65536"
     server = start(working, env={name: other})
     environment = psutil.Process(server.pid).environ()
@@ -118,7 +118,7 @@ def test_stubs_run_this_python_with_its_packages(shared: TritonServer) -> None:
     assert f"stub {sys.version} {sys.prefix} {np.__file__}" in shared.read_log()
 
 
-def test_a_server_starts_once(shared: TritonServer) -> None:
+def test_a_running_server_cannot_be_started_again(shared: TritonServer) -> None:
     with pytest.raises(RuntimeError, match="already running"):
         shared.start()
 
@@ -147,7 +147,7 @@ def test_from_start_to_stop(working: Path) -> None:
     assert "successfully unloaded 'plus_one'" in server.read_log()
 
 
-def test_a_killed_tritonserver_takes_its_stubs_along(working: Path, start: Start) -> None:
+def test_stubs_exit_when_tritonserver_is_killed(working: Path, start: Start) -> None:
     server = start(working)
     traces, urls = Traces.of(server.pid), (server.http_url, server.grpc_url, server.metrics_url)
     os.kill(server.pid, signal.SIGKILL)
@@ -168,7 +168,7 @@ def test_kill_leaves_nothing(working: Path, start: Start) -> None:
     server.stop()  # once more is harmless
 
 
-def test_a_killed_keeper_takes_everything_along(working: Path, start: Start) -> None:
+def test_everything_exits_when_the_keeper_is_killed(working: Path, start: Start) -> None:
     server = start(working)
     traces = Traces.of(server.pid)
     os.kill(traces.keeper, signal.SIGKILL)
@@ -206,13 +206,13 @@ def caller(working: Path) -> Iterator["subprocess.Popen[bytes]"]:
             process.kill()
 
 
-def test_the_callers_ctrl_c_is_its_own_to_handle(caller: "subprocess.Popen[bytes]") -> None:
+def test_ctrl_c_reaches_only_the_caller(caller: "subprocess.Popen[bytes]") -> None:
     assert caller.stdout and caller.stdout.readline()
     os.killpg(caller.pid, signal.SIGINT)
     assert caller.stdout.readline() == b"undisturbed\n"
 
 
-def test_a_killed_caller_takes_everything_along(caller: "subprocess.Popen[bytes]") -> None:
+def test_everything_exits_when_the_caller_is_killed(caller: "subprocess.Popen[bytes]") -> None:
     assert caller.stdout
     traces = Traces.of(int(caller.stdout.readline()))
     assert len(traces.processes()) == 3
@@ -234,7 +234,7 @@ def test_a_model_that_crashes_is_named(tmp_path: Path) -> None:
         TritonServer(tmp_path).start()
 
 
-def test_a_model_that_loads_for_ever(working: Path, tmp_path: Path) -> None:
+def test_a_model_that_loads_forever_times_out(working: Path, tmp_path: Path) -> None:
     tiny.add_python(working, "slow", tiny.SLOW)
     server = TritonServer(working, start_timeout=1.5, log=tmp_path / "log")
     began = time.monotonic()
@@ -244,7 +244,7 @@ def test_a_model_that_loads_for_ever(working: Path, tmp_path: Path) -> None:
     assert "loading: slow:1" in (tmp_path / "log").read_text()
 
 
-def test_a_lost_race_for_a_free_port_is_run_again(
+def test_the_start_is_repeated_if_a_free_port_was_taken(
     working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -276,7 +276,9 @@ ACCIDENT = """import os, signal
             os.kill(os.getppid(), signal.SIGABRT)"""
 
 
-def test_tritons_own_accident_is_answered_by_another_start(working: Path, start: Start) -> None:
+def test_the_start_is_repeated_after_a_transient_failure_of_triton(
+    working: Path, start: Start
+) -> None:
     seen = working.parent / "seen"
     tiny.add_python(working, "crashing", ACCIDENT.format(seen=str(seen)))
     server = start(working)
@@ -284,7 +286,7 @@ def test_tritons_own_accident_is_answered_by_another_start(working: Path, start:
     assert plus_one(server) == [2, 3, 4]
 
 
-def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
+def test_a_port_in_use_is_an_error_before_anything_runs(working: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = TritonServer(working, grpc_port=taken.getsockname()[1])
         with pytest.raises(PortInUseError):
@@ -292,7 +294,7 @@ def test_a_taken_port_is_an_error_before_anything_runs(working: Path) -> None:
     assert not server.is_alive()
 
 
-def test_what_is_not_a_repository(tmp_path: Path) -> None:
+def test_folders_that_are_not_repositories_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     reasons = {
         "missing": "there is no such folder",
@@ -304,7 +306,7 @@ def test_what_is_not_a_repository(tmp_path: Path) -> None:
             TritonServer(tmp_path / name).start()
 
 
-def test_a_repository_that_may_not_be_read_is_not_called_empty(working: Path) -> None:
+def test_a_repository_without_read_permission_is_not_reported_as_empty(working: Path) -> None:
     """As in a container whose user did not export the models."""
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         closed = Path(name, "models")

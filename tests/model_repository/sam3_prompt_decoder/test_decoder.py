@@ -75,7 +75,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.semantic("masks", "an object's mask does not depend on what else is asked", "equality")
 @pytest.mark.parametrize("order", ["as they are", "reversed", "shuffled"])
-def test_an_objects_mask_does_not_depend_on_its_company(decoder: Decoder, order: str) -> None:
+def test_an_objects_mask_does_not_depend_on_other_objects(decoder: Decoder, order: str) -> None:
     """Not on other objects, on their tokens, masks and images, or on the order."""
     indices = list(range(len(OBJECTS)))
     if order == "reversed":
@@ -105,7 +105,7 @@ def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
 
 
-def test_objects_do_differ(decoder: Decoder) -> None:
+def test_different_objects_have_different_masks(decoder: Decoder) -> None:
     """Otherwise the test above would prove nothing."""
     (answer,) = decoder.decode([Job(features(1), OBJECTS)])
     (other,) = decoder.decode([Job(features(2), OBJECTS)])
@@ -215,7 +215,7 @@ def test_best_only_is_the_candidate_of_the_highest_score(decoder: Decoder) -> No
         assert best.iou_predictions[n, 0] == every.iou_predictions[n, k]
 
 
-def test_a_program_of_other_sizes_is_refused(decoder: Decoder) -> None:
+def test_a_program_of_other_sizes_is_rejected(decoder: Decoder) -> None:
     decoder.prepare(SHAPES)
     with pytest.raises(ProgramError, match=r"does not fit the shapes in config.pbtxt .*; export"):
         decoder.prepare({**SHAPES, "image_embed": (64, 9, 9)})
@@ -231,7 +231,7 @@ NO_ROOM = [
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=str)
-def test_a_device_without_room_is_not_called_a_wrong_export(
+def test_a_full_device_is_not_reported_as_a_wrong_export(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def decode(_: Sequence[Job]) -> list[Masks]:
@@ -243,7 +243,7 @@ def test_a_device_without_room_is_not_called_a_wrong_export(
     assert str(refused.value).startswith(f"the decoder does not run on cpu ({error}); check what")
 
 
-def test_a_device_that_a_recording_broke_is_not_called_ready(
+def test_a_device_broken_by_a_recording_is_not_reported_as_ready(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CUDA context repeats an error once met for every later call."""
@@ -301,7 +301,7 @@ def _ours(case: dict[str, NDArray[Any]], mask: NDArray[np.float32] | None) -> Ob
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_those_of_metas_predictor(
+def test_answers_are_the_same_as_metas_predictors(
     decoder: Decoder, meta: Any, case: str, multimask: bool, refined: bool
 ) -> None:
     given = CASES[case]
@@ -318,7 +318,7 @@ def test_answers_are_those_of_metas_predictor(
 @pytest.mark.semantic(
     "masks", "a single mask that is unstable falls back as Meta's does", "Meta's predictor"
 )
-def test_a_single_mask_falls_back_where_metas_does(decoder: Decoder, meta: Any) -> None:
+def test_a_single_mask_falls_back_when_metas_does(decoder: Decoder, meta: Any) -> None:
     """Without `multimask_output`, an unstable mask gives way to the best candidate, a stable one
     does not; random clicks meet both kinds."""
     clicks = np.random.default_rng(0).random((24, 1, 2)) * tiny.ARCHITECTURE.image_size
@@ -336,7 +336,7 @@ def test_a_single_mask_falls_back_where_metas_does(decoder: Decoder, meta: Any) 
     assert stable == {True, False}
 
 
-def test_a_missing_program_is_refused(tmp_path: Path) -> None:
+def test_a_missing_program_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match=r"no decoder\.pt2"):
         Decoder(tmp_path / "decoder.pt2", torch.device("cpu"))
 
@@ -362,7 +362,7 @@ def test_no_thread_multiplies_denormals(program: Path) -> None:
     assert run.stdout.split() == ["False"] * 3
 
 
-def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_its_index(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, neither `set_device` nor a moved program's own checks accept the device."""
     asked: list[torch.device] = []
 
@@ -376,7 +376,9 @@ def test_a_gpu_has_its_number(program: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [torch.device("cuda:0")] * 2
 
 
-def test_what_is_replayed_may_sum_in_another_order_but_is_no_other_click(decoder: Decoder) -> None:
+def test_the_tolerance_admits_another_summation_order_but_not_another_click(
+    decoder: Decoder,
+) -> None:
     image = features(1)
     first, second = (decoder.decode([Job(image, [OBJECTS[n]])])[0].low_res_masks for n in (0, 1))
     tolerance = REPLAY_TOLERANCE["cpu"]

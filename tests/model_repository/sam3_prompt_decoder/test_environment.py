@@ -12,7 +12,7 @@ import torch
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF")
 
 
-def test_what_a_caller_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_already_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")

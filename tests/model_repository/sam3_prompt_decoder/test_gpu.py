@@ -43,16 +43,14 @@ def same(ours: Tensor, theirs: Tensor) -> None:
     _check_same(ours, theirs, REPLAY_TOLERANCE["cuda"])
 
 
-def test_the_gpus_masks_are_the_cpus(on_gpu: Decoder, decoder: Decoder) -> None:
+def test_masks_from_a_gpu_are_the_same_as_from_a_cpu(on_gpu: Decoder, decoder: Decoder) -> None:
     (ours,) = on_gpu.decode([_job(1, OBJECTS, GPU)])
     (theirs,) = decoder.decode([_job(1, OBJECTS, torch.device("cpu"))])
     assert ours.low_res_masks.is_pinned()  # TF32's last bits differ
     torch.testing.assert_close(ours.low_res_masks, theirs.low_res_masks, rtol=2e-2, atol=2e-2)
 
 
-def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
-    on_gpu: Decoder, program: Path
-) -> None:
+def test_replayed_clicks_do_not_affect_each_other(on_gpu: Decoder, program: Path) -> None:
     assert not on_gpu.warning
     assert len(on_gpu._replays) == 2
     plain = Decoder(program, GPU)
@@ -65,7 +63,9 @@ def test_clicks_are_replayed_and_nothing_of_one_stays_for_the_next(
         same(ours.iou_predictions, theirs.iou_predictions)
 
 
-def test_merged_clicks_are_replayed_for_each_its_own(on_gpu: Decoder, program: Path) -> None:
+def test_merged_clicks_are_replayed_and_each_gets_its_own_mask(
+    on_gpu: Decoder, program: Path
+) -> None:
     plain = Decoder(program, GPU)
     kinds = ([1], [1, 0], [2, 3])
     for count in (REPLAYED_OBJECTS, 3, 2, REPLAYED_OBJECTS, REPLAYED_OBJECTS + 1):
@@ -79,7 +79,7 @@ def test_merged_clicks_are_replayed_for_each_its_own(on_gpu: Decoder, program: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_best_masks_of_parts_on_their_way_are_each_their_own(
+def test_best_masks_of_concurrent_batches_are_not_mixed_up(
     program: Path, dtype: torch.dtype
 ) -> None:
     """As the model does it: the next batch is started before the previous one has been read."""

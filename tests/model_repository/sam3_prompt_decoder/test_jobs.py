@@ -40,7 +40,7 @@ def program(launch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 4, len(OBJECTS)])
 @pytest.mark.parametrize("order", ["as they are", "mixed"])
-def test_a_job_reads_its_own(size: int, order: str) -> None:
+def test_a_job_gets_its_own_masks(size: int, order: str) -> None:
     rng = np.random.default_rng(0)
     kinds = rng.integers(3, size=len(OBJECTS)) if order == "mixed" else np.zeros(len(OBJECTS))
     answers = Answers(JOBS, CPU)
@@ -73,7 +73,7 @@ def test_logits_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("what", ["a logit", "a score"])
-def test_one_job_that_is_not_finite_does_not_make_its_neighbours_so(what: str) -> None:
+def test_a_job_that_is_not_finite_does_not_affect_the_others(what: str) -> None:
     launch = [(0, 0), (1, 0), (1, 1)]
     logits, scores = program(launch)
     if what == "a logit":
@@ -87,5 +87,5 @@ def test_one_job_that_is_not_finite_does_not_make_its_neighbours_so(what: str) -
     assert [masks.is_finite for masks in answers.by_job()] == [True, False, True]
 
 
-def test_nothing_asked_nothing_answered() -> None:
+def test_no_jobs_give_no_answers() -> None:
     assert Answers([], CPU).by_job() == []

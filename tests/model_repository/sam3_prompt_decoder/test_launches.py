@@ -15,7 +15,7 @@ GPU = torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_images_together_lie_as_kept_ones_do(keep: bool) -> None:
+def test_stacked_images_have_the_memory_layout_of_kept_ones(keep: bool) -> None:
     """Channels last: otherwise each decode of several images would rearrange every pixel."""
     images = [features(seed) for seed in (1, 2)]
     jobs = [Job(image.clone() if keep else image, OBJECTS[:1]) for image in images]
@@ -33,7 +33,7 @@ def test_objects_of_one_image_share_it_without_a_copy() -> None:
         assert expanded.shape == (2, *own.shape)
 
 
-def test_masks_go_with_the_objects_that_have_them() -> None:
+def test_masks_belong_to_the_objects_that_have_them() -> None:
     jobs = [Job(features(n), [prompt([1], mask=n or None, seed=n)]) for n in range(3)]
     inputs = LaunchInputs.from_jobs(jobs, [(2, 0), (0, 0), (1, 0)])
     assert inputs.shape == (3, 2, 2)
@@ -48,7 +48,7 @@ def test_masks_go_with_the_objects_that_have_them() -> None:
         assert torch.equal(given["point_coords"][row], torch.from_numpy(jobs[n].objects[0].coords))
 
 
-def test_masks_of_the_host_go_to_a_gpu_in_one_page_locked_piece(
+def test_masks_in_host_memory_are_copied_to_a_gpu_in_one_page_locked_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But not if one of them is on the GPU already."""

@@ -71,14 +71,14 @@ def test_freed_memory_stays_with_the_process() -> None:
     assert faults("kept") < PAGES / 5
 
 
-def test_it_would_not_otherwise() -> None:
+def test_freed_memory_is_returned_by_default() -> None:
     assert faults("as it is") > PAGES / 3
 
 
-def test_forgotten_images_are_given_back_when_they_are_much() -> None:
+def test_much_memory_of_evicted_images_is_given_back() -> None:
     """Except the space of the one image kept meanwhile."""
     assert told(FORGET, "64") > FORGOTTEN - 32
 
 
-def test_little_stays_for_the_images_to_come() -> None:
+def test_little_memory_of_evicted_images_is_kept_for_new_ones() -> None:
     assert abs(told(FORGET, "512")) < 32

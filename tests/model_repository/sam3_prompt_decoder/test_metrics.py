@@ -26,7 +26,7 @@ class Broken:
     set = observe = increment
 
 
-def test_a_failed_update_is_told_once_and_made_up_for(backend: Any) -> None:
+def test_a_failed_update_is_logged_once_and_made_up_for(backend: Any) -> None:
     backend.Metric = Broken
     metrics = importlib.import_module("metrics").Metrics(ImageStore(1, 1.0), {})
     try:
@@ -42,7 +42,7 @@ def test_a_failed_update_is_told_once_and_made_up_for(backend: Any) -> None:
         metrics.close()
 
 
-def test_idle_images_are_forgotten_when_no_request_comes(
+def test_idle_images_are_evicted_without_a_request(
     backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.Metric = Broken

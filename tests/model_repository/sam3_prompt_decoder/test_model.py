@@ -115,7 +115,7 @@ def assert_refused(response: InferenceResponse, sentence: str, code: str = "INTE
     "equality",
 )
 @pytest.mark.parametrize("place", range(4))
-def test_only_the_request_that_the_decoder_fails_on_is_refused(
+def test_only_the_request_that_the_decoder_fails_on_gets_an_error(
     model: Any, backend: Any, place: int
 ) -> None:
     innocent = [request(1), request(2, 3, 2), request(3, keep_image=flag(True))]
@@ -131,14 +131,14 @@ def test_only_the_request_that_the_decoder_fails_on_is_refused(
     assert told.endswith("RuntimeError: an operator that is broken\n")
 
 
-def test_by_itself_it_is_refused_and_the_next_is_answered(model: Any) -> None:
+def test_a_single_failing_request_gets_an_error_and_the_next_is_answered(model: Any) -> None:
     (expected,) = answer_alone(model, [request(1)])
     fail_on_the_guilty(model, broken)
     assert_refused(model.execute([guilty()])[0], FAILED)
     assert_answered(model.execute([request(1)])[0], expected)
 
 
-def test_each_failure_is_answered_in_its_own_place(model: Any) -> None:
+def test_errors_are_in_the_order_of_their_requests(model: Any) -> None:
     """An invalid prompt never reaches the decoder."""
     (expected,) = answer_alone(model, [request(1)])
     fail_on_the_guilty(model, broken)
@@ -184,7 +184,7 @@ def test_out_of_memory_has_a_sentence_of_its_own(
     assert f"in {failure.__name__}" in backend.errors[0]
 
 
-def test_what_is_too_much_together_is_decoded_one_by_one(model: Any, backend: Any) -> None:
+def test_requests_too_large_together_are_decoded_one_by_one(model: Any, backend: Any) -> None:
     """And by then, memory held for all of them together has been freed."""
     asked = [request(seed) for seed in range(3)]
     expected = answer_alone(model, asked)
@@ -204,7 +204,7 @@ def test_what_is_too_much_together_is_decoded_one_by_one(model: Any, backend: An
     assert not backend.errors
 
 
-def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) -> None:
+def test_a_late_failure_does_not_affect_other_batches(model: Any, backend: Any) -> None:
     """A GPU's failure shows when its answers are read, and does not tell whose it is."""
     asked = [request(1), guilty(), request(2), request(3)]
     expected = answer_alone(model, asked)
@@ -225,7 +225,7 @@ def test_what_fails_late_leaves_the_other_parts_alone(model: Any, backend: Any) 
     assert all("in broken" in told for told in backend.errors)
 
 
-def test_an_image_that_there_is_no_memory_to_keep(
+def test_no_memory_to_keep_an_image_is_an_error(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (expected,) = answer_alone(model, [request(1)])
@@ -235,7 +235,7 @@ def test_an_image_that_there_is_no_memory_to_keep(
     assert_answered(answered, expected)
 
 
-def test_an_image_that_there_is_no_room_to_keep(
+def test_no_room_in_the_store_for_an_image_is_an_error(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request to keep one is told so; one without it is answered."""

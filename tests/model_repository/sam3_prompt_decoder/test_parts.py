@@ -53,7 +53,7 @@ def kept(in_parts: Served) -> list[dict[str, Array]]:
     return [by_id(id_of(answer)) for answer in answers]
 
 
-def test_each_request_of_each_part_gets_its_own(
+def test_each_request_of_each_batch_gets_its_own_answer(
     in_parts: Served, kept: list[dict[str, Array]]
 ) -> None:
     """Invalid ones in between are rejected on their own."""

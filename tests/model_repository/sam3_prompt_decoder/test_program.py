@@ -29,7 +29,7 @@ def refused(path: Path) -> str:
     return sentence
 
 
-def test_exporter_and_server_agree_on_where_the_version_stands() -> None:
+def test_exporter_and_server_agree_on_where_the_version_is() -> None:
     assert TORCH_VERSION == exporter.TORCH_VERSION
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_table_of_contents(program: Path, tmp_path: Path, byte: int, b
     assert refused(path).startswith("decoder.pt2 is damaged: ")
 
 
-def test_a_program_that_may_not_be_read(program: Path) -> None:
+def test_a_program_without_read_permission(program: Path) -> None:
     """As in a container whose user did not export it: it is not called damaged."""
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         path = Path(name, "decoder.pt2")
@@ -95,7 +95,9 @@ def test_a_program_that_may_not_be_read(program: Path) -> None:
             os.seteuid(os.getuid())
 
 
-def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> None:
+def test_a_program_of_a_newer_torch_is_an_error_that_names_it(
+    program: Path, tmp_path: Path
+) -> None:
     """As torch itself would see it: a graph in a format that it does not know."""
     path = tmp_path / "decoder.pt2"
     with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
@@ -111,7 +113,7 @@ def test_a_program_of_a_newer_torch_names_it(program: Path, tmp_path: Path) -> N
     assert "it was written by torch 99.1.0; export it again with a torch that is not" in sentence
 
 
-def test_a_program_is_moved_whole(program: Path) -> None:
+def test_the_whole_program_is_moved(program: Path) -> None:
     """To `meta`, the one other device on every machine: it rejects tensors left behind."""
     inputs = {
         "image_embed": torch.zeros(1, 64, 8, 8),
@@ -150,7 +152,7 @@ def test_a_program_moves_to_a_gpu(
 
 
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_a_bound_program_gives_what_its_module_gives(program: Path, tokens: int) -> None:
+def test_a_bound_program_gives_the_same_as_its_module(program: Path, tokens: int) -> None:
     """Whatever the order of the inputs."""
     torch.manual_seed(tokens)
     inputs = exporter.example_inputs(tiny.ARCHITECTURE, objects=3, tokens=tokens, masks=1)
@@ -161,7 +163,7 @@ def test_a_bound_program_gives_what_its_module_gives(program: Path, tokens: int)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4])
-def test_a_bound_program_takes_the_branch_that_its_module_takes(rows: int) -> None:
+def test_a_bound_program_takes_the_same_branch_as_its_module(rows: int) -> None:
     class Either(torch.nn.Module):
         def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
             ways = (lambda x: (x - 1, x + 1), lambda x: (x * 2, x * 3))
@@ -176,9 +178,7 @@ def test_a_bound_program_takes_the_branch_that_its_module_takes(rows: int) -> No
         assert torch.equal(ours, theirs)
 
 
-def test_a_gpu_that_does_not_take_the_weights(
-    program: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_cannot_hold_the_weights(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def move(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy\nand more")
 

@@ -49,7 +49,7 @@ def test_a_box_with_points_keeps_its_order() -> None:
     assert prompt.labels.tolist() == [TOP_LEFT, BOTTOM_RIGHT, POINT, NEGATIVE, PADDING]
 
 
-def test_a_mask_alone_has_no_token_at_all() -> None:
+def test_a_mask_alone_has_no_tokens() -> None:
     (prompt,) = parse([[PADDING]], torch.ones(1, M, M))
     assert prompt.tokens == 0
     assert prompt.coords.shape == (0, 2)
@@ -67,7 +67,7 @@ def test_objects_differ_in_tokens_and_masks() -> None:
     assert [float(prompt[0, 0]) for prompt in (second.mask, third.mask)] == [2, 3]
 
 
-def test_no_object_is_no_prompt() -> None:
+def test_no_objects_give_no_prompts() -> None:
     assert (
         parse_prompts(np.zeros((0, 3, 2), np.float32), np.zeros((0, 3), np.int32), None, LIMITS)
         == []
@@ -135,7 +135,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("sentence", SHAPES)
-def test_wrong_shapes_are_refused(sentence: str) -> None:
+def test_wrong_shapes_are_rejected(sentence: str) -> None:
     coords, labels, masks = SHAPES[sentence]
     with pytest.raises(InvalidPrompt) as caught:
         parse_prompts(coords, labels, masks, LIMITS)
@@ -143,7 +143,7 @@ def test_wrong_shapes_are_refused(sentence: str) -> None:
 
 
 @pytest.mark.parametrize("label", [-2, 4, 2**31 - 1])
-def test_unknown_labels_are_refused(label: int) -> None:
+def test_unknown_labels_are_rejected(label: int) -> None:
     assert refused([[POINT, POINT], [POINT, label]]) == (
         f"point_labels[1, 1] is {label}; accepted are 1 (positive point), 0 (negative point), "
         "2 and 3 (a box's top-left and bottom-right corner), -1 (padding)"
@@ -151,7 +151,7 @@ def test_unknown_labels_are_refused(label: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan, math.inf, -math.inf])
-def test_coordinates_outside_of_the_image_are_refused(bad: float) -> None:
+def test_coordinates_outside_the_image_are_rejected(bad: float) -> None:
     assert refused([[POINT, POINT]], coords=[[[0.5, 0.5], [0.25, bad]]]) == (
         f"point_coords[0, 1] is (0.25, {bad:g}); x and y must be finite fractions of the image's "
         "width and height, from 0 to 1"
@@ -172,14 +172,14 @@ def test_the_image_includes_its_edges() -> None:
         ([TOP_LEFT, BOTTOM_RIGHT] * 2, 2, 2),
     ],
 )
-def test_half_a_box_is_refused(labels: list[int], first: int, second: int) -> None:
+def test_half_a_box_is_rejected(labels: list[int], first: int, second: int) -> None:
     assert refused([labels]) == (
         f"object 0 has {first} top-left (label 2) and {second} bottom-right (label 3) box corners; "
         "an object has one box, with both corners, or none"
     )
 
 
-def test_an_object_of_nothing_is_refused() -> None:
+def test_an_object_without_any_prompt_is_rejected() -> None:
     sentence = "object 1 has neither a point nor a box nor a mask; give it at least one of them"
     assert refused([[POINT], [PADDING]]) == sentence
     no_mask = torch.full((2, M, M), math.nan)
@@ -187,7 +187,7 @@ def test_an_object_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_mask_with_holes_is_refused(bad: float) -> None:
+def test_a_partly_nan_mask_is_rejected(bad: float) -> None:
     masks = torch.zeros(2, M, M)
     masks[1, 2, 3] = bad
     assert refused([[POINT], [POINT]], masks) == (

@@ -99,7 +99,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_clicks_are_replayed_and_each_gets_its_own(
+def test_clicks_are_replayed_and_each_gets_its_own_mask(
     replaying: Decoder, plain: Decoder, masks: bool
 ) -> None:
     assert not replaying.warning
@@ -113,7 +113,7 @@ def test_clicks_are_replayed_and_each_gets_its_own(
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_best_masks_are_replayed_as_they_are_answered(
+def test_best_masks_are_replayed(
     replaying: Decoder, plain: Decoder, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is chosen after the replay, for jobs of one object or of several."""
@@ -145,7 +145,7 @@ def test_a_job_of_two_kinds_of_objects_gets_its_best_masks_too(
     assert REPLAYED == {3: 1, 1: 1}
 
 
-def test_half_precision_embeddings_are_replayed_as_they_are(
+def test_half_precision_embeddings_are_replayed_without_conversion(
     program: Path, plain: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
@@ -162,7 +162,7 @@ def test_half_precision_embeddings_are_replayed_as_they_are(
     assert REPLAYED == {2: 1, 1: 1}
 
 
-def test_embeddings_of_another_type_run_as_they_are(replaying: Decoder, plain: Decoder) -> None:
+def test_embeddings_of_another_type_run_without_replay(replaying: Decoder, plain: Decoder) -> None:
     (job,) = _jobs(1, 1)
     half = replace(job, features=Features(*(t.half() for t in job.features)))
     (ours,), (theirs,) = replaying.decode([half]), plain.decode([half])
@@ -182,7 +182,7 @@ def test_boxes_of_one_image_are_replayed_too(replaying: Decoder, plain: Decoder)
     assert REPLAYED == {4: 1}
 
 
-def test_first_clicks_and_those_that_refine_a_mask_are_replayed_apart(
+def test_first_clicks_and_refining_clicks_are_replayed_separately(
     replaying: Decoder, plain: Decoder
 ) -> None:
     jobs = _jobs(3, 1) + _jobs(2, 1, masks=True)
@@ -195,7 +195,7 @@ def test_first_clicks_and_those_that_refine_a_mask_are_replayed_apart(
     "shape",
     [(1, REPLAYED_TOKENS), (REPLAYED_OBJECTS + 1, 1), (2, REPLAYED_OBJECTS_TOKENS), (64, 1)],
 )
-def test_what_was_not_recorded_runs_as_it_is(
+def test_shapes_that_were_not_recorded_run_without_replay(
     replaying: Decoder, plain: Decoder, shape: tuple[int, int]
 ) -> None:
     for ours, theirs in zip(
@@ -209,7 +209,7 @@ def test_what_was_not_recorded_runs_as_it_is(
     ("by", "why"),
     [(refuse, "operation not permitted"), (forget, "replayed masks differ by")],
 )
-def test_what_refuses_merged_clicks_leaves_the_others(
+def test_a_failed_recording_of_merged_clicks_keeps_single_clicks(
     program: Path, plain: Decoder, monkeypatch: pytest.MonkeyPatch, by: Record, why: str
 ) -> None:
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
@@ -223,7 +223,7 @@ def test_what_refuses_merged_clicks_leaves_the_others(
     assert REPLAYED == {1: 1}
 
 
-def test_no_memory_for_merged_clicks_leaves_the_others(
+def test_no_memory_for_merged_clicks_keeps_single_clicks(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decoder still loads."""

@@ -79,7 +79,7 @@ def test_room_for_two_images(repository: Path, tmp_path: Path, pictures: Array) 
 @pytest.mark.semantic(
     "session", "a server that keeps no image answers clicks all the same", "equality"
 )
-def test_no_room_at_all(
+def test_no_room_for_any_image(
     repository: Path, tmp_path: Path, pictures: Array, server: TritonServer
 ) -> None:
     """An id is empty, and clients send the image with every click."""

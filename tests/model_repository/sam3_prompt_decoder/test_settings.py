@@ -35,7 +35,7 @@ def config(**parameters: str | None) -> dict[str, Any]:
     return written
 
 
-def test_the_config_as_it_is_written() -> None:
+def test_the_config_as_written() -> None:
     settings = Settings.from_config(ARGS, config())
     assert settings.limits.max_objects == 256
     assert settings.limits.max_tokens == 128
@@ -55,7 +55,7 @@ def test_the_embeddings_type_is_read(kind: str, dtype: torch.dtype) -> None:
     assert Settings.from_config(ARGS, written).feature_dtype == dtype
 
 
-def test_a_type_that_no_encoder_writes_is_refused() -> None:
+def test_a_type_that_no_encoder_writes_is_rejected() -> None:
     written = config()
     written["input"][0]["data_type"] = "TYPE_BF16"
     with pytest.raises(SettingError, match=r"TYPE_BF16 in config\.pbtxt; accepted are TYPE_FP32"):
@@ -100,7 +100,7 @@ def test_no_parameters_at_all() -> None:
         Settings.from_config(ARGS, written)
 
 
-def test_a_second_gpus_instance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instance_on_a_second_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton starts one for each GPU, and each would know only its own images."""
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     gpu = {**ARGS, "model_instance_kind": "GPU"}
@@ -112,7 +112,7 @@ def test_a_second_gpus_instance_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said_so() -> None:
+def test_a_missing_gpu_is_an_error_that_says_so() -> None:
     with pytest.raises(
         SettingError, match=r"asks for a GPU \(KIND_GPU\), but torch .* has none: .+"
     ):

@@ -39,7 +39,7 @@ def kept(shelf: ImageStore, image_id: str) -> bool:
     return True
 
 
-def test_what_is_kept_is_found() -> None:
+def test_a_kept_image_is_found() -> None:
     shelf = store()
     first, second = shelf.keep(image(1)), shelf.keep(image(2))
     assert torch.equal(shelf.get(first).image_embed, torch.ones(SHAPE))
@@ -77,7 +77,7 @@ def test_the_type_is_kept() -> None:
 
 
 @pytest.mark.semantic("session", "the least recently used image is forgotten first", "the contract")
-def test_the_least_recently_used_is_forgotten_first() -> None:
+def test_the_least_recently_used_image_is_evicted_first() -> None:
     shelf = store(images=3)
     a, b, c = (shelf.keep(image(i)) for i in range(3))
     shelf.get(a)
@@ -88,7 +88,7 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
 
 
 @pytest.mark.semantic("session", "kept images are bounded in bytes", "the contract")
-def test_bytes_are_the_bound_not_images() -> None:
+def test_the_limit_is_in_bytes_and_not_in_images() -> None:
     shelf = store(images=2.5)
     ids = [shelf.keep(image(i)) for i in range(2)]
     small = shelf.keep(image(9, torch.float16))
@@ -100,7 +100,7 @@ def test_bytes_are_the_bound_not_images() -> None:
 
 
 @pytest.mark.semantic("session", "kept images are bounded in idle seconds", "the contract")
-def test_idle_images_are_forgotten() -> None:
+def test_idle_images_are_evicted() -> None:
     clock = Clock()
     shelf = store(images=9, idle=10, clock=clock)
     old = shelf.keep(image())
@@ -111,7 +111,7 @@ def test_idle_images_are_forgotten() -> None:
     assert kept(shelf, new)
 
 
-def test_use_keeps_an_image_awake() -> None:
+def test_a_used_image_is_not_idle() -> None:
     clock = Clock()
     shelf = store(idle=10, clock=clock)
     image_id = shelf.keep(image())
@@ -122,7 +122,7 @@ def test_use_keeps_an_image_awake() -> None:
     assert not kept(shelf, image_id)
 
 
-def test_a_sweep_forgets_without_a_request() -> None:
+def test_a_sweep_evicts_without_a_request() -> None:
     clock = Clock()
     shelf = store(idle=10, clock=clock)
     shelf.keep(image())
@@ -133,7 +133,7 @@ def test_a_sweep_forgets_without_a_request() -> None:
     assert (len(shelf), shelf.nbytes, shelf.counts.evictions) == (0, 0, 1)
 
 
-def test_what_was_never_kept_is_not_found() -> None:
+def test_an_image_that_was_never_kept_is_not_found() -> None:
     shelf = store()
     shelf.keep(image())
     for image_id in ("", "unknown", "\ufffd", "a" * 10_000):
@@ -141,7 +141,7 @@ def test_what_was_never_kept_is_not_found() -> None:
             shelf.get(image_id)
 
 
-def test_one_image_larger_than_the_store_is_refused_and_forgets_nobody() -> None:
+def test_an_image_larger_than_the_store_is_rejected_and_evicts_no_other() -> None:
     shelf = store(images=1)
     image_id = shelf.keep(image())
     large = Features(*(torch.zeros(5, 1, 1) for _ in range(3)))

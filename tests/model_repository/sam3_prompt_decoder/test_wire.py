@@ -188,7 +188,7 @@ def test_logits_are_clamped(served: Served, image_id: str) -> None:
     assert np.abs(answer["low_res_masks"].astype(np.float32)).max() <= 32
 
 
-def test_only_what_is_asked_for_is_answered(server: TritonServer, image_id: str) -> None:
+def test_only_requested_outputs_are_returned(server: TritonServer, image_id: str) -> None:
     served = Served(server)
     asked = [grpc.InferRequestedOutput("iou_predictions")]
     inputs = served._inputs({**by_id(image_id), **clicks(1)})
@@ -252,7 +252,7 @@ BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("model", [ENSEMBLE, DECODER])
 @pytest.mark.parametrize("what", BAD_PROMPTS)
-def test_a_bad_prompt_is_refused_with_a_sentence(
+def test_an_invalid_prompt_is_rejected_with_a_sentence(
     served: Served, side: int, image_id: str, model: str, what: str
 ) -> None:
     changes, sentence = BAD_PROMPTS[what]
@@ -264,7 +264,7 @@ def test_a_bad_prompt_is_refused_with_a_sentence(
 
 
 @pytest.mark.parametrize("model", [ENSEMBLE, DECODER])
-def test_a_bad_mask_is_refused_with_a_sentence(
+def test_an_invalid_mask_is_rejected_with_a_sentence(
     served: Served, side: int, mask_side: int, image_id: str, model: str
 ) -> None:
     image = pictures(1, side) if model == ENSEMBLE else by_id(image_id)
@@ -287,12 +287,12 @@ def test_images_of_a_batch_must_agree_in_the_number_of_masks(served: Served, sid
     assert served.ask(ENSEMBLE, **question, **single)["low_res_masks"].shape[2] == 1
 
 
-def test_more_images_than_a_batch_holds(served: Served, side: int) -> None:
+def test_more_images_than_a_batch_holds_are_rejected(served: Served, side: int) -> None:
     said = served.refused(ENSEMBLE, **pictures(9, side), **clicks(1, images=9))
     assert "batch-size must be <= 8" in said
 
 
-def test_an_image_is_given_in_one_way(served: Served, image_id: str) -> None:
+def test_an_image_must_be_given_in_one_way(served: Served, image_id: str) -> None:
     sentence = "give an image either as all of image_embed, high_res_feats_0, high_res_feats_1 or"
     dims = served.dims()
     features = {name: np.zeros((1, *dims[name]), np.float32) for name in FEATURES}
@@ -316,7 +316,7 @@ def test_objects_of_all_images_are_limited_together(served: Served, image_id: st
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_embeddings_without_finite_masks_are_refused(
+def test_embeddings_without_finite_masks_are_rejected(
     served: Served, server: TritonServer, side: int, name: str
 ) -> None:
     embeddings = {n: a.copy() for n, a in Served(server).ask(ENCODER, **pictures(1, side)).items()}
@@ -365,7 +365,7 @@ def test_the_same_image_has_a_new_id_each_time(served: Served, side: int) -> Non
     assert all(re.fullmatch(r"[\w-]{22}", found) for found in ids)
 
 
-def test_an_id_outlives_the_memory_its_image_came_in(served: Served, side: int) -> None:
+def test_a_kept_image_outlives_the_memory_of_its_request(served: Served, side: int) -> None:
     """Triton reuses the shared memory of answered requests for later ones."""
     question = clicks(2)
     first = served.ask(ENSEMBLE, **pictures(1, side, 99), **question, keep_image=flag(True))
@@ -389,7 +389,7 @@ def region(server: TritonServer) -> Iterator[Any]:
     shared_memory.destroy_shared_memory_region(handle)
 
 
-def test_an_id_outlives_a_callers_own_shared_memory(
+def test_a_kept_image_outlives_the_callers_shared_memory(
     server: TritonServer, side: int, region: Any
 ) -> None:
     served = Served(server)
@@ -409,7 +409,9 @@ def test_an_id_outlives_a_callers_own_shared_memory(
 
 
 @pytest.mark.semantic("session", "a forgotten image is told from a bad prompt", "the contract")
-def test_refusals_by_id_are_told_from_bad_prompts(served: Served, image_id: str) -> None:
+def test_an_unknown_id_is_distinguished_from_an_invalid_prompt(
+    served: Served, image_id: str
+) -> None:
     bad = {**clicks(1), "point_labels": np.full((1, 1, 1), 9, np.int32)}
     served.refused(DECODER, NOT_FOUND, **by_id("unknown"), **bad)
     served.refused(DECODER, INVALID, **by_id(image_id), **bad)

@@ -21,7 +21,7 @@ def four_cores() -> Iterator[Workers]:
 @pytest.mark.parametrize(
     ("objects", "share"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 2), (9, 3), (256, 64)]
 )
-def test_objects_are_shared_out_to_the_cores_but_two_to_each(
+def test_objects_are_shared_among_the_cores_at_least_two_each(
     four_cores: Workers, objects: int, share: int
 ) -> None:
     assert four_cores.share(objects) == share
@@ -36,7 +36,7 @@ def test_objects_are_shared_out_to_the_cores_but_two_to_each(
         (3, MIN_IMAGE_TOKENS, [1] * 3),
     ],
 )
-def test_each_works_on_its_share_of_the_cores_and_a_small_one_alone_on_one(
+def test_each_launch_gets_its_share_of_the_cores_and_a_small_one_gets_one(
     four_cores: Workers, items: int, image_tokens: int, threads: list[int]
 ) -> None:
     for _ in range(2):  # whatever the launch before was given
@@ -44,7 +44,7 @@ def test_each_works_on_its_share_of_the_cores_and_a_small_one_alone_on_one(
         assert list(found) == threads
 
 
-def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
+def test_results_keep_their_order_and_launches_do_not_exceed_the_cores(
     four_cores: Workers,
 ) -> None:
     all_started = threading.Barrier(4, timeout=20)
@@ -64,7 +64,7 @@ def test_results_keep_their_order_and_no_more_than_the_cores_are_made_at_once(
     assert most == 4
 
 
-def test_gradients_are_off_and_an_error_comes_out(four_cores: Workers) -> None:
+def test_gradients_are_off_and_an_error_is_raised(four_cores: Workers) -> None:
     modes = four_cores.map(lambda _: torch.is_inference_mode_enabled(), range(2), MIN_IMAGE_TOKENS)
     assert list(modes) == [True] * 2
 
