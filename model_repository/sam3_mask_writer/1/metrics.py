@@ -16,7 +16,7 @@ PERIOD_SECONDS = 1.0
 
 
 class Metrics:
-    """The counter, which both instances of the model share: Triton tells metrics by labels."""
+    """The counter; both instances of the model share it, as Triton identifies it by its labels."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._family = pb_utils.MetricFamily(
@@ -28,7 +28,7 @@ class Metrics:
         self._failed = False
 
     def count_mask(self) -> None:
-        """Count a finished mask; publish at most once a second, which messages another process."""
+        """Count a finished mask; publish at most once a second: it messages another process."""
         self._written += 1
         if time.monotonic() - self._published >= PERIOD_SECONDS:
             self.publish()

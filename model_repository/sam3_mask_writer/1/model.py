@@ -113,7 +113,7 @@ class TritonPythonModel:
             ious[rows, best],
             np.empty((len(best), 4), np.float32),
         )
-        for n, k in enumerate(best):  # one at a time: many masks at full size take much memory
+        for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
             mask = finish_masks(logits[n, k][None], *size)
             finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
             finished.boxes[n] = mask_boxes(mask)[0]

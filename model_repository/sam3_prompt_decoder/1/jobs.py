@@ -1,4 +1,4 @@
-"""Jobs, each what is asked about one image, and buffers for the masks that answer them.
+"""Jobs, one for each image of a request, and buffers for the masks that answer them.
 
 Jobs that get the same number of masks per object are stored next to each other, so a launch is
 usually written at once, and everything is copied from a GPU to the host in one piece. A replay's

@@ -50,7 +50,7 @@ def _channels_last(image: Tensor) -> Tensor:
 
 
 class ImageNotKept(KeyError):
-    """No image is kept under this id, or no longer."""
+    """No image is kept under this id: it was never issued, or the image has been evicted."""
 
 
 class StoreTooSmall(Exception):
