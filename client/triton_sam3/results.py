@@ -191,7 +191,9 @@ class Segmentation(_ReadOnlyArrays):
         sizes = {result.image_size for result in given}
         full = [result for result in given if len(result)] or list(given[:1])
         if len(sizes) != 1 or len({result.logits.shape[1:] for result in full}) != 1:
-            raise ValueError(f"results to concatenate must be about one image, got {list(given)}")
+            raise ValueError(
+                f"results to concatenate must be about one image, from one model; got {list(given)}"
+            )
         columns = (*saving.ARRAYS, *saving.TEXTS)
         joined = {name: [getattr(result, name) for result in full] for name in columns}
         arrays: Any = {name: np.concatenate(joined[name]) for name in saving.ARRAYS}

@@ -219,7 +219,7 @@ def _observe(target: Target, timeout: float) -> _Observation:
         if name in _FINISHED:
             seen.finished[model] += float(value)
         elif name == _WAITING:
-            seen.waiting[model] = float(value)
+            seen.waiting[model] += float(value)
     return seen
 
 

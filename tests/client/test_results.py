@@ -280,7 +280,7 @@ def test_results_about_different_images_are_not_concatenated(segmentation: Segme
     other = dataclasses.replace(segmentation, image_size=(HEIGHT, WIDTH))
     finer = dataclasses.replace(segmentation, logits=np.zeros((3, 9, 9), np.float16))
     for results in ([], [segmentation, other], [segmentation, finer]):
-        with pytest.raises(ValueError, match="must be about one image, got"):
+        with pytest.raises(ValueError, match="must be about one image, from one model; got"):
             Segmentation.concat(results)
 
 

@@ -219,7 +219,7 @@ def test_a_mask_writer_at_work_on_long_requests_is_alive(container: Container) -
         arrays = _many_masks(served.mask_side)
         asked = [pool.submit(ask, "sam3_mask_writer", **arrays) for _ in range(2)]
         time.sleep(1)
-        said = [live(container.target, 3.0) for _ in range(2)]
+        said = [live(container.target, 2.0) for _ in range(2)]
         assert not any(one.done() for one in asked), "too short to tell"
         for one in asked:
             one.result()
