@@ -139,7 +139,7 @@ def _add_server_cost(found: Findings, stage: Stage) -> None:
     cost = measures.server_cost(stage, blocks=9)
     note = (
         "click over gRPC, and the decoder's share of it: "
-        f"{_milliseconds(cost['click'], cost['compute'])}, means of 30; a refused click, "
+        f"{_milliseconds(cost['click'], cost['compute'])}, means of 30; a rejected click, "
         f"after a pause as long as that share: {cost['trip'].median * 1000:.1f} ms"
     )
     found.add(SERVER_COST.measured(cost["server"].scaled(1000), note))

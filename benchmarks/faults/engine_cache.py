@@ -88,4 +88,4 @@ def _told(stand: Stand) -> str:
     if len(said) != 1 or len(refused) != 1:
         raise RuntimeError(f"exit statuses: {stand.statuses}; messages: {said}")
     refusal = sentence(stand.refusal())
-    return f"a model stood in for TensorRT; 1 start refused: {refusal}"
+    return f"a model stood in for TensorRT; 1 start rejected: {refusal}"

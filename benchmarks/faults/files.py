@@ -55,7 +55,7 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
         told = Path(file).name in said or Path(file).parts[0] in said
         if not told or 0 in refused:
             raise RuntimeError(f"{title}: exit statuses {refused}, message {said!r}")
-        trial.remark = f"{len(refused)} starts refused before it was repaired: {sentence(said)}"
+        trial.remark = f"{len(refused)} starts rejected before it was repaired: {sentence(said)}"
         return trial.result()
 
 

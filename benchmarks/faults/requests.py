@@ -196,7 +196,7 @@ def poisoned(bench: Bench, title: str) -> Result:
         trial.inject(send_all)
         trial.recover()
     refused = sum(one.kind is Kind.CLEAR for one in trial.others)
-    trial.remark = f"{refused} of {len(trial.others)} poisoned refused with a message"
+    trial.remark = f"{refused} of {len(trial.others)} poisoned rejected with a message"
     return trial.result()
 
 

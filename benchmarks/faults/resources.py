@@ -75,7 +75,7 @@ def _fill(filler: Path) -> None:
 
 
 def _ask_for_much(stand: Stand, trial: Trial, right: npt.NDArray[np.bool_]) -> None:
-    """Requests that are refused must be refused clearly; the others must be answered correctly."""
+    """A request that is rejected must get a clear message; the others must be answered correctly."""
     until = time.monotonic() + FULL_SECONDS
     with Client(stand.grpc, timeout=8.0, remember_images=0) as client:
 

@@ -1,4 +1,4 @@
-"""Fuzzing of the served models: every request must be answered, or refused with a message.
+"""Fuzzing of the served models: every request must be answered, or rejected with a message.
 
 structured.py  hypothesis: requests close to the contract ─┐
 octets.py      a seeded generator: mutated request bytes  ─┴─► exchange.py ─► judge.py ─► report.py

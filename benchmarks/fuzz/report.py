@@ -12,7 +12,7 @@ from benchmarks.fuzz.run import CANARY_EVERY, CLICK_EVERY, WARM_UP, Outcome
 
 COLUMNS = (ANSWERED, REJECTED, DISCONNECTED, FRONTEND_ERROR, FINDING)
 HEADER = (
-    "kind", "protocol", "sent", "valid result", "refused with a message", "connection closed",
+    "kind", "protocol", "sent", "valid result", "rejected with a message", "connection closed",
     "Triton's own error", "findings",
 )  # fmt: skip
 EXCLUDED = """\

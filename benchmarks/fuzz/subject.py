@@ -96,5 +96,5 @@ def ask(grpc: Grpc, valid: Request) -> Any:
     """Return tritonclient's InferResult for a request that must succeed, or raise RuntimeError."""
     answer = grpc.send(grpc_octets(valid))
     if answer.result is None:
-        raise RuntimeError(f"{valid.model} refused a valid request: {answer.code} {answer.text}")
+        raise RuntimeError(f"{valid.model} rejected a valid request: {answer.code} {answer.text}")
     return answer.result

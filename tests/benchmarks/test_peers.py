@@ -103,7 +103,7 @@ def test_the_original_failure_is_reported_instead_of_its_consequences(
         load.measure(refusing, load_photo(), clients=2, duration=0.1)
 
 
-def test_callers_share_processes_and_none_is_forgotten() -> None:
+def test_callers_share_processes_and_none_is_left_out() -> None:
     for clients in (1, 2, 16, 17, 64):
         shares = load._shares(clients)
         assert sum(shares) == clients

@@ -25,7 +25,7 @@ def test_with_a_limit_of_0_no_slot_is_shared() -> None:
     assert memory.slot("a") is not memory.slot("a")
 
 
-def test_only_the_lost_id_is_forgotten() -> None:
+def test_only_the_lost_id_is_evicted() -> None:
     slot = ImageMemory(1, threading.Lock).slot("a")
     slot.image_id = b"new"
     slot.forget(b"old")

@@ -76,7 +76,7 @@ def test_the_type_is_kept() -> None:
     assert shelf.nbytes == SIZE // 2
 
 
-@pytest.mark.semantic("session", "the least recently used image is forgotten first", "the contract")
+@pytest.mark.semantic("session", "the least recently used image is evicted first", "the contract")
 def test_the_least_recently_used_image_is_evicted_first() -> None:
     shelf = store(images=3)
     a, b, c = (shelf.keep(image(i)) for i in range(3))

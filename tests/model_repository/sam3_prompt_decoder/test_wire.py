@@ -408,7 +408,7 @@ def test_a_kept_image_outlives_the_callers_shared_memory(
     alike(again["low_res_masks"], first["low_res_masks"])
 
 
-@pytest.mark.semantic("session", "a forgotten image is told from a bad prompt", "the contract")
+@pytest.mark.semantic("session", "an evicted image is told from a bad prompt", "the contract")
 def test_an_unknown_id_is_distinguished_from_an_invalid_prompt(
     served: Served, image_id: str
 ) -> None:
