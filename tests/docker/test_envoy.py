@@ -120,7 +120,7 @@ def ask(envoy: Envoy, path: str, seconds: float = 0, status: int = http.client.O
     """Send a request that takes the server that long; its status."""
     connection = connect(envoy)
     try:
-        wanted = {"x-seconds": str(seconds), "x-status": str(status)}
+        wanted = {"x-seconds": str(seconds), "x-status": str(int(status))}
         connection.request("POST", path, b"{}", {**HEADERS, **wanted})
         return connection.getresponse().status
     finally:
