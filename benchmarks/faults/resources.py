@@ -75,7 +75,7 @@ def _fill(filler: Path) -> None:
 
 
 def _ask_for_much(stand: Stand, trial: Trial, right: npt.NDArray[np.bool_]) -> None:
-    """A request that is rejected must get a clear message; the others must be answered correctly."""
+    """What is rejected must be rejected with a clear message, and the rest answered correctly."""
     until = time.monotonic() + FULL_SECONDS
     with Client(stand.grpc, timeout=8.0, remember_images=0) as client:
 
