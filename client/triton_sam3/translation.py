@@ -19,7 +19,7 @@ from .errors import (
     ServerUnreachable,
     TransportError,
 )
-from .session import Compressed, Redirected
+from .http_session import Compressed, Redirected
 
 
 class RegionLost(ServerError):

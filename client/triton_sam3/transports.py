@@ -23,8 +23,8 @@ from .deadline import timeout
 from .endpoint import Endpoint
 from .errors import SAM3Error
 from .flow import Array, Call, Infer, InSharedMemory, Query
+from .http_session import guard
 from .lifetime import closed_error, keep_in_forks
-from .session import guard
 from .translation import translate
 
 _MAX_MESSAGE_BYTES = 2**31 - 1

@@ -112,6 +112,7 @@ def test_the_other_protocol_on_the_port(send: Send) -> None:
         (407, AccessDenied),
         (404, ServerError),
         (413, InvalidRequest),
+        (422, InvalidRequest),
         (429, Refused),
         (500, ServerError),
         (502, ServerUnreachable),
@@ -173,6 +174,7 @@ def test_the_time_waited_includes_earlier_attempts() -> None:
     ("code", "error"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.OUT_OF_RANGE, InvalidRequest),
         (grpc.StatusCode.UNAUTHENTICATED, AccessDenied),
         (grpc.StatusCode.PERMISSION_DENIED, AccessDenied),
         (grpc.StatusCode.NOT_FOUND, ServerError),
@@ -202,6 +204,7 @@ def test_grpc_codes_become_errors(
         ("500", "Stub process 'sam3_prompt_decoder_0' is not healthy.", ModelUnavailable),
         ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", Refused),
         ("503", "Exceeds maximum queue size", Refused),
+        ("StatusCode.UNAVAILABLE", "Received http2 header with status: 429", Refused),
         ("404", "Unable to find shared memory region: 'x'", RegionLost),
         ("400", "Cannot unregister shared memory region 'x', it is currently in use.", RegionInUse),
         ("500", "Failed to increase the shared memory pool size for key 'x' to 9", Overloaded),
@@ -258,18 +261,3 @@ def test_an_unknown_model_is_reported_with_the_url() -> None:
 def test_rejected_credentials_point_to_the_headers() -> None:
     raised = InferenceServerException("no token", status="401")
     assert "check the headers, such as authorization" in str(translate(raised, URL, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("status", "text", "error"),
-    [
-        ("StatusCode.UNAVAILABLE", "Received http2 header with status: 429", Refused),
-        ("422", "because", InvalidRequest),
-        ("StatusCode.OUT_OF_RANGE", "because", InvalidRequest),
-    ],
-)
-def test_rejections_by_a_proxy_are_distinguished_from_failures(
-    status: str, text: str, error: type[SAM3Error]
-) -> None:
-    raised = InferenceServerException(text, status=status)
-    assert type(translate(raised, URL, 1.0)) is error

@@ -13,7 +13,7 @@ from triton_sam3 import ServerError, TransportError
 from triton_sam3.contract import IMAGE, INTERACTIVE
 from triton_sam3.endpoint import Endpoint
 from triton_sam3.flow import Call, Infer, Query
-from triton_sam3.session import Compressed, _refuse_compression
+from triton_sam3.http_session import Compressed, _refuse_compression
 from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
