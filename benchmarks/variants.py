@@ -7,11 +7,12 @@ within the gate may be served; the others are listed with the time they would sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -27,7 +28,7 @@ from benchmarks.accuracy import GATE_TRAINED, worst_mask_iou
 from benchmarks.environment import provenance
 from benchmarks.figures import markdown_table, quantity, reason
 from benchmarks.results import write_section
-from benchmarks.timing import Sample, alternate, ratio, stopwatch
+from benchmarks.timing import alternate, ratio, stopwatch
 from export import check
 from export.accelerator import Accelerator
 from export.check import Features
@@ -36,14 +37,28 @@ from export.encoder import FEATURES
 from export.repository import ENCODER
 
 SECTION = "cpu-variants"
-ROUNDS = 30
+ROUNDS, FULL_SIZE_ROUNDS = 30, 3
 PAUSE = 0.05
 """Seconds before each reading: one library's threads still spin when it is another's turn. Without
 it FP16 appeared to take 0.68 of FP32's time; next to FP32 alone it takes 1.03 to 1.06."""
-HEADER = ("encoder", "worst mask IoU", f"gate, {GATE_TRAINED}", "time / fp32")
+HEADER = (
+    "encoder",
+    "worst mask IoU",
+    f"gate, {GATE_TRAINED}",
+    "time / fp32, demo",
+    "time / fp32, full size",
+)
 
 Run = Callable[[NDArray[np.uint8]], Features]
 """UINT8 RGB [S, S, 3] → the three embeddings."""
+
+
+class Build(Protocol):
+    """`artifacts.demo` or `artifacts.full_size`."""
+
+    def __call__(
+        self, dtype: torch.dtype = ..., *, accelerator: Accelerator | None = ...
+    ) -> artifacts.Artifacts: ...
 
 
 def _graph(built: artifacts.Artifacts) -> Path:
@@ -55,42 +70,43 @@ def onnxruntime(path: Path) -> Run:
     return lambda image: check.run_encoder(session, image)
 
 
-def fp32(_: Path) -> Run:
-    return onnxruntime(_graph(artifacts.demo()))
+def fp32(build: Build, _: Path) -> Run:
+    return onnxruntime(_graph(build()))
 
 
-def fp16(_: Path) -> Run:
-    return onnxruntime(_graph(artifacts.demo(torch.float16)))
+def fp16(build: Build, _: Path) -> Run:
+    return onnxruntime(_graph(build(torch.float16)))
 
 
-def int8(folder: Path) -> Run:
+def int8(build: Build, folder: Path) -> Run:
     """Weights per channel; activations per tensor, at run time."""
     path = folder / "int8.onnx"
     quantize_dynamic(
-        _graph(artifacts.demo()),
+        _graph(build()),
         path,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
         weight_type=QuantType.QInt8,
+        use_external_data_format=True,
     )
     return onnxruntime(path)
 
 
-def int8_blocks(folder: Path) -> Run:
+def int8_blocks(build: Build, folder: Path) -> Run:
     """Weights and activations in blocks of 32, each with its own scale."""
     path = folder / "int8-blocks.onnx"
     options = {"bits": 8, "block_size": 32, "is_symmetric": True, "accuracy_level": 4}
-    quantizer = MatMulNBitsQuantizer(str(_graph(artifacts.demo())), **options)
+    quantizer = MatMulNBitsQuantizer(str(_graph(build())), **options)
     quantizer.process()
-    quantizer.model.save_model_to_file(str(path))
+    quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
     return onnxruntime(path)
 
 
-def openvino_bf16(_: Path) -> Run:
+def openvino_bf16(build: Build, _: Path) -> Run:
     """`pip install openvino`. It has no ONNX Runtime operators, so it gets the TensorRT graph."""
     import openvino  # noqa: PLC0415 - optional
 
-    graph = _graph(artifacts.demo(accelerator=Accelerator.TENSORRT))
+    graph = _graph(build(accelerator=Accelerator.TENSORRT))
     options = {"INFERENCE_PRECISION_HINT": "bf16"}
     compiled = openvino.Core().compile_model(str(graph), "CPU", options)
 
@@ -102,8 +118,11 @@ def openvino_bf16(_: Path) -> Run:
     return run
 
 
+Variant = Callable[[Build, Path], Run]
+"""Makes an encoder from what `Build` exports; it may write to the folder."""
+
 REFERENCE = "fp32, as served"
-VARIANTS: dict[str, Callable[[Path], Run]] = {
+VARIANTS: dict[str, Variant] = {
     REFERENCE: fp32,
     "fp16, as exported for GPUs": fp16,
     "INT8, ONNX Runtime's dynamic quantization": int8,
@@ -112,59 +131,62 @@ VARIANTS: dict[str, Callable[[Path], Run]] = {
 }
 
 
-def measure(folder: Path) -> list[tuple[str, ...]]:
+def measure() -> list[tuple[str, ...]]:
     """A row per variant; one that this machine cannot run says why."""
-    runs: dict[str, Run] = {}
-    missing: dict[str, str] = {}
-    for name, make in VARIANTS.items():
-        try:
-            runs[name] = make(folder)
-        except Exception as error:  # carry on with the others
-            missing[name] = reason(error)
-    ious, times = _worst_ious(runs), _times(runs)
-    rows: list[tuple[str, ...]] = []
-    for name in VARIANTS:
-        if name in missing:
-            rows.append((name, "not measured", missing[name], ""))
-            continue
-        verdict = "within" if ious[name] >= GATE_TRAINED else "missed"
-        shown = quantity(ratio(times[name], times[REFERENCE]).median, "ratio")
-        rows.append((name, f"{ious[name]:.4f}", verdict, shown))
-    return rows
+    return [_row(name, variant) for name, variant in VARIANTS.items()]
 
 
-def _worst_ious(runs: dict[str, Run]) -> dict[str, float]:
-    model = load(artifacts.DEMO_CHECKPOINT)
-    worst = dict.fromkeys(runs, 1.0)
-    for photo in check.PHOTOS:
-        image = check.load_photo(photo, model.architecture.image_size)
-        reference = check.encode_reference(model, image)
-        for name, run in runs.items():
-            worst[name] = min(worst[name], worst_mask_iou(model, run(image), reference))
+def _row(name: str, variant: Variant) -> tuple[str, ...]:
+    try:
+        worst = _worst_iou(variant)
+        times = [
+            _time(variant, artifacts.demo, ROUNDS),
+            _time(variant, artifacts.full_size, FULL_SIZE_ROUNDS),
+        ]
+    except Exception as error:  # carry on with the others
+        return (name, "not measured", reason(error), "", "")
+    return (name, f"{worst:.4f}", "within" if worst >= GATE_TRAINED else "missed", *times)
+
+
+def _worst_iou(variant: Variant) -> float:
+    model, worst = load(artifacts.DEMO_CHECKPOINT), 1.0
+    with _made(variant, artifacts.demo) as run:
+        for photo in check.PHOTOS:
+            image = check.load_photo(photo, model.architecture.image_size)
+            reference = check.encode_reference(model, image)
+            worst = min(worst, worst_mask_iou(model, run(image), reference))
     return worst
 
 
-def _times(runs: dict[str, Run]) -> dict[str, Sample]:
-    side = load(artifacts.DEMO_CHECKPOINT).architecture.image_size
-    image = check.load_photo(check.PHOTOS[0], side)
-    meters = {name: stopwatch(partial(run, image)) for name, run in runs.items()}
-    return alternate(meters, ROUNDS, pause=PAUSE)
+def _time(variant: Variant, build: Build, rounds: int) -> str:
+    """The variant's time for one image by FP32's, read alternately."""
+    with _made(fp32, build) as reference, _made(variant, build) as run:
+        side = load(build().checkpoint).architecture.image_size
+        image = check.load_photo(check.PHOTOS[0], side)
+        meters = {run: stopwatch(partial(run, image)) for run in (reference, run)}
+        times = alternate(meters, rounds, pause=PAUSE)
+    return quantity(ratio(times[run], times[reference]).median, "ratio")
+
+
+@contextmanager
+def _made(variant: Variant, build: Build) -> Iterator[Run]:
+    with TemporaryDirectory(prefix="triton-sam3-variants-") as folder:
+        yield variant(build, Path(folder))
 
 
 def main(
     write: Annotated[bool, typer.Option(help="Rewrite the results page's section.")] = True,
 ) -> None:
-    """Measure narrower encoders of the demo model on this CPU."""
+    """Measure narrower encoders on this CPU."""
     logging.disable(logging.WARNING)  # the quantizer and the exporter log every node
     origin = provenance("python -m benchmarks.variants").markdown()
-    with TemporaryDirectory(prefix="triton-sam3-variants-") as folder:
-        table = markdown_table(HEADER, measure(Path(folder)))
+    table = markdown_table(HEADER, measure())
     Console(highlight=False, soft_wrap=True).print(table, markup=False)
     if write:
         text = (
             "Worst mask IoU against Meta's modules in FP32, over prompts of every kind on "
             f"{len(check.PHOTOS)} photos, with the demo model's trained weights; time for one "
-            "image relative to FP32, measured alternately. What misses the gate is not exported."
+            "image relative to FP32, read alternately. What misses the gate is not exported."
         )
         write_section(SECTION, f"## Narrower encoders on a CPU\n\n{origin}\n\n{text}\n\n{table}")
 
