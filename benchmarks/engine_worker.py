@@ -42,7 +42,7 @@ class Worker:
         self._decoder = Decoder(repository / DECODER / "1" / "decoder.pt2", self._device)
         self._encode = self._make_encoder(repository, encoder)
         black = torch.zeros(1, self._side, self._side, 3, dtype=torch.uint8)
-        self._features = self._embed(black).clone()  # in the form in which a click finds them
+        self._features = self._embed(black).kept_copy()  # in the form in which a click finds them
         # As the server does at startup: later shapes are no longer checked against the traced ones.
         shapes = {n: tuple(t.shape) for n, t in self._features._asdict().items()}
         self._decoder.prepare(shapes, self._features.image_embed.dtype)

@@ -17,6 +17,8 @@ ADMINISTRATION = "model-repository,trace,logging"
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**20),
+    # Triton would load the models on every GPU, but kept images live on one.
+    "CUDA_VISIBLE_DEVICES": "0",
     # ONNX Runtime's Linux wheels report to Microsoft by default.
     "ORT_DISABLE_TELEMETRY": "1",
 }

@@ -21,10 +21,6 @@ KEEPER_SECONDS = 5.0
 _SAFE_PATH = re.compile(r"[\w./+-]+", re.ASCII)
 
 
-ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
-"""Triton would load the models on every GPU, but kept images live on one."""
-
-
 class Family:
     """Starts all processes on creation; `stop` must be called, and may be called repeatedly.
 
@@ -93,7 +89,7 @@ class Family:
             backend_directory=found.backend_directory,
             extra_args=extra_args,
         )
-        self._start_keeper(command, {**ENVIRONMENT, **ONE_GPU, **environment, **found.environment})
+        self._start_keeper(command, {**ENVIRONMENT, **environment, **found.environment})
 
     def _safe_repository(self) -> Path:
         """A shell-safe path: Triton 2.51 puts a model's path into a shell command, unquoted."""

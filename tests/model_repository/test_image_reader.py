@@ -83,6 +83,9 @@ DISGUISES: dict[str, Callable[[bytes], bytes]] = {
     "base64": base64.b64encode,
     "base64 in lines": base64.encodebytes,
     "a data URL": lambda data: b"data:image/jpeg;base64," + base64.b64encode(data),
+    "a data URL with parameters": lambda data: (
+        b"data:image/jpeg;name=a b.jpg;charset=utf-8;base64," + base64.b64encode(data)
+    ),
 }
 
 

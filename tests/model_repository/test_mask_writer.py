@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from server import TritonServer
-from tests.conftest import ROOT
 from tests.model_repository.asking import Ask, decoded, refusal
 from tests.server import tiny
 from triton_sam3 import Client
@@ -110,34 +106,3 @@ def test_finished_masks_of_both_instances_are_counted(
     for _ in range(6):
         ask(WRITER, **pair, image_size=size(30, 20))
     assert tiny.wait_for(lambda: written() == [before + 12], 10), written()
-
-
-def test_a_failed_count_is_told_once_and_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without shared memory it fails with every request."""
-    fails, counted = True, [0.0]
-    told: list[str] = []
-
-    class Metric:
-        def increment(self, value: float) -> None:
-            if fails:
-                raise RuntimeError("no shared memory")
-            counted[0] += value
-
-    family = SimpleNamespace(Metric=lambda **_: Metric())
-    make = type("Make", (), {"COUNTER": 0, "__new__": lambda *_, **__: family})
-    triton = SimpleNamespace(MetricFamily=make, Logger=SimpleNamespace(log_warn=told.append))
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
-    spec = importlib.util.spec_from_file_location(
-        "writer_metrics", ROOT / "model_repository" / WRITER / "1" / "metrics.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    metrics = module.Metrics({})
-    for _ in range(3):
-        metrics.count_mask()
-        metrics.publish()
-    assert (len(told), counted) == (1, [0.0])
-    fails = False
-    metrics.publish()
-    assert counted == [3.0]

@@ -45,8 +45,8 @@ _DECODED = frozenset(
 a reserved one (02 to BF) without the length stated after it, and so decodes scans that seem to lie
 inside that segment."""
 
-DATA_URL = re.compile(rb"data:[\w/+.-]*;base64,")
-"""The prefix that a browser puts before base64."""
+DATA_URL = re.compile(rb"data:[^,]{0,80};base64,")
+"""The prefix that a browser puts before base64 (RFC 2397): a media type and its parameters."""
 
 
 class InvalidFile(ValueError):

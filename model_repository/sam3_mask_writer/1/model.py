@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from metrics import Metrics
 from numpy.typing import NDArray
 from sam3_shared.formats import mask_to_rle
 from sam3_shared.masks import finish_masks, mask_boxes
 
+WRITTEN = "sam3_masks_written_total"
 FAILED = "the mask writer failed on this request; the server's log says why"
 
 
@@ -47,17 +48,20 @@ class TritonPythonModel:
         parameters = {k: int(v["string_value"]) for k, v in config["parameters"].items()}
         self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
         self._max_mask_pixels = parameters["max_mask_pixels"]
-        self._metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self._family = pb_utils.MetricFamily(
+            name=WRITTEN, description="Masks finished", kind=pb_utils.MetricFamily.COUNTER
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._written = self._family.Metric(labels=labels)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request separately: a bad one gets an error, the others get their masks."""
-        responses = [self._answer(request) for request in requests]
-        self._metrics.publish()
-        return responses
+        return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
         """Remove the metric before Triton ends the process."""
-        self._metrics.close()
+        del self._written  # must be deleted before its family
+        del self._family
 
     def _answer(self, request: Any) -> Any:
         try:
@@ -117,8 +121,14 @@ class TritonPythonModel:
             mask = finish_masks(logits[n, k][None], *size)
             finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
             finished.boxes[n] = mask_boxes(mask)[0]
-            self._metrics.count_mask()
+            self._count_mask()
         return finished
+
+    def _count_mask(self) -> None:
+        """Show probes that the writer is at work: a request for many large masks takes longer than
+        a probe waits, and Triton counts it only once it is answered."""
+        with suppress(Exception):  # Triton has exception types of its own, as for a full /dev/shm
+            self._written.increment(1)
 
 
 def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) -> None:

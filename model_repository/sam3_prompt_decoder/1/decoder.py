@@ -122,7 +122,7 @@ class Decoder:
         tensors = (
             torch.randn(shapes[name], dtype=dtype, device=self.device) for name in Features._fields
         )
-        return Features(*tensors).clone()
+        return Features(*tensors).kept_copy()
 
     def _record_replays(self, image: Features, other: Features) -> None:
         """Record clicks and replay them from now on, if that gives the same masks as the program.
@@ -247,7 +247,7 @@ class Decoder:
         if self._workers is None:
             return GPU_LAUNCH_OBJECTS
         limit = max(1, CPU_LAUNCH_IMAGE_TOKENS // _image_tokens(features))
-        return min(limit, self._workers.share(objects))
+        return min(limit, self._workers.launch_size(objects))
 
     def _run_launch(self, jobs: Sequence[Job], launch: Launch) -> tuple[Tensor, Tensor]:
         return self._run(LaunchInputs.from_jobs(jobs, launch))

@@ -53,7 +53,7 @@ class Metrics:
                 "Valid requests that failed in the decoder", lambda: self._failures
             ),
             "sam3_objects_total": _Counter("Objects decoded and answered", lambda: self._objects),
-            "sam3_objects_per_request": _Histogram("Objects per request", self._take_requests),
+            "sam3_objects_per_request": _Histogram("Objects per request", lambda: self._requests),
             "sam3_decode_seconds_total": _Counter("Time spent decoding", lambda: self._seconds),
             "sam3_decode_launches_total": _Counter(
                 "Runs of the decoder's program, each on many objects", lambda: self._launches
@@ -80,9 +80,6 @@ class Metrics:
         self._thread.join()
         for metric in self._metrics.values():
             metric.close()
-
-    def _take_requests(self) -> list[int]:
-        return [self._requests.popleft() for _ in range(len(self._requests))]
 
     def _run(self) -> None:
         while not self._stopped.wait(PERIOD_SECONDS):
@@ -148,11 +145,13 @@ class _Counter(_Metric):
 
 
 class _Histogram(_Metric):
-    """A histogram whose value is the list of observations since the last time."""
+    """A histogram whose value is the queue of observations, from which it takes what it sends."""
 
     kind = "HISTOGRAM"
     options: Mapping[str, Any] = {"buckets": OBJECTS_BUCKETS}
 
     def publish(self) -> None:
-        for value in self._value():
-            self._metric.observe(value)
+        waiting = self._value()
+        while waiting:
+            self._metric.observe(waiting[0])
+            waiting.popleft()

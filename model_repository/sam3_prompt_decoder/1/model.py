@@ -162,6 +162,9 @@ class TritonPythonModel:
         """The error response: in full if the caller can act on it, else with details in the log."""
         codes = pb_utils.TritonError
         if isinstance(error, InvalidPrompt | InvalidEmbeddings | StoreTooSmall):
+            if isinstance(error, InvalidEmbeddings):  # the caller's fault, or the encoder's
+                self._metrics.count_failure()
+                pb_utils.Logger.log_error(str(error))
             return error_response(str(error), codes.INVALID_ARG)
         if isinstance(error, ImageNotKept):
             return error_response(NOT_FOUND, codes.NOT_FOUND)

@@ -82,10 +82,11 @@ def check_objects(images: int, objects: int, limits: Limits) -> None:
     Raises:
         InvalidPrompt: with a message that says what is wrong and what is accepted.
     """
-    if images > 1 and images * objects > limits.max_objects:
+    if images * objects > limits.max_objects:
+        asked = f"{objects} objects" + (f" in each of {images} images" if images > 1 else "")
         raise InvalidPrompt(
-            f"{images} images of {objects} objects in one request; at most {limits.max_objects} "
-            "objects in all its images are accepted: send fewer images or objects at a time"
+            f"{asked} in one request; at most {limits.max_objects} in all its images are accepted: "
+            "split the request (keep_image avoids encoding an image again)"
         )
 
 
@@ -122,11 +123,6 @@ def _check_shapes(
             "one label for each pair of point_coords"
         )
     objects, tokens = labels.shape
-    if objects > limits.max_objects:
-        raise InvalidPrompt(
-            f"{objects} objects in one request; at most {limits.max_objects} are accepted: split "
-            "the request (keep_image avoids encoding the image again)"
-        )
     if tokens > limits.max_tokens:
         raise InvalidPrompt(
             f"{tokens} tokens per object; at most {limits.max_tokens} are accepted (a point is one "
@@ -165,6 +161,16 @@ def _check_tokens(coords: NDArray[np.float32], labels: NDArray[np.int32]) -> Non
         lambda n: (
             f"object {n} has {corners[0][n]} top-left (label 2) and {corners[1][n]} bottom-right "
             "(label 3) box corners; an object has one box, with both corners, or none"
+        ),
+    )
+    top_left, bottom_right = (coords[labels == label] for label in (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT))
+    swapped = corners[0] == 1
+    swapped[swapped] = (top_left > bottom_right).any(axis=1)
+    _refuse_first(
+        swapped,
+        lambda n: (
+            f"the box of object {n} has its corners the wrong way round: label 2 is its top-left "
+            "corner, where x and y are smallest, and label 3 its bottom-right one"
         ),
     )
 

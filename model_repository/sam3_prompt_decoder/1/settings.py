@@ -48,7 +48,7 @@ class Settings:
             ),
             kept_images_bytes=_number(parameters, "kept_images_bytes", int, at_least=0),
             kept_images_idle_seconds=_number(
-                parameters, "kept_images_idle_seconds", float, at_least=0
+                parameters, "kept_images_idle_seconds", float, at_least=1
             ),
             device=_device(args["model_instance_kind"], args["model_instance_device_id"]),
             program=Path(args["model_repository"]) / args["model_version"] / PROGRAM,

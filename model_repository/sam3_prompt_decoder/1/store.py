@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Features(NamedTuple):
     high_res_feats_1: Tensor
     """[64, 2E, 2E]"""
 
-    def clone(self) -> Features:
+    def kept_copy(self) -> Features:
         """A copy that outlives the request that owns these tensors' memory.
 
         It is channels last in memory, which is how the decoder reads it: this saves a sixth of a
@@ -54,7 +54,7 @@ class ImageNotKept(KeyError):
 
 
 class StoreTooSmall(Exception):
-    """One image alone is larger than the store; the message is the answer to the caller."""
+    """The images to keep are larger than the store; the message is the answer to the caller."""
 
 
 @dataclass
@@ -89,13 +89,14 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def check_size(self, features: Features) -> None:
-        """Raise `StoreTooSmall` when one image alone is larger than the store."""
-        if features.nbytes > self.max_bytes:
+    def check_size(self, images: Sequence[Features]) -> None:
+        """Raise `StoreTooSmall` if these images do not fit into the store together."""
+        nbytes = sum(image.nbytes for image in images)
+        if nbytes > self.max_bytes:
             raise StoreTooSmall(
-                f"keep_image is not possible: one image's embeddings take {features.nbytes} "
-                f"bytes, but this server keeps at most {self.max_bytes} in all; ask without "
-                "keep_image, or raise kept_images_bytes in sam3_prompt_decoder's config"
+                f"keep_image is not possible: this request's embeddings take {nbytes} bytes, but "
+                f"this server keeps at most {self.max_bytes} in all; ask without keep_image or for "
+                "fewer images at a time, or raise kept_images_bytes in sam3_prompt_decoder's config"
             )
 
     def keep(self, features: Features) -> str:
@@ -103,9 +104,9 @@ class ImageStore:
 
         Raises `StoreTooSmall`.
         """
-        self.check_size(features)
+        self.check_size([features])
         image_id = secrets.token_urlsafe(ID_BYTES)
-        kept = features.clone()
+        kept = features.kept_copy()
         with self._lock:
             self._evict_idle()
             self._entries[image_id] = _Entry(kept, self.clock())

@@ -72,9 +72,9 @@ def parse_request(
     """
     image_ids, images = _read_images(inputs, store, device)
     keep_image = inputs.flags("keep_image", len(images), default=False)
-    for features, image_id, keep in zip(images, image_ids, keep_image, strict=True):
-        if keep and not image_id and store.max_bytes:
-            store.check_size(features)
+    if store.max_bytes:
+        rows = zip(images, image_ids, keep_image, strict=True)
+        store.check_size([image for image, image_id, keep in rows if keep and not image_id])
     jobs = _read_jobs(inputs, images, limits)
     return ParsedRequest(jobs, image_ids, keep_image, inputs.outputs)
 
@@ -108,15 +108,15 @@ def _read_jobs(inputs: RequestTensors, images: Sequence[Features], limits: Limit
         masks = None  # no planes: sent by callers whose requests all carry the same inputs
     multimask_output = inputs.flags("multimask_output", len(images), default=True)
     best_only = inputs.flags("best_only", len(images), default=False)
-    jobs = [
-        Job(
-            features,
-            parse_prompts(coords[b], labels[b], None if masks is None else masks[b], limits),
-            multimask_output[b],
-            best_only[b],
-        )
-        for b, features in enumerate(images)
-    ]
+    jobs = []
+    for b, features in enumerate(images):
+        mask = None if masks is None else masks[b]
+        try:
+            prompts = parse_prompts(coords[b], labels[b], mask, limits)
+        except InvalidPrompt as error:
+            where = f" (image {b} of the request)" if len(images) > 1 else ""
+            raise InvalidPrompt(f"{error}{where}") from error
+        jobs.append(Job(features, prompts, multimask_output[b], best_only[b]))
     if len({job.candidates for job in jobs}) > 1:
         raise InvalidPrompt(
             "multimask_output and best_only ask for one mask per object in some images of the "
@@ -130,7 +130,8 @@ def respond(request: ParsedRequest, masks: Sequence[Masks], store: ImageStore) -
     if not all(m.is_finite for m in masks):
         raise InvalidEmbeddings(
             "the image's embeddings give masks that are not finite; send the outputs of "
-            "sam3_image_encoder unchanged"
+            "sam3_image_encoder unchanged, or, if you sent an image, ask the server's operator: "
+            "its encoder overflows"
         )
     ids = [
         (image_id or (store.keep(job.features) if store.max_bytes else "")) if keep else ""

@@ -7,8 +7,7 @@ cores, a third faster than both working on one launch after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -33,7 +32,7 @@ class Workers:
         self.cores = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self.cores, thread_name_prefix="decoder")
 
-    def share(self, objects: int) -> int:
+    def launch_size(self, objects: int) -> int:
         """How many of these objects go into one launch, for launches to run side by side."""
         launches = max(1, min(self.cores, objects // MIN_OBJECTS))
         return -(-objects // launches)
@@ -42,6 +41,8 @@ class Workers:
         self, work: Callable[[Item], Result], items: Sequence[Item], image_tokens: int
     ) -> Iterator[Result]:
         """Results in the order of the items, at most `cores` of which run at a time.
+
+        If one fails, its error is raised once no other is running: a retry needs their memory.
 
         image_tokens: of the largest item.
         """
@@ -52,7 +53,10 @@ class Workers:
                 yield _work(work, threads, together[0])
                 continue
             threads = max(1, self.cores // len(together))
-            yield from self._threads.map(partial(_work, work, threads), together)
+            running = [self._threads.submit(_work, work, threads, item) for item in together]
+            wait(running)
+            while running:
+                yield running.pop(0).result()
 
 
 def _work(work: Callable[[Item], Result], threads: int, item: Item) -> Result:

@@ -43,6 +43,8 @@ def prompt(labels: Sequence[int], mask: int | None = None, seed: int = 0) -> Obj
     """One object with random coordinates and, if a seed for it is given, a random mask."""
     rng = np.random.default_rng((seed, *(label + 1 for label in labels)))
     coords = rng.random((1, len(labels), 2), dtype=np.float32)
+    corners = [p for p, label in enumerate(labels) if label in (2, 3)]
+    coords[0, corners] = np.sort(coords[0, corners], axis=0)
     masks = None
     if mask is not None:
         masks = torch.randn(1, M, M, generator=torch.Generator().manual_seed(mask)) * 5
@@ -84,7 +86,7 @@ def test_an_objects_mask_does_not_depend_on_other_objects(decoder: Decoder, orde
         np.random.default_rng(0).shuffle(indices)
     jobs = [
         Job(features(1), [OBJECTS[i] for i in indices]),
-        Job(features(2).clone(), [OBJECTS[i] for i in indices[:3]]),
+        Job(features(2).kept_copy(), [OBJECTS[i] for i in indices[:3]]),
         Job(features(1), []),
         Job(features(3), [OBJECTS[i] for i in indices[4:]]),
     ]
@@ -99,7 +101,7 @@ def test_an_objects_mask_does_not_depend_on_other_objects(decoder: Decoder, orde
 def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
     sent, kept = (
         decoder.decode([Job(features(1), OBJECTS)]),
-        decoder.decode([Job(features(1).clone(), OBJECTS)]),
+        decoder.decode([Job(features(1).kept_copy(), OBJECTS)]),
     )
     assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
@@ -206,7 +208,8 @@ def test_shapes_and_types(decoder: Decoder, multimask: bool, best: bool, k: int)
     "masks", "`best_only` is the candidate of the highest predicted IoU", "the contract"
 )
 def test_best_only_is_the_candidate_of_the_highest_score(decoder: Decoder) -> None:
-    jobs = [Job(features(1), OBJECTS), Job(features(1), OBJECTS, best_only=True)]
+    clicks = [prompt([1, 0], mask=1, seed=n) for n in range(24)]
+    jobs = [Job(features(1), clicks), Job(features(1), clicks, best_only=True)]
     every, best = decoder.decode(jobs)
     chosen = every.iou_predictions.argmax(1)
     assert len(set(chosen.tolist())) > 1

@@ -87,7 +87,7 @@ def test_best_masks_of_concurrent_batches_are_not_mixed_up(
     replaying.prepare(SHAPES, dtype)
     assert not replaying.warning
     images = [
-        Features(*(t.to(GPU, dtype) for t in features(seed))).clone()
+        Features(*(t.to(GPU, dtype) for t in features(seed))).kept_copy()
         for seed in range(2 * REPLAYED_OBJECTS)
     ]
     parts = [

@@ -18,7 +18,7 @@ GPU = torch.device("cuda:0")
 def test_stacked_images_have_the_memory_layout_of_kept_ones(keep: bool) -> None:
     """Channels last: otherwise each decode of several images would rearrange every pixel."""
     images = [features(seed) for seed in (1, 2)]
-    jobs = [Job(image.clone() if keep else image, OBJECTS[:1]) for image in images]
+    jobs = [Job(image.kept_copy() if keep else image, OBJECTS[:1]) for image in images]
     together = gather(LaunchInputs.from_jobs(jobs, [(0, 0), (1, 0)]))
     for stacked, *singles in zip(together, *images, strict=True):
         assert stacked.is_contiguous(memory_format=torch.channels_last)

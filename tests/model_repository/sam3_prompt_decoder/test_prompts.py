@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from prompts import PADDING, InvalidPrompt, Limits, ObjectPrompt, parse_prompts
+from prompts import PADDING, InvalidPrompt, Limits, ObjectPrompt, check_objects, parse_prompts
 from torch import Tensor
 
 M = 4
@@ -111,8 +111,6 @@ SHAPES = {
         _array(2, 1, dtype=np.int32),
         None,
     ),
-    "4 objects in one request; at most 3 are accepted: split the request (keep_image avoids "
-    "encoding the image again)": (_array(4, 1, 2), _array(4, 1, dtype=np.int32), None),
     "6 tokens per object; at most 5 are accepted (a point is one token, a box two): send fewer "
     "points": (
         _array(1, 6, 2),
@@ -194,3 +192,38 @@ def test_a_partly_nan_mask_is_rejected(bad: float) -> None:
         "mask_input[1] has NaN or infinite logits; all must be finite, or all NaN if the object "
         "has no mask"
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "objects", "asked"),
+    [(1, 4, "4 objects in one request"), (2, 2, "2 objects in each of 2 images in one request")],
+)
+def test_a_request_has_a_limit_of_objects_in_all_its_images(
+    images: int, objects: int, asked: str
+) -> None:
+    for fits in ((1, 3), (3, 1), (9, 0)):
+        check_objects(*fits, LIMITS)
+    with pytest.raises(InvalidPrompt) as caught:
+        check_objects(images, objects, LIMITS)
+    assert str(caught.value) == (
+        f"{asked}; at most 3 in all its images are accepted: split the request (keep_image avoids "
+        "encoding an image again)"
+    )
+
+
+def test_a_box_has_its_corners_the_right_way_round() -> None:
+    """The model takes swapped ones for another box and answers with a mask of something else."""
+    upright = [[0.2, 0.3], [0.6, 0.7]]
+    for line in ([[0.2, 0.3], [0.2, 0.7]], [[0.2, 0.3], [0.6, 0.3]]):
+        assert parse([[TOP_LEFT, BOTTOM_RIGHT]], coords=[line])[0].tokens == 3
+    for swapped in ([[0.6, 0.7], [0.2, 0.3]], [[0.6, 0.3], [0.2, 0.7]], [[0.2, 0.7], [0.6, 0.3]]):
+        sentence = refused(
+            [[POINT, PADDING], [TOP_LEFT, BOTTOM_RIGHT], [TOP_LEFT, BOTTOM_RIGHT]],
+            coords=[[[0.9, 0.9], [0, 0]], upright, swapped],
+        )
+        assert sentence == (
+            "the box of object 2 has its corners the wrong way round: label 2 is its top-left "
+            "corner, where x and y are smallest, and label 3 its bottom-right one"
+        )
+    first_label_last = parse([[BOTTOM_RIGHT, TOP_LEFT]], coords=[upright[::-1]])
+    assert first_label_last[0].labels.tolist() == [BOTTOM_RIGHT, TOP_LEFT, PADDING]

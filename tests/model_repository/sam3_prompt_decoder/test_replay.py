@@ -63,7 +63,7 @@ def _decoder(program: Path) -> Decoder:
 def _replay(decoder: Decoder, by: Record) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("replay._record", by)
-        decoder._record_replays(features(8).clone(), features(9).clone())
+        decoder._record_replays(features(8).kept_copy(), features(9).kept_copy())
     REPLAYED.clear()
 
 
@@ -87,7 +87,7 @@ def replaying(recorded: Decoder) -> Decoder:
 
 def _jobs(objects: int, points: int, *, masks: bool = False) -> list[Job]:
     return [
-        Job(features(n).clone(), [prompt([1] * points, mask=n if masks else None, seed=n)])
+        Job(features(n).kept_copy(), [prompt([1] * points, mask=n if masks else None, seed=n)])
         for n in range(objects)
     ]
 
@@ -119,7 +119,7 @@ def test_best_masks_are_replayed(
     """Nothing is chosen after the replay, for jobs of one object or of several."""
     jobs = [replace(job, best_only=True) for job in _jobs(3, 1, masks=masks)]
     pair = Job(
-        features(5).clone(), [prompt([1], mask=n if masks else None, seed=n) for n in (6, 7)]
+        features(5).kept_copy(), [prompt([1], mask=n if masks else None, seed=n) for n in (6, 7)]
     )
     jobs = [*jobs[:2], replace(pair, best_only=True), jobs[2]]
     expected = plain.decode(jobs)
@@ -138,7 +138,7 @@ def test_a_job_of_two_kinds_of_objects_gets_its_best_masks_too(
     replaying: Decoder, plain: Decoder
 ) -> None:
     both = [prompt([1]), prompt([2, 3]), prompt([1], seed=1)]
-    jobs = [Job(features(1).clone(), both, best_only=True), *_jobs(1, 1)]
+    jobs = [Job(features(1).kept_copy(), both, best_only=True), *_jobs(1, 1)]
     for ours, theirs in zip(replaying.decode(jobs), plain.decode(jobs), strict=True):
         close(ours.low_res_masks, theirs.low_res_masks)
         close(ours.iou_predictions, theirs.iou_predictions)
@@ -151,7 +151,7 @@ def test_half_precision_embeddings_are_replayed_without_conversion(
     monkeypatch.setattr("decoder.REPLAYED_OBJECTS", 2)
     monkeypatch.setattr("replay._record", record)
     decoder = _decoder(program)
-    halved = [Features(*(t.half() for t in features(n))).clone() for n in range(4)]
+    halved = [Features(*(t.half() for t in features(n))).kept_copy() for n in range(4)]
     decoder._record_replays(*halved[2:])
     assert not decoder.warning
     REPLAYED.clear()
@@ -176,7 +176,7 @@ def test_triton_merges_twice_as_many_as_are_replayed() -> None:
 
 
 def test_boxes_of_one_image_are_replayed_too(replaying: Decoder, plain: Decoder) -> None:
-    job = Job(features(1).clone(), [prompt([2, 3], seed=n) for n in range(4)])
+    job = Job(features(1).kept_copy(), [prompt([2, 3], seed=n) for n in range(4)])
     (ours,), (theirs,) = replaying.decode([job]), plain.decode([job])
     close(ours.low_res_masks, theirs.low_res_masks)
     assert REPLAYED == {4: 1}

@@ -73,7 +73,7 @@ WRONG = {
     "max_objects": ("0", "a whole number of at least 1"),
     "max_tokens": ("many", "a whole number of at least 1"),
     "kept_images_bytes": ("4e9", "a whole number of at least 0"),
-    "kept_images_idle_seconds": ("nan", "a number of at least 0"),
+    "kept_images_idle_seconds": ("nan", "a number of at least 1"),
 }
 
 

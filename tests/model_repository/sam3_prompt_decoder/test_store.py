@@ -57,7 +57,7 @@ def test_a_copy_is_kept() -> None:
 
 def test_features_are_kept_channels_last() -> None:
     sent = Features(*(torch.randn(3, 4, 5) for _ in range(3)))
-    for tensor, given in zip(sent.clone(), sent, strict=True):
+    for tensor, given in zip(sent.kept_copy(), sent, strict=True):
         assert torch.equal(tensor, given)
         assert tensor.permute(1, 2, 0).is_contiguous()
 
@@ -145,16 +145,21 @@ def test_an_image_larger_than_the_store_is_rejected_and_evicts_no_other() -> Non
     shelf = store(images=1)
     image_id = shelf.keep(image())
     large = Features(*(torch.zeros(5, 1, 1) for _ in range(3)))
-    for attempt in (shelf.keep, shelf.check_size):
-        with pytest.raises(StoreTooSmall) as caught:
-            attempt(large)
-        assert str(caught.value) == (
-            "keep_image is not possible: one image's embeddings take 60 bytes, but this server "
-            "keeps at most 48 in all; ask without keep_image, or raise kept_images_bytes in "
-            "sam3_prompt_decoder's config"
-        )
-    shelf.check_size(image())
+    with pytest.raises(StoreTooSmall) as caught:
+        shelf.keep(large)
+    assert str(caught.value) == (
+        "keep_image is not possible: this request's embeddings take 60 bytes, but this server "
+        "keeps at most 48 in all; ask without keep_image or for fewer images at a time, or raise "
+        "kept_images_bytes in sam3_prompt_decoder's config"
+    )
     assert kept(shelf, image_id)
+
+
+def test_images_of_one_request_must_fit_together() -> None:
+    shelf = store(images=2)
+    shelf.check_size([image()] * 2)
+    with pytest.raises(StoreTooSmall, match=r"take 144 bytes, .* at most 96 in all"):
+        shelf.check_size([image()] * 3)
 
 
 def test_everything_is_counted() -> None:

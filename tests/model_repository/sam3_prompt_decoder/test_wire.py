@@ -27,6 +27,8 @@ from tests.model_repository.sam3_prompt_decoder.served import (
     flag,
     id_of,
 )
+from tests.server import tiny
+from triton_sam3.status import store_metrics
 
 Signature = dict[str, tuple[str, list[int | str]]]
 
@@ -240,7 +242,10 @@ BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
         {"point_labels": np.full((1, 1, 1), -1, np.int32)},
         "object 0 has neither a point nor a box nor a mask; give it at least one of them",
     ),
-    "too many objects": (clicks(257), "257 objects in one request; at most 256 are accepted"),
+    "too many objects": (
+        clicks(257),
+        "257 objects in one request; at most 256 in all its images are accepted",
+    ),
     "too many tokens": (clicks(1, 129), "129 tokens per object; at most 128 are accepted"),
     "type": (
         {"point_coords": np.zeros((1, 1, 1, 2), np.float64)},
@@ -310,9 +315,19 @@ def test_objects_of_all_images_are_limited_together(served: Served, image_id: st
     more = limit // images + 1
     sentence = served.refused(DECODER, INVALID, **ids, **clicks(more, images=images))
     assert sentence == (
-        f"{images} images of {more} objects in one request; at most {limit} objects in all its "
-        "images are accepted: send fewer images or objects at a time"
+        f"{more} objects in each of {images} images in one request; at most {limit} in all its "
+        "images are accepted: split the request (keep_image avoids encoding an image again)"
     )
+
+
+def test_an_error_in_a_batch_names_its_image(served: Served, image_id: str) -> None:
+    prompts = clicks(1, images=3)
+    prompts["point_coords"] = prompts["point_coords"].copy()
+    prompts["point_coords"][2, 0, 0] = 1.5
+    ids = {"image_id": np.full((3, 1), image_id, np.object_)}
+    sentence = served.refused(DECODER, INVALID, **ids, **prompts)
+    assert sentence.startswith("point_coords[0, 0] is (1.5, 1.5)")
+    assert sentence.endswith(" (image 2 of the request)")
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -321,8 +336,15 @@ def test_embeddings_without_finite_masks_are_rejected(
 ) -> None:
     embeddings = {n: a.copy() for n, a in Served(server).ask(ENCODER, **pictures(1, side)).items()}
     embeddings[name][0, 0] = np.nan
+    failures = store_metrics(server.metrics_url, 10)["sam3_failures_total"]
     sentence = served.refused(DECODER, INVALID, **embeddings, **clicks(1))
     assert "embeddings give masks that are not finite" in sentence
+    assert "ask the server's operator: its encoder overflows" in sentence
+    # Operators must notice, as it may be their encoder's fault.
+    assert tiny.wait_for(
+        lambda: store_metrics(server.metrics_url, 10)["sam3_failures_total"] == failures + 1, 10
+    )
+    assert sentence in server.read_log()
 
 
 # Kept images.

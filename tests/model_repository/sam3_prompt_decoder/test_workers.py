@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -19,12 +22,12 @@ def four_cores() -> Iterator[Workers]:
 
 
 @pytest.mark.parametrize(
-    ("objects", "share"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 2), (9, 3), (256, 64)]
+    ("objects", "size"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 2), (9, 3), (256, 64)]
 )
 def test_objects_are_shared_among_the_cores_at_least_two_each(
-    four_cores: Workers, objects: int, share: int
+    four_cores: Workers, objects: int, size: int
 ) -> None:
-    assert four_cores.share(objects) == share
+    assert four_cores.launch_size(objects) == size
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,31 @@ def test_gradients_are_off_and_an_error_is_raised(four_cores: Workers) -> None:
 
     with pytest.raises(MemoryError):
         list(four_cores.map(fails, range(3), MIN_IMAGE_TOKENS))
+
+
+class Memory:
+    """Stands in for a launch's tensors."""
+
+
+def test_an_error_is_raised_once_nothing_else_runs_and_holds_no_memory(four_cores: Workers) -> None:
+    """The requests of a failed batch are tried again one by one, in the memory that it had."""
+    finished: list[int] = []
+    held: list[weakref.ref[Memory]] = []
+
+    def work(item: int) -> int:
+        memory = Memory()
+        held.append(weakref.ref(memory))
+        if item == 0:
+            raise MemoryError(item)
+        time.sleep(0.2)
+        finished.append(item)
+        return item
+
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError):
+            list(four_cores.map(work, range(3), MIN_IMAGE_TOKENS))
+        assert sorted(finished) == [1, 2]
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()
