@@ -243,7 +243,9 @@ def test_no_room_in_the_store_for_an_image_is_an_error(
     monkeypatch.setattr(model._store, "max_bytes", 1)
     refused, answered = model.execute([request(1, keep_image=flag(True)), request(1)])
     assert refused.error.code == "INVALID_ARG"
-    assert refused.error.sentence.startswith("keep_image is not possible: this request's embeddings")
+    assert refused.error.sentence.startswith(
+        "keep_image is not possible: this request's embeddings"
+    )
     assert_answered(answered, expected)
 
 
