@@ -55,8 +55,8 @@ DEMO = (DEMO_BOXES, SERVER_COST, CROWD)
 
 ENCODER_ROUNDS, ENCODER_SECONDS = 5, 330.0
 """A round takes one to three minutes at full size; a slow machine runs fewer, to finish in time."""
-LOAD_SECONDS = 4.0
-"""How long each number of concurrent clickers clicks."""
+LOAD_ROUNDS, LOAD_SECONDS = 3, 2.0
+"""How often, and how long each time, each number of concurrent clickers clicks."""
 
 
 def run_full_size(progress: Progress) -> Findings:
@@ -96,11 +96,9 @@ def _full_size(found: Findings) -> None:
         IN_PROCESS: encoding[IN_PROCESS].plus(clicks[IN_PROCESS].median),
     }
     found.comparisons.append(Comparison("full size", first, clicks, rested))
-    click = clicks[OURS].median
-    shares = Sample(tuple(click / seconds for seconds in one_shot.values))
-    found.add(
-        CLICK_OR_ONE_SHOT.measured(shares, f"{click * 1000:.0f} ms and {one_shot.median:.1f} s")
-    )
+    click = encoding[measures.CLICK]
+    note = f"{click.median * 1000:.0f} ms and {one_shot.median:.1f} s"
+    found.add(CLICK_OR_ONE_SHOT.measured(ratio(click, one_shot), note))
 
 
 def _add_encoding(found: Findings, ours: Sample, eager: Sample) -> None:
@@ -130,7 +128,7 @@ def _demo_size(found: Findings) -> None:
         found.growths.append(growth.photo_side(s, growth.PHOTO_SIDES, rounds=3))
         found.progress("demo: increasing the number of clickers")
         peers = [OURS, EMBEDDINGS, HTTP]
-        crowds = growth.clients(s, peers, growth.CLIENTS, LOAD_SECONDS, found.progress)
+        crowds = growth.clients(s, peers, growth.CLIENTS, LOAD_ROUNDS, LOAD_SECONDS, found.progress)
         found.growths += crowds
         _add_crowd(found, crowds[0].curves[OURS])
 
@@ -146,9 +144,9 @@ def _add_server_cost(found: Findings, stage: Stage) -> None:
 
 
 def _add_crowd(found: Findings, rates: Mapping[int, Sample]) -> None:
-    many, one = rates[16].median, rates[1].median
-    note = f"{many:.0f} and {one:.0f} clicks per second"
-    found.add(CROWD.measured(Sample((many / one,)), note))
+    many, one = rates[16], rates[1]
+    note = f"{many.median:.0f} and {one.median:.0f} clicks per second"
+    found.add(CROWD.measured(ratio(many, one), note))
 
 
 def _growing_models(progress: Progress) -> Growth:

@@ -167,7 +167,7 @@ def _served(found: Findings) -> None:
 def _crowds(s: Stage, found: Findings) -> None:
     """Time clicks from callers in separate processes: one caller, then more."""
     found.progress("increasing the number of clickers")
-    rates, latencies = growth.clients(s, [OURS], CROWDS, CROWD_SECONDS, found.progress)
+    rates, latencies = growth.clients(s, [OURS], CROWDS, 1, CROWD_SECONDS, found.progress)
     found.growths += [rates, latencies]
     alone = latencies.curves[OURS][1]
     agreement = ", ".join(f"{name} {iou:.3f}" for name, iou in s.agreement.items())

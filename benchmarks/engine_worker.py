@@ -57,8 +57,9 @@ class Worker:
         coords = torch.rand(objects, 1, 2).numpy()
         labels = torch.ones(objects, 1, dtype=torch.int32).numpy()
         prompts = parse_prompts(coords, labels, None, self._limits)
-        # Separate tuples, so that the decoder treats them as different images.
-        jobs = [Job(Features(*self._features), prompts, best_only=True) for _ in range(images)]
+        # Copies, which are read from different memory as different images are.
+        kept = [self._features.kept_copy() for _ in range(images)]
+        jobs = [Job(features, prompts, best_only=True) for features in kept]
         self._synchronize()
         started = time.perf_counter()
         for answers in [self._decoder.start(part) for part in self._decoder.split_batch(jobs)]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -106,10 +107,13 @@ def clients(
     stage: Stage,
     names: list[str],
     counts: list[int],
+    rounds: int,
     seconds: float,
     progress: Callable[[str], None],
 ) -> list[Growth]:
     """Clicks per second, and the latency of a click, as more people click at once.
+
+    Each peer and number of clickers has its turn of some `seconds` in each round.
 
     Everyone has a different photo, so `names` must not include WHOLE: its server keeps only the
     last photo, and would answer everyone about that one.
@@ -117,21 +121,34 @@ def clients(
     A peer that fails under this load gets an empty curve, and the reason is reported. Raises
     RuntimeError if ours fails.
     """
-    rates: dict[str, dict[int, Sample]] = {}
-    latencies: dict[str, dict[int, Sample]] = {}
-    for name in names:
-        found: dict[int, load.Throughput] = {}
-        make = stage.makers[name]
+    found: dict[str, dict[int, list[load.Throughput]]] = {name: {} for name in names}
+    failed: set[str] = set()
+    for _, count, name in product(range(rounds), counts, names):
+        if name in failed:
+            continue
         try:
-            found = {n: load.measure(make, stage.photo, n, seconds) for n in counts}
+            turn = load.measure(stage.makers[name], stage.photo, count, seconds)
+            found[name].setdefault(count, []).append(turn)
         except RuntimeError as error:
             if name == OURS:
                 raise
             progress(f"{name}, concurrent clickers: not measured, {reason(error)}")
-        rates[name] = {n: Sample((t.per_second,)) for n, t in found.items()}
-        latencies[name] = _milliseconds({n: t.latency for n, t in found.items()})
+            failed.add(name)
+            found[name].clear()
+    rates = {
+        name: {n: Sample(tuple(t.per_second for t in turns)) for n, turns in curve.items()}
+        for name, curve in found.items()
+    }
+    latencies = {
+        name: _milliseconds({n: _joined(turns) for n, turns in curve.items()})
+        for name, curve in found.items()
+    }
     model = stage.artifacts.name
     return [
         Growth(f"{model}: clicks per second, all clickers together", "clickers", "1/s", rates),
         Growth(f"{model}: latency of a click", "clickers", "ms", latencies),
     ]
+
+
+def _joined(turns: Sequence[load.Throughput]) -> Sample:
+    return Sample(tuple(seconds for turn in turns for seconds in turn.latency.values))

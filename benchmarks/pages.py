@@ -23,13 +23,18 @@ FIGURES = {
 
 def publish_figures(run: str, figures: Sequence[Figure], origin: Provenance) -> None:
     """The main table: measured values next to their targets."""
-    legend = "Must and aim are this project's own targets, set before anything was measured."
+    legend = "Must and aim are this project's own targets."
     _publish(f"{run}-figures", FIGURES[run], origin, legend, figures_markdown(figures))
 
 
 def publish_comparison(run: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
     """Times to the first mask and for a click, by model and peer."""
-    parts = []
+    parts = [
+        "All keep the photo for later clicks. In Meta's predictor a loop over each hole of a mask "
+        "is replaced by one count, with the same masks: it would take most of a click's time at "
+        "full size, where weights are random and masks have thousands of holes. At full size, "
+        "first masks of the others are encoding plus a click, measured apart."
+    ]
     for comparison in comparisons:
         picture = plots.PLOTS / f"{run}-clicks-{comparison.model.replace(' ', '-')}.png"
         title = f"{comparison.model}: a click on an open image"

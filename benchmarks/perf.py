@@ -131,7 +131,9 @@ def section(runs: list[Run], origin: str, version: str) -> str:
             origin,
             f"{version}; the demo model. {len(check.PHOTOS)} photos, or one where embeddings are "
             "sent, cycling through prompts of every kind (points, a box, two objects); input files "
-            "from `python -m benchmarks.perf_inputs`.",
+            "from `python -m benchmarks.perf_inputs URL FOLDER`. `-s 50`: windows may differ by "
+            "half. Each transport was measured after the other, so small differences between them "
+            "mean nothing.",
             markdown_table(HEADER, [run.row() for run in runs]),
             *details,
         ]

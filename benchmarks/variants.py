@@ -40,7 +40,7 @@ SECTION = "cpu-variants"
 ROUNDS, FULL_SIZE_ROUNDS = 30, 3
 PAUSE = 0.05
 """Seconds before each reading: one library's threads still spin when it is another's turn. Without
-it FP16 appeared to take 0.68 of FP32's time; next to FP32 alone it takes 1.03 to 1.06."""
+it FP16 appeared to be a third faster than FP32, which it is not."""
 HEADER = (
     "encoder",
     "worst mask IoU",

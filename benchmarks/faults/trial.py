@@ -227,7 +227,7 @@ def last_trouble(outcomes: Sequence[Outcome], since: float, now: float) -> float
 
 
 def truth(verdicts: Sequence[Verdict], outcomes: Sequence[Outcome]) -> Truth:
-    """Judge readiness by the outcomes of the requests that finished around each verdict."""
+    """Judge readiness by the outcomes of the requests that finished, or hung, around each verdict."""
     falsely_ready = falsely_unready = 0
     for verdict in verdicts:
         since, until = verdict.began - NEARBY_SECONDS, verdict.ended + NEARBY_SECONDS
@@ -237,6 +237,7 @@ def truth(verdicts: Sequence[Verdict], outcomes: Sequence[Outcome]) -> Truth:
             abs(ended - verdict.ended) < NEARBY_SECONDS and ended < verdict.ended for ended in right
         )
         after = any(one.began > verdict.ended and one.kind is Kind.RIGHT for one in near)
-        falsely_ready += verdict.ready and bool(near) and not right
+        hanging = any(one.began < since and until <= one.ended for one in outcomes)
+        falsely_ready += verdict.ready and (bool(near) or hanging) and not right
         falsely_unready += not verdict.ready and healthy and after
     return Truth(len(verdicts), falsely_ready, falsely_unready)

@@ -31,9 +31,9 @@ class Service:
     """One predictor, one lock, one unbounded cache."""
 
     def __init__(self, checkpoint: Path, device: str) -> None:
-        from benchmarks.reference import meta_predictor  # noqa: PLC0415 - the caller needs no torch
+        from benchmarks.reference import timed_predictor  # noqa: PLC0415 - the caller needs no torch
 
-        self._predictor = meta_predictor(checkpoint, device)
+        self._predictor = timed_predictor(checkpoint, device)
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[Any, Any]] = {}
 

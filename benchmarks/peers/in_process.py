@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from benchmarks.peers import Click, Mask, Photo, best
-from benchmarks.reference import meta_predictor
+from benchmarks.reference import timed_predictor
 
 
 class InProcess:
     def __init__(self, checkpoint: Path, device: torch.device | str = "cpu") -> None:
-        self.predictor = meta_predictor(checkpoint, device)
+        self.predictor = timed_predictor(checkpoint, device)
 
     def open(self, photo: Photo) -> Click:
         self.predictor.set_image(photo)

@@ -102,6 +102,13 @@ def test_readiness_is_wrong_if_it_is_true_and_no_request_is_answered() -> None:
     assert truth(verdicts(4.0, ready=False), seen) == Truth(1, 0, 0)
 
 
+def test_readiness_is_wrong_if_it_is_true_while_requests_hang() -> None:
+    hung = [Outcome(0.0, 9.0, Kind.CLEAR)]
+    assert truth(verdicts(4.0, ready=True), hung) == Truth(1, 1, 0)
+    slow = [*hung, Outcome(3.0, 4.1, Kind.RIGHT)]
+    assert truth(verdicts(4.0, ready=True), slow) == Truth(1, 0, 0)
+
+
 def test_readiness_is_wrong_if_it_is_false_and_all_requests_are_answered() -> None:
     seen = [Outcome(i / 10, i / 10 + 0.05, Kind.RIGHT) for i in range(50)]
     assert truth(verdicts(2.0, ready=False), seen) == Truth(1, 0, 1)

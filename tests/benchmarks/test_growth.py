@@ -32,7 +32,7 @@ def crowds_without(failing: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(load, "measure", measure)
     told: list[str] = []
-    growths = growth.clients(STAGE, [OURS, HTTP], [1, 16], 1.0, told.append)
+    growths = growth.clients(STAGE, [OURS, HTTP], [1, 16], 2, 1.0, told.append)
     return [growths[0].markdown(), *told]
 
 

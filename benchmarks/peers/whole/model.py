@@ -1,4 +1,4 @@
-"""The Triton model `sam3_whole`: Meta's predictor, unchanged, behind one model."""
+"""The Triton model `sam3_whole`: Meta's predictor behind one model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from benchmarks.reference import meta_predictor
+from benchmarks.reference import timed_predictor
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         checkpoint = Path(parameters["checkpoint"]["string_value"])
-        self._predictor = meta_predictor(checkpoint, parameters["device"]["string_value"])
+        self._predictor = timed_predictor(checkpoint, parameters["device"]["string_value"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
