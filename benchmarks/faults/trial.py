@@ -227,7 +227,7 @@ def last_trouble(outcomes: Sequence[Outcome], since: float, now: float) -> float
 
 
 def truth(verdicts: Sequence[Verdict], outcomes: Sequence[Outcome]) -> Truth:
-    """Judge readiness by the outcomes of the requests that finished, or hung, around each verdict."""
+    """Judge readiness by the requests that finished, or hung, around each verdict."""
     falsely_ready = falsely_unready = 0
     for verdict in verdicts:
         since, until = verdict.began - NEARBY_SECONDS, verdict.ended + NEARBY_SECONDS

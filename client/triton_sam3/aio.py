@@ -116,9 +116,13 @@ class AsyncClient:
 
     async def close(self) -> None:
         """See `Client.close`."""
-        was_closed, self._closed = self._closed, True
-        if self._transport is None or was_closed or os.getpid() != self._process:
+        if self._transport is None or self._closed or os.getpid() != self._process:
+            self._closed = True
             return
+        assert self._loop is not None
+        if self._loop is not asyncio.get_running_loop() and not self._loop.is_closed():
+            raise wrong_loop_error(self.url)
+        self._closed = True
         try:
             await perform_async(self._engine.close(), self._transport)
         finally:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -142,8 +143,10 @@ def segment(
     """Segment one image: all points mark one object, each box another."""
     with _report_errors():
         asked = _points_and_boxes(point, box)
+        if index_mask and (output is None or output.suffix.lower() != ".png"):
+            raise ValueError("--index-mask needs --output FILE.png")
         if output is not None:
-            _check_file(output, with_image=not index_mask)
+            _check_file(output)
         with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
             result = client.segment(image, **asked, threshold=threshold, multimask_output=multimask)
         if output is not None:
@@ -308,9 +311,9 @@ def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tupl
     return values
 
 
-def _check_file(output: Path, *, with_image: bool) -> None:
+def _check_file(output: Path) -> None:
     """Reject an output file that cannot be written, before the server does any work."""
-    file_kind(output, with_image=with_image)
+    file_kind(output, with_image=True)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")
 
@@ -342,14 +345,16 @@ def _mask_table(result: Segmentation) -> Table:
     table = Table("class", "score", "box (x0, y0, x1, y1)", "pixels", title=f"{len(result)} masks")
     for mask in result:
         box = ", ".join(f"{side:g}" for side in mask.box)
-        table.add_row(mask.class_name, f"{mask.score:.3f}", box, str(mask.area))
+        table.add_row(escape(mask.class_name), f"{mask.score:.3f}", box, str(mask.area))
     return table
 
 
 def _print_status(found: ServerStatus, metrics: dict[str, float]) -> None:
-    table = Table("model", "versions", "ready", title=f"{found.server} {found.version} {found.url}")
+    title = escape(f"{found.server} {found.version} {found.url}")
+    table = Table("model", "versions", "ready", title=title)
     for model in found.models:
-        table.add_row(model.name, ", ".join(model.versions), "yes" if model.ready else "NO")
+        versions = escape(", ".join(model.versions))
+        table.add_row(model.name, versions, "yes" if model.ready else "NO")
     console = Console()
     console.print(table)
     if found.served is not None:

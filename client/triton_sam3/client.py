@@ -42,7 +42,8 @@ class Client:
     retries: how often a request is retried when the server is unreachable or busy. A request that
         a proxy rejects (status 429) is retried until `timeout`, unless this is 0.
     shared_memory: "system" passes images to a server on the same host through shared memory
-        instead of the connection, "cuda" through memory of the GPU they share.
+        instead of the connection, "cuda" through memory of the GPU they share. For ``python -m
+        server`` on loopback: beyond that, and in the container, the server refuses it.
     remember_images: how many images the client remembers by content, so that segmenting one again
         sends no pixels; 0 turns this off.
     root_certificates, private_key, certificate_chain: PEM files for TLS; the last two go together.
@@ -140,7 +141,9 @@ class Client:
         An image that cannot be segmented gives an outcome with its error and does not stop the
         others. An error raised by `images` or `prompts` themselves follows the outcomes of all
         earlier images. Images are not kept on the server, except one with more prompts than fit
-        in a request.
+        in a request. Use it in a ``with`` block of the client: stopped early, as with Ctrl-C, it
+        does not wait for images in flight, but Python does at its exit, unless they are cut off
+        by closing the client.
         """
         options = Options(threshold, multimask_output)
 

@@ -88,22 +88,22 @@ class Picture:
     """An image to be sent: its size, content digest, and the pixels that the server accepts."""
 
     def __init__(self, image: ImageLike) -> None:
-        self._source: npt.NDArray[np.uint8] | None = load_image(image)
-        self.height, self.width = self._source.shape[:2]
-        self.digest = digest(self._source)
+        source = load_image(image)
+        if isinstance(image, np.ndarray) and np.may_share_memory(source, image):
+            source = source.copy()  # the caller may refill it with the next frame at any time
+        self._source: npt.NDArray[np.uint8] | None = source
+        self.height, self.width = source.shape[:2]
+        self.digest = digest(source)
         self._pixels: npt.NDArray[np.uint8] | None = None
 
     def pixels(self, side: int) -> npt.NDArray[np.uint8]:
-        """RGB [side, side, 3]. Made once; the original is released, so later edits do no harm.
+        """RGB [side, side, 3]. Made once; the original is released.
 
         Raises ClientUnusable for a side other than the first call's, which needs the original.
         """
         if self._pixels is None:
             assert self._source is not None
-            resized = resize(self._source, side)
-            # An image that already has this size is still the caller's own array.
-            self._pixels = resized.copy() if resized is self._source else resized
-            self._source = None
+            self._pixels, self._source = resize(self._source, side), None
         if len(self._pixels) != side:
             raise ClientUnusable(
                 f"this image was opened for a model of {len(self._pixels)}×{len(self._pixels)} "
@@ -151,6 +151,10 @@ class Engine:
             decoder = yield from self._config(contract.DECODER)
             self._served = ServedModel.from_configs(interactive, decoder)
         return self._served
+
+    def forget_served(self) -> None:
+        """Query the server's configuration again before it is used next."""
+        self._served = None
 
     def _config(self, model: str) -> Flow[dict[str, Any]]:
         config = yield from self.retries.send(Query("get_model_config", (model,)))
@@ -238,7 +242,7 @@ class Engine:
         try:
             outputs: dict[str, npt.NDArray[Any]] = yield from send(request, self.retries)
         except InvalidRequest:
-            self._served = None  # another export may be served by now: query its sizes again
+            self.forget_served()  # another export may be served by now
             raise
         return outputs
 

@@ -44,7 +44,10 @@ class ServerError(SAM3Error):
 
 
 class InvalidRequest(ServerError):
-    """The server rejected the request as invalid; the same request would fail again."""
+    """The server rejected the request as invalid; the same request would fail again.
+
+    Unless the server has been restarted with a model of another size: the client has noticed now.
+    """
 
 
 class AccessDenied(ServerError):

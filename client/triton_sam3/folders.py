@@ -49,7 +49,12 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
             raise PromptError(f"{str(path)!r} names {name!r}, which is not in {str(folder)!r}")
     if not by_name:
         raise ImageError(f"{str(path)!r} names no image")
-    return {folder / name: asked for name, asked in by_name.items()}
+    asked = {folder / name: prompts for name, prompts in by_name.items()}
+    if len(asked) < len(by_name):
+        raise PromptError(
+            f"{str(path)!r} names the same image in two ways, such as a.jpg and ./a.jpg"
+        )
+    return asked
 
 
 def check_output(folder: Path, output: Path) -> None:

@@ -80,9 +80,10 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
         raise PromptError(
             f"prompts must be one mapping for all images, or one entry per image, got {prompts!r}"
         )
-    if isinstance(images, Sized) and isinstance(prompts, Sized) and len(images) != len(prompts):
-        raise _count_mismatch(len(prompts), len(images))
-    return _pair(images, iter(prompts))
+    known = len(prompts) if isinstance(prompts, Sized) else None
+    if isinstance(images, Sized) and known not in (None, len(images)):
+        raise _count_mismatch(known, len(images))
+    return _pair(images, iter(prompts), known)
 
 
 def _is_one_image(images: Any) -> bool:
@@ -93,16 +94,23 @@ def _is_one_image(images: Any) -> bool:
     return isinstance(images, single) or hasattr(images, "read")
 
 
-def _pair(images: Iterable[ImageLike], prompts: Iterator[Any]) -> Iterator[Job]:
+def _pair(
+    images: Iterable[ImageLike], prompts: Iterator[Any], known: int | None = None
+) -> Iterator[Job]:
+    """known: the number of prompts, if it is known."""
+    count = 0
     for index, image in enumerate(images):
         try:
             raw_prompts = next(prompts)
         except StopIteration:
             raise _count_mismatch(index, "more") from None
         yield Job(index, image, raw_prompts)
+        count += 1
+    if known not in (None, count):
+        raise _count_mismatch(known, count)
 
 
-def _count_mismatch(prompts: int, images: int | str) -> PromptError:
+def _count_mismatch(prompts: int | None, images: int | str) -> PromptError:
     return PromptError(
         f"got prompts for {prompts} images, but {images} images: pass one entry of prompts per "
         "image, or one mapping for all images"

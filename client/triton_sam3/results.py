@@ -234,18 +234,9 @@ class Segmentation(_ReadOnlyArrays):
                 int(self.prompt_indices[key]),
             )
         rows = np.arange(len(self))[key]
-        return Segmentation(
-            masks=self.masks[key],
-            scores=self.scores[key],
-            boxes=self.boxes[key],
-            logits=self.logits[key],
-            class_ids=self.class_ids[key],
-            class_names=tuple(self.class_names[row] for row in rows),
-            detection_ids=tuple(self.detection_ids[row] for row in rows),
-            prompt_indices=self.prompt_indices[key],
-            image_size=self.image_size,
-            parent_id=self.parent_id,
-        )
+        arrays: Any = {name: getattr(self, name)[key] for name in saving.ARRAYS}
+        texts: Any = {name: tuple(getattr(self, name)[n] for n in rows) for name in saving.TEXTS}
+        return replace(self, **arrays, **texts)
 
     def filter(self, threshold: float) -> Segmentation:
         """The masks with a score of at least `threshold`."""

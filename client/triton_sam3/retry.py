@@ -2,7 +2,6 @@
 
 import numbers
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from .translation import ModelGone, Refused
 
 DEFAULT_TIMEOUT = 120.0
 """Seconds: a server on a CPU takes half a minute to encode an image at full size."""
+
+LONGEST_TIMEOUT = 1e9
+"""Seconds: gRPC counts nanoseconds since 1970 in 64 bits, which overflow in 2262."""
 
 RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
 """A rejected prompt stays rejected and an expired deadline stays expired; these may pass."""
@@ -36,8 +38,8 @@ class Retries:
     `cap`: many clients that lost the same server do not return at the same moment, and no draw
     spends all retries on the first moment of an outage: the default of four lasts at least 1.9 s.
 
-    Raises ValueError if `attempts` is not a non-negative integer, or `timeout` is not a finite
-    number of seconds above 0.
+    Raises ValueError if `attempts` is not a non-negative integer, or `timeout` is not a number of
+    seconds above 0, at most `LONGEST_TIMEOUT`.
     """
 
     attempts: int
@@ -50,9 +52,10 @@ class Retries:
     def __post_init__(self) -> None:
         check_count("retries", self.attempts)
         real = isinstance(self.timeout, numbers.Real)
-        if not real or not 0 < self.timeout <= threading.TIMEOUT_MAX:
+        if not real or not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise ValueError(
-                f"timeout must be a finite number of seconds above 0, got {self.timeout!r}"
+                f"timeout must be a number of seconds above 0, at most {LONGEST_TIMEOUT:g}, got "
+                f"{self.timeout!r}"
             )
         object.__setattr__(self, "timeout", float(self.timeout))  # a lock accepts no NumPy number
 

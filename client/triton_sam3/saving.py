@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 ARRAYS = ("masks", "scores", "boxes", "logits", "class_ids", "prompt_indices")
 TEXTS = ("class_names", "detection_ids")
+
+_DAMAGED = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(BadZipFile, zlib.error, NotImplementedError),
+)
+"""What NumPy and zipfile raise for damaged files, and for files of other kinds."""
 
 
 def file_kind(path: Path, *, with_image: bool) -> str:
@@ -49,7 +56,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "image_size": (width, height),
                 "parent_id": str(arrays["parent_id"]),
             }
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{os.fspath(path)!r} cannot be loaded: pass an .npz file from Segmentation.save; "
             ".json files and pictures do not hold a whole result"

@@ -10,10 +10,13 @@ from . import contract
 from .endpoint import reject_secrets
 from .engine import Engine
 from .errors import ModelUnavailable, ServerUnreachable
-from .flow import Flow, Query
+from .flow import Flow, Query, Sleep
 from .protocol import ServedModel
 
 MODELS = (contract.INTERACTIVE, contract.ENCODER, contract.DECODER)
+
+_READY_PAUSE = 0.5
+"""Seconds before a model that is not ready is asked once more."""
 
 _METRIC = re.compile(r"^(sam3_\w+)(?<!_bucket)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 """A line of Prometheus' text format: the models' own metrics, except histogram buckets."""
@@ -55,6 +58,7 @@ def status(engine: Engine, url: str) -> Flow[ServerStatus]:
         models.append((yield from _model(engine, name)))
     served = None
     if all(model.ready for model in models):
+        engine.forget_served()  # another export may be served by now
         served = yield from engine.served()
     return ServerStatus(
         url=url,
@@ -66,9 +70,13 @@ def status(engine: Engine, url: str) -> Flow[ServerStatus]:
 
 
 def _model(engine: Engine, name: str) -> Flow[ModelStatus]:
+    is_ready = Query("is_model_ready", (name,))
     try:
-        ready = yield from engine.retries.send(Query("is_model_ready", (name,)))
         metadata = yield from engine.retries.send(Query("get_model_metadata", (name,)))
+        ready = yield from engine.retries.send(is_ready)
+        if not ready:  # over HTTP a busy proxy's answer looks the same
+            yield Sleep(_READY_PAUSE)
+            ready = yield from engine.retries.send(is_ready)
     except ModelUnavailable:
         return ModelStatus(name, (), False)
     versions = metadata.get("versions")
@@ -81,9 +89,11 @@ def store_metrics(metrics_url: str, timeout: float) -> dict[str, float]:
 
     metrics_url: http://host:8002/metrics. Values of one name, as of several decoders, are summed;
     proxy environment variables are ignored. Raises ServerUnreachable if nothing answers there, and
-    ValueError for a URL with a user name or a query.
+    ValueError for another kind of URL, and one with a user name or a query.
     """
     reject_secrets(metrics_url)
+    if not metrics_url.startswith(("http://", "https://")):
+        raise ValueError(f"{metrics_url!r} is not a metrics URL; use http://host:8002/metrics")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(metrics_url, timeout=timeout) as answer:

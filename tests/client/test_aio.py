@@ -332,3 +332,16 @@ async def test_a_cancelled_call_does_not_stay_in_flight(scheme: str) -> None:
             while asyncio.all_tasks() - others:
                 await asyncio.sleep(0.01)
         await transport.close()
+
+
+async def test_closing_in_another_loop_is_an_error_and_closes_nothing(url: str) -> None:
+    client = AsyncClient(url)
+    await client.status()
+
+    def elsewhere() -> None:
+        with pytest.raises(ClientUnusable, match="belongs to another event loop"):
+            asyncio.run(client.close())
+
+    await asyncio.to_thread(elsewhere)
+    await client.status()
+    await client.close()

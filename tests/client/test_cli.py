@@ -17,7 +17,7 @@ from server import TritonServer
 from tests.client import misbehaving
 from triton_sam3 import Client, Segmentation, ServerError, cli
 from triton_sam3.cli import BAD_INPUT, FAILED, SOME_FAILED, app
-from triton_sam3.status import ServerStatus
+from triton_sam3.status import ModelStatus, ServerStatus
 
 POINT, BOX = ["--point", "110,80"], ["--box", "95,60,140,110"]
 
@@ -128,12 +128,17 @@ def test_a_header_of_the_tokens_name_takes_its_place(name: str) -> None:
         (["segment", "PHOTO", "--point", "900,5"], "is outside the image"),
         (["segment", "nowhere.png", *POINT], "there is no file 'nowhere.png'"),
         (["segment", "PHOTO", *POINT, "--output", "out.gif"], "cannot save to 'out.gif'"),
-        (["segment", "PHOTO", *POINT, "-o", "x.jpg", "--index-mask"], "cannot save to 'x.jpg'"),
+        (["segment", "PHOTO", *POINT, "-o", "x.jpg", "--index-mask"], "needs --output FILE.png"),
+        (["segment", "PHOTO", *POINT, "-o", "x.npz", "--index-mask"], "needs --output FILE.png"),
+        (["segment", "PHOTO", *POINT, "--index-mask"], "needs --output FILE.png"),
         (
             ["segment", "PHOTO", *POINT, "-o", "no/x.png"],
             "there is no folder 'no' to write 'x.png'",
         ),
-        (["segment", "PHOTO", *POINT, "--timeout", "inf"], "timeout must be a finite number"),
+        (
+            ["segment", "PHOTO", *POINT, "--timeout", "inf"],
+            "timeout must be a number of seconds above 0",
+        ),
         (
             ["segment-dir", "FOLDER", "-o", "FOLDER", *POINT],
             "cannot go into the folder of the images",
@@ -339,3 +344,16 @@ def test_a_server_that_is_not_ready_exits_with_1(more: list[str]) -> None:
     assert result.exit_code == FAILED
     assert "sam3_prompt_decoder" in result.stdout
     assert not result.stderr
+
+
+def test_text_in_tables_is_not_taken_for_markup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as an IPv6 address, or a class name in brackets."""
+    url = "grpc://[fd00::1]:8001"
+    found = ServerStatus(url, "triton[/b]", "2", (ModelStatus("sam3", ("[1]",), True),), None)
+    monkeypatch.setenv("COLUMNS", "100")
+    cli._print_status(found, {"sam3_kept_images": 3.0})
+    printed = capsys.readouterr().out
+    for text in (url, "triton[/b]", "[1]", "sam3_kept_images 3"):
+        assert text in printed

@@ -342,3 +342,17 @@ def test_multimask_output_must_be_a_boolean(switch: Any) -> None:
 def test_remember_images_must_be_a_whole_number(images: Any) -> None:
     with pytest.raises(ValueError, match="remember_images must be a non-negative integer"):
         Engine(Retries(0, 1.0), images, None, threading.Lock)
+
+
+@pytest.mark.parametrize("shape", [(S, S, 3), (30, 40, 3)])
+@pytest.mark.parametrize("view", [slice(None), slice(None, None, -1)])
+def test_an_image_refilled_before_it_is_sent_is_still_the_one_given(
+    hand: Hand, shape: tuple[int, ...], view: slice
+) -> None:
+    """As a camera does while the client waits: otherwise the next frame would be kept under the
+    digest of this one."""
+    frame = np.full(shape, 200, np.uint8)
+    picture = Picture(frame[view])
+    frame[:] = 77
+    assert picture.digest == Picture(np.full(shape, 200, np.uint8)).digest
+    assert np.unique(picture.pixels(S)).tolist() == [200]

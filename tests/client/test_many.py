@@ -252,3 +252,13 @@ async def test_stopping_early_cancels_the_tasks_in_flight() -> None:
     outcomes = run_async(jobs(list("abc"), POINT, 2), attempt, 2, True)
     assert (await anext(outcomes)).index == 0
     await asyncio.wait_for(outcomes.aclose(), 20)  # type: ignore[attr-defined]
+
+
+def test_prompts_left_over_are_an_error_after_the_last_image() -> None:
+    """As with a list of images, whose number is known."""
+    work = jobs(iter(["a.jpg", "b.jpg"]), [POINT] * 3, 1)
+    assert [next(work).index, next(work).index] == [0, 1]
+    with pytest.raises(PromptError, match="prompts for 3 images, but 2 images"):
+        next(work)
+    endless = jobs(iter(["a.jpg"]), iter([POINT] * 3), 1)
+    assert [job.index for job in endless] == [0]

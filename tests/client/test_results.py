@@ -414,3 +414,17 @@ def test_arrays_are_saved_under_the_exact_name(segmentation: Segmentation, tmp_p
     segmentation.save(tmp_path / "x.NPZ")
     assert [path.name for path in tmp_path.iterdir()] == ["x.NPZ"]
     assert len(Segmentation.load(tmp_path / "x.NPZ")) == len(segmentation)
+
+
+def test_a_damaged_file_is_a_value_error(segmentation: Segmentation, tmp_path: Path) -> None:
+    path = tmp_path / "answer.npz"
+    segmentation.save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for at in rng.integers(0, len(whole), 300):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            Segmentation.load(path)
+        except ValueError:
+            refused += 1
+    assert refused > 100

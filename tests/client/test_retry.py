@@ -190,9 +190,9 @@ def test_no_pause_goes_beyond_the_deadline() -> None:
     assert clock.now - 100.0 <= 2.5
 
 
-@pytest.mark.parametrize("timeout", [None, "9", 0, -1.0, float("inf"), float("nan"), 1e12])
+@pytest.mark.parametrize("timeout", [None, "9", 0, -1.0, float("inf"), float("nan"), 9e9])
 def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: Any) -> None:
-    with pytest.raises(ValueError, match="finite number of seconds above 0, got"):
+    with pytest.raises(ValueError, match=r"seconds above 0, at most 1e\+09, got"):
         Retries(4, timeout)
 
 

@@ -77,5 +77,28 @@ def test_missing_metrics_are_an_error() -> None:
     url = f"http://127.0.0.1:{misbehaving.unused_port()}/metrics"
     with pytest.raises(ServerUnreachable, match=f"no metrics from {url}"):
         store_metrics(url, 1.0)
-    with pytest.raises(ServerUnreachable, match="no metrics from nonsense"):
-        store_metrics("nonsense", 1.0)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "file:///etc/hostname", "127.0.0.1:8002/metrics"])
+def test_metrics_come_over_http(url: str) -> None:
+    with pytest.raises(ValueError, match="is not a metrics URL; use http://host:8002/metrics"):
+        store_metrics(url, 1.0)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_busy_proxys_answer_does_not_make_a_model_unready(status: int) -> None:
+    """Over HTTP tritonclient tells whether a model is ready by the status alone."""
+    ready = (200, misbehaving.METADATA)
+    told = pytest.raises(ServerError, match="has no input 'image'")  # asked only if all are ready
+    answers = (ready, ready, (status, b"busy"), ready)
+    with misbehaving.http(*answers) as (url, _), Client(url) as client, told:
+        client.status()
+
+
+def test_a_status_is_never_remembered(url: str) -> None:
+    """The server may have been restarted with a model of another size."""
+    with Client(url) as client:
+        found = client.status()
+        assert found.served is not None
+        client._engine._served = dataclasses.replace(found.served, image_side=14)
+        assert client.status() == found
