@@ -128,13 +128,14 @@ def test_the_connection_to_a_vanished_host_is_closed() -> None:
 
 @pytest.mark.semantic("ways to call", "headers go with every request", "the contract")
 @both
-def test_headers_go_with_every_request(perform_flow: Run) -> None:
-    with misbehaving.http((200, misbehaving.METADATA)) as (url, counter):
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_headers_go_with_every_request(perform_flow: Run, scheme: str) -> None:
+    grpc_server = misbehaving.grpc_server((grpc.StatusCode.OK, ""))
+    http_server = misbehaving.http((200, misbehaving.METADATA))
+    with grpc_server if scheme == "grpc" else http_server as (url, counter):
         perform_flow(QUICK.send(METADATA), url)
-        assert counter.headers[0]["authorization"] == "Bearer token"
-    with misbehaving.grpc_server((grpc.StatusCode.OK, "")) as (url, counter):
-        perform_flow(QUICK.send(METADATA), url)
-        assert counter.headers[0]["authorization"] == "Bearer token"
+        perform_flow(QUICK.send(Infer("sam3_prompt_decoder", {}, ())), url)
+        assert [sent.get("authorization") for sent in counter.headers] == ["Bearer token"] * 2
 
 
 def test_a_transport_is_reused_for_many_calls(url: str) -> None:
