@@ -147,6 +147,7 @@ def test_logits_can_be_used_to_refine(segmentation: Segmentation) -> None:
     np.testing.assert_array_equal(prompt.mask, segmentation.logits[0])
 
 
+@pytest.mark.semantic("results", "`to_supervision`", "the format's own reader")
 def test_results_convert_to_supervision(segmentation: Segmentation) -> None:
     detections = segmentation.to_supervision()
     assert isinstance(detections, sv.Detections)
@@ -165,7 +166,6 @@ def test_results_convert_to_supervision(segmentation: Segmentation) -> None:
     assert len(sv.Detections.merge([detections, detections])) == 6
 
 
-@pytest.mark.semantic("results", "`to_supervision`", "the format's own reader")
 def test_supervision_round_trip(segmentation: Segmentation) -> None:
     prompts = to_prompts(boxes=segmentation.to_supervision())
     assert [list(prompt.box or ()) for prompt in prompts] == segmentation.boxes.tolist()

@@ -18,7 +18,7 @@ from jobs import LOGIT_LIMIT, Job, Masks
 from numpy.typing import NDArray
 from program import ProgramError, load_program
 from prompts import Limits, ObjectPrompt, parse_prompts
-from store import Features
+from store import Features, ImageStore
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -99,10 +99,9 @@ def test_an_objects_mask_does_not_depend_on_other_objects(decoder: Decoder, orde
 
 @pytest.mark.semantic("session", "a kept image gives the masks of the image sent", "equality")
 def test_an_image_that_is_kept_gives_the_same_masks(decoder: Decoder) -> None:
-    sent, kept = (
-        decoder.decode([Job(features(1), OBJECTS)]),
-        decoder.decode([Job(features(1).kept_copy(), OBJECTS)]),
-    )
+    store = ImageStore(max_bytes=2**20, max_idle_seconds=60)
+    image = store.get(store.keep(features(1)))
+    sent, kept = (decoder.decode([Job(found, OBJECTS)]) for found in (features(1), image))
     assert torch.equal(sent[0].low_res_masks, kept[0].low_res_masks)
     assert torch.equal(sent[0].iou_predictions, kept[0].iou_predictions)
 
@@ -116,26 +115,6 @@ def test_different_objects_have_different_masks(decoder: Decoder) -> None:
     assert distances.min() > 1e-2
     differences = (flat - other.low_res_masks.float().flatten(1)).norm(dim=1)
     assert differences.min() > 1e-2
-
-
-@pytest.mark.semantic("masks", "padding changes nothing, to the bit", "equality")
-def test_padding_changes_nothing_to_the_bit(decoder: Decoder) -> None:
-    coords = np.random.default_rng(0).random((1, 3, 2), dtype=np.float32)
-    labels = np.array([[1, 0, 1]], np.int32)
-    plain = parse_prompts(coords, labels, None, LIMITS)
-    padding = np.full((1, 9, 2), 0.5, np.float32), np.full((1, 9), -1, np.int32)
-    padded = parse_prompts(
-        np.concatenate((coords, padding[0]), 1),
-        np.concatenate((labels, padding[1]), 1),
-        None,
-        LIMITS,
-    )
-    first, second = (
-        decoder.decode([Job(features(1), plain)]),
-        decoder.decode([Job(features(1), padded)]),
-    )
-    assert torch.equal(first[0].low_res_masks, second[0].low_res_masks)
-    assert torch.equal(first[0].iou_predictions, second[0].iou_predictions)
 
 
 def test_shared_embeddings_are_as_good_as_copies(decoder: Decoder) -> None:
