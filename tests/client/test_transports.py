@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from triton_sam3.endpoint import Endpoint
 from triton_sam3.flow import Call, Flow, Infer, Query
 from triton_sam3.retry import Retries
 from triton_sam3.steps import perform, perform_async
-from triton_sam3.transports import _GRPC_OPTIONS, open_async_transport, open_transport
+from triton_sam3.transports import open_async_transport, open_transport
 
 Pixels = NDArray[np.uint8]
 METADATA = Query("get_server_metadata")
@@ -285,15 +286,40 @@ def test_an_answer_of_many_masks_fits_through_grpc(perform_flow: Run) -> None:
         assert perform_flow(QUICK.send(METADATA), url)["version"] == large
 
 
-async def test_over_http_the_calls_deadline_is_the_only_limit() -> None:
+async def test_over_http_the_calls_deadline_is_the_only_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """tritonclient has one of its own, 60 s in all, less than a photo may take on a CPU."""
-    transport: Any = open_async_transport(Endpoint.parse("http://127.0.0.1:1"), {})
-    assert transport._client._stub.timeout.total is None
-    await transport.close()
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    with misbehaving.http((200, misbehaving.METADATA), delay=0.3) as (url, counter):
+        transport = open_async_transport(Endpoint.parse(url), {})
+        answer = asyncio.ensure_future(transport.call(Call(METADATA, 1000.0)))
+        while not counter.requests:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(loop, "time", lambda: clock() + 100)
+        assert (await answer)["name"] == "triton"
+        await transport.close()
 
 
-def test_a_server_back_after_a_long_outage_is_reached_soon() -> None:
+def test_a_server_that_comes_back_is_reached_within_a_second() -> None:
     """gRPC by itself would fail every call meanwhile, after a long outage for two minutes."""
-    options = dict(_GRPC_OPTIONS)
-    first, longest = (options[f"grpc.{n}_reconnect_backoff_ms"] for n in ("initial", "max"))
-    assert first <= longest <= 500
+    port = misbehaving.unused_port()
+    transport = open_transport(Endpoint.parse(f"grpc://127.0.0.1:{port}"), {})
+
+    def is_reached() -> bool:
+        time.sleep(0.02)
+        try:
+            return bool(transport.call(Call(METADATA, 9.0)))
+        except ServerUnreachable:
+            return False
+
+    # Long enough for gRPC's third attempt, after which it would wait for a second at least.
+    outage_ends = time.monotonic() + 3.2
+    while time.monotonic() < outage_ends:
+        assert not is_reached()
+    with misbehaving.grpc_server((grpc.StatusCode.OK, ""), port=port):
+        back = time.monotonic()
+        while not is_reached():
+            assert time.monotonic() - back < 0.9
+        transport.close()
