@@ -24,7 +24,7 @@ from .many import Outcome, attempt_async, jobs, run_async
 from .prompts import BoxesLike, PointsLike, Prompt
 from .regions import Kind
 from .results import Segmentation
-from .retry import DEFAULT_TIMEOUT, Retries
+from .retry import DEFAULT_TIMEOUT, Retries, check_timeout
 from .status import ServerStatus, status
 from .steps import perform_async
 from .transports import AsyncTransport, open_async_transport
@@ -60,9 +60,8 @@ class AsyncClient:
         self._endpoint = Endpoint.parse(url, tls)
         self.url = self._endpoint.url
         self._headers = validate_headers(headers)
-        self._engine = Engine(
-            Retries(retries, timeout), remember_images, shared_memory, asyncio.Lock
-        )
+        self._timeout = check_timeout(timeout)
+        self._engine = Engine(Retries(retries), remember_images, shared_memory, asyncio.Lock)
         self._transport: AsyncTransport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
@@ -145,7 +144,7 @@ class AsyncClient:
             self._loop = loop
         if loop is not self._loop:
             raise wrong_loop_error(self.url)
-        return await perform_async(flow, self._transport, self._engine.retries.timeout)
+        return await perform_async(flow, self._transport, self._timeout)
 
 
 class Opening(Coroutine[Any, Any, "AsyncView"]):

@@ -17,7 +17,7 @@ from .many import Outcome, attempt, jobs, run
 from .prompts import BoxesLike, PointsLike, Prompt
 from .regions import Kind
 from .results import Segmentation
-from .retry import DEFAULT_TIMEOUT, Retries
+from .retry import DEFAULT_TIMEOUT, Retries, check_timeout
 from .status import ServerStatus, status
 from .steps import perform
 from .transports import LoopThread, Transport, open_transport
@@ -71,9 +71,8 @@ class Client:
         tls = TLS(root_certificates, private_key, certificate_chain)
         endpoint = Endpoint.parse(url, tls)
         self.url = endpoint.url
-        self._engine = Engine(
-            Retries(retries, timeout), remember_images, shared_memory, threading.Lock
-        )
+        self._timeout = check_timeout(timeout)
+        self._engine = Engine(Retries(retries), remember_images, shared_memory, threading.Lock)
         self._transport = open_transport(endpoint, validate_headers(headers))
         self._process = os.getpid()
         # Also runs when an unclosed client is garbage-collected, or at interpreter exit.
@@ -180,7 +179,7 @@ class Client:
             raise closed_error(self.url)
         if os.getpid() != self._process:
             raise forked_error(self.url)
-        return perform(flow, self._transport, self._engine.retries.timeout)
+        return perform(flow, self._transport, self._timeout)
 
 
 def _close(engine: Engine, transport: Transport, process: int) -> None:

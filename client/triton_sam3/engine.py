@@ -220,7 +220,7 @@ class Engine:
         if slot is None:
             outputs = yield from by_pixels()
         else:
-            outputs = yield from _by_id_or_pixels(slot, by_id, by_pixels, self.retries.timeout)
+            outputs = yield from _by_id_or_pixels(slot, by_id, by_pixels)
         return read_answer(outputs, len(packed.point_labels))
 
     def _keep(self, picture: Picture, slot: ImageSlot) -> Flow[None]:
@@ -229,7 +229,7 @@ class Engine:
         centre = Prompt(points=[(picture.width / 2, picture.height / 2)])
         packed = picture.pack([centre], served)
         pixels = yield Compute(lambda: picture.pixels(served.image_side))
-        yield Acquire(slot.lock, self.retries.timeout)
+        yield Acquire(slot.lock)
         try:
             if slot.image_id is None:
                 outputs = yield from self._infer(keep_request(pixels, picture.digest, packed))
@@ -249,7 +249,7 @@ class Engine:
     def close(self) -> Flow[None]:
         """Have the server release this client's shared memory."""
         if self._shared_memory is not None:
-            yield from self._shared_memory.close(self.retries)
+            yield from self._shared_memory.close()
 
 
 def _send_inline(request: Infer, retries: Retries) -> Flow[Any]:
@@ -260,7 +260,6 @@ def _by_id_or_pixels(
     slot: ImageSlot,
     by_id: Callable[[bytes], Flow[Any]],
     by_pixels: Callable[[], Flow[Any]],
-    timeout: float,
 ) -> Flow[Any]:
     """Ask by id if there is one; otherwise one caller sends the pixels and the others wait.
 
@@ -275,7 +274,7 @@ def _by_id_or_pixels(
     for _ in range(_TRIES_BY_ID):
         image_id = slot.image_id
         if image_id is None and not slot.declined:
-            yield Acquire(slot.lock, timeout)
+            yield Acquire(slot.lock)
             try:
                 image_id = slot.image_id
                 if image_id is None and not slot.declined:

@@ -18,6 +18,9 @@ Lock: TypeAlias = "asyncio.Lock | threading.Lock"
 T = TypeVar("T")
 Flow = Generator["Step", Any, T]
 
+LONGEST_TIMEOUT = 1e9
+"""Seconds: gRPC counts nanoseconds since 1970 in 64 bits, which overflow in 2262."""
+
 
 @dataclass(frozen=True)
 class InSharedMemory:
@@ -49,11 +52,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Call:
-    """Send `request`, giving up after `timeout` seconds; before that, its public call has taken
-    `spent` seconds, which steps.py knows."""
+    """Send `request`, giving up after `timeout` seconds.
+
+    steps.py cuts that to the time left for the public call, and says how long it has already taken.
+    """
 
     request: Infer | Query
-    timeout: float
+    timeout: float = LONGEST_TIMEOUT
     spent: float = 0.0
 
 
@@ -71,10 +76,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Acquire:
-    """Wait for `lock`, at most `timeout` seconds; the flow releases it itself."""
+    """Wait for `lock`, as long as the public call may take; the flow releases it itself."""
 
     lock: Lock
-    timeout: float
+    timeout: float = LONGEST_TIMEOUT
 
 
 Step = Call | Sleep | Compute | Acquire

@@ -2,20 +2,16 @@
 
 import numbers
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import Overloaded, SAM3Error, ServerUnreachable
-from .flow import Call, Flow, Infer, Query, Sleep
+from .flow import LONGEST_TIMEOUT, Call, Flow, Infer, Query, Sleep
 from .translation import ModelGone, Refused
 
 DEFAULT_TIMEOUT = 120.0
 """Seconds: a server on a CPU takes half a minute to encode an image at full size."""
-
-LONGEST_TIMEOUT = 1e9
-"""Seconds: gRPC counts nanoseconds since 1970 in 64 bits, which overflow in 2262."""
 
 RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGone)
 """A rejected prompt stays rejected and an expired deadline stays expired; these may pass."""
@@ -27,9 +23,21 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
 
 
+def check_timeout(value: Any) -> float:
+    """Return `value` as a float; ValueError unless it is a number of seconds above 0, at most
+    `LONGEST_TIMEOUT`."""
+    number: Any = value if isinstance(value, numbers.Real) else None
+    if number is None or not 0 < number <= LONGEST_TIMEOUT:
+        raise ValueError(
+            f"timeout must be a number of seconds above 0, at most {LONGEST_TIMEOUT:g}, got "
+            f"{value!r}"
+        )
+    return float(number)  # a lock accepts no NumPy number
+
+
 @dataclass(frozen=True)
 class Retries:
-    """At most `attempts` retries within one deadline, with jittered pauses.
+    """At most `attempts` retries, with jittered pauses, in the time that the public call may take.
 
     A request that a proxy rejects has cost the server nothing and does not count as a retry, unless
     `attempts` is 0: a caller with more in flight than the proxy admits waits for its turn.
@@ -38,42 +46,29 @@ class Retries:
     `cap`: many clients that lost the same server do not return at the same moment, and no draw
     spends all retries on the first moment of an outage: the default of four lasts at least 1.9 s.
 
-    Raises ValueError if `attempts` is not a non-negative integer, or `timeout` is not a number of
-    seconds above 0, at most `LONGEST_TIMEOUT`.
+    Raises ValueError if `attempts` is not a non-negative integer.
     """
 
     attempts: int
-    timeout: float
     base: float = 0.25
     cap: float = 4.0
-    clock: Callable[[], float] = time.monotonic
     uniform: Callable[[float, float], float] = random.uniform
 
     def __post_init__(self) -> None:
         check_count("retries", self.attempts)
-        real = isinstance(self.timeout, numbers.Real)
-        if not real or not 0 < self.timeout <= LONGEST_TIMEOUT:
-            raise ValueError(
-                f"timeout must be a number of seconds above 0, at most {LONGEST_TIMEOUT:g}, got "
-                f"{self.timeout!r}"
-            )
-        object.__setattr__(self, "timeout", float(self.timeout))  # a lock accepts no NumPy number
 
     def send(self, request: Infer | Query) -> Flow[Any]:
-        """Send `request`, retrying errors that may pass, for at most `timeout` seconds."""
-        deadline = self.clock() + self.timeout
+        """Send `request`, retrying errors that may pass."""
         attempt = failed = 0
         while True:
             try:
-                return (yield Call(request, max(deadline - self.clock(), 0.0)))
+                return (yield Call(request))
             except RETRYABLE as error:
                 if isinstance(error, ModelGone) and isinstance(request, Query):
                     raise  # a query about a model reports this at once
                 failed += not isinstance(error, Refused)
-                longest = min(self.cap, self.base * 2 ** min(attempt, 30))
-                pause = self.uniform(longest / 2, longest)
-                spent = not self.attempts or failed > self.attempts
-                if spent or self.clock() + pause >= deadline:
+                if not self.attempts or failed > self.attempts:
                     raise
-            yield Sleep(pause)
+            longest = min(self.cap, self.base * 2 ** min(attempt, 30))
+            yield Sleep(self.uniform(longest / 2, longest))
             attempt += 1

@@ -17,12 +17,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from .errors import SAM3Error, ServerError, TransportError
-from .flow import Array, Flow, Infer, InSharedMemory, Query, Sleep
+from .flow import Array, Call, Flow, Infer, InSharedMemory, Query, Sleep
 from .regions import (
     Kind,
     Region,
@@ -100,7 +101,7 @@ class SharedMemory:
         region = self._reuse(size)
         if region is None:
             with suppress(TransportError):  # the next caller tries again
-                yield from self._forget_lost(retries)
+                yield from self._forget_lost()
             region = self._make(_round_up(size))
             if region is not None:
                 yield from self._register(region, retries)
@@ -167,23 +168,23 @@ class SharedMemory:
         if sweep:
             yield from _sweep(self._kind, retries)
 
-    def close(self, retries: Retries) -> Flow[None]:
+    def close(self) -> Flow[None]:
         """Unregister every region and free it.
 
         Waits for requests in flight, but not forever, and not for a server that does not answer.
         """
         self._closed = True
-        end = retries.clock() + _CLOSE_TIMEOUT
+        end = monotonic() + _CLOSE_TIMEOUT
         while True:
             self._mark_all_lost()
             try:
-                yield from self._forget_lost(retries)
+                yield from self._forget_lost()
             except TransportError:
                 break
             with self._lock:
                 if not self._held():
                     return
-            if retries.clock() >= end:
+            if monotonic() >= end:
                 break
             yield Sleep(_POLL_INTERVAL)
         self._abandon_lost()
@@ -196,7 +197,7 @@ class SharedMemory:
         for region in lost:
             abandon(region)
 
-    def _forget_lost(self, retries: Retries) -> Flow[None]:
+    def _forget_lost(self) -> Flow[None]:
         """Unregister and free the lost regions, except those that the server still uses.
 
         Raises TransportError at the first without an answer: the others would wait as long.
@@ -209,20 +210,20 @@ class SharedMemory:
                 self._busy.append(region)  # closing waits for this as well
             gone = False
             try:
-                gone = yield from self._unregister(region, retries)
+                gone = yield from _unregister(region)
             finally:
                 self._put_back(region, None if gone else self._lost)
 
-    def _unregister(self, region: Region, retries: Retries) -> Flow[bool]:
-        """Whether the server has released the region; it has if it does not know the region."""
-        brief = replace(retries, attempts=0, timeout=min(retries.timeout, _CLOSE_TIMEOUT))
-        try:
-            yield from brief.send(region.unregister())
-        except RegionInUse:
-            return False
-        except ServerError as error:
-            _log.debug("region %s was not unregistered: %s", region.name, error)
-        return True
+
+def _unregister(region: Region) -> Flow[bool]:
+    """Whether the server has released the region; it has if it does not know the region."""
+    try:
+        yield Call(region.unregister(), _CLOSE_TIMEOUT)
+    except RegionInUse:
+        return False
+    except ServerError as error:
+        _log.debug("region %s was not unregistered: %s", region.name, error)
+    return True
 
 
 def _not_shared(kind: str, error: ServerError) -> TransportError:

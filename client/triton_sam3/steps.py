@@ -1,14 +1,13 @@
 """Perform a flow's steps, blocking or async. The only place where flows meet I/O."""
 
 import asyncio
-import math
 import time
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from . import deadline
 from .errors import DeadlineExceeded, SAM3Error
-from .flow import Acquire, Call, Compute, Flow, Sleep, Step
+from .flow import LONGEST_TIMEOUT, Acquire, Call, Compute, Flow, Sleep, Step
 from .tracing import traced
 from .transports import AsyncTransport, Transport
 
@@ -40,7 +39,7 @@ class Limit:
         return step
 
 
-def perform(flow: Flow[T], transport: Transport, timeout: float = math.inf) -> T:
+def perform(flow: Flow[T], transport: Transport, timeout: float = LONGEST_TIMEOUT) -> T:
     """Perform a flow's steps one after the other, in `timeout` seconds; return what it returns."""
     resume, value = flow.send, None
     limit = Limit(timeout)
@@ -59,7 +58,9 @@ def perform(flow: Flow[T], transport: Transport, timeout: float = math.inf) -> T
         flow.close()  # on Ctrl-C and the like, so that locks and shared memory are released
 
 
-async def perform_async(flow: Flow[T], transport: AsyncTransport, timeout: float = math.inf) -> T:
+async def perform_async(
+    flow: Flow[T], transport: AsyncTransport, timeout: float = LONGEST_TIMEOUT
+) -> T:
     """The async `perform`; CPU-bound work runs in a thread."""
     resume, value = flow.send, None
     limit = Limit(timeout)

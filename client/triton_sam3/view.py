@@ -124,7 +124,7 @@ class Session:
 
     def _in_turn(self, flow: Flow[T]) -> Flow[T]:
         """Clicks build on each other, so they are answered one at a time, in order."""
-        yield Acquire(self._turn, self._engine.retries.timeout)
+        yield Acquire(self._turn)
         try:
             return (yield from flow)
         finally:

@@ -84,7 +84,7 @@ def hand() -> Hand:
 
 
 def engine(remember_images: int = 8) -> Engine:
-    return Engine(Retries(0, 9.0), remember_images, None, threading.Lock)
+    return Engine(Retries(0), remember_images, None, threading.Lock)
 
 
 def segment(hand: Hand, engine: Engine, *prompts: Prompt, keep: bool = True) -> Any:
@@ -341,7 +341,7 @@ def test_multimask_output_must_be_a_boolean(switch: Any) -> None:
 @pytest.mark.parametrize("images", [-1, 1.5, "3", None])
 def test_remember_images_must_be_a_whole_number(images: Any) -> None:
     with pytest.raises(ValueError, match="remember_images must be a non-negative integer"):
-        Engine(Retries(0, 1.0), images, None, threading.Lock)
+        Engine(Retries(0), images, None, threading.Lock)
 
 
 @pytest.mark.parametrize("shape", [(S, S, 3), (30, 40, 3)])

@@ -146,7 +146,7 @@ def test_a_region_in_use_is_waited_for(
     with Client(url, shared_memory="system", remember_images=0) as client:
         client.segment(coins, POINTS)  # it has a region from now on
         with held(server), monkeypatch.context() as impatient:
-            impatient.setattr(client._engine, "retries", Retries(0, 0.2))
+            impatient.setattr(client, "_timeout", 0.2)
             with pytest.raises(DeadlineExceeded):
                 client.segment(coins, POINTS)
             assert len(regions(server)) == 1
@@ -238,7 +238,7 @@ def by_hand(flow: Flow[Any], answer: Callable[[Infer | Query], Any]) -> list[Inf
 
 def an_image(memory: SharedMemory) -> Flow[Any]:
     image: NDArray[np.uint8] = np.zeros((1, 200, 200, 3), np.uint8)
-    return memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0, 9.0))
+    return memory.send(Infer("sam3_interactive", {"image": image}, ()), Retries(0))
 
 
 def answering(error: BaseException | None, to: str = "infer") -> Callable[[Infer | Query], Any]:
@@ -283,20 +283,20 @@ def test_a_request_does_not_wait_for_a_region_in_use() -> None:
     second = by_hand(an_image(memory), answering(RegionInUse("still in use"), to="unregister"))
     assert second.count(unregistering(lost)) == 1
     assert region_of(second) != lost
-    closing = by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    closing = by_hand(memory.close(), answering(None))
     assert sorted(closing, key=str) == sorted(
         [unregistering(lost), unregistering(region_of(second))], key=str
     )
 
 
-def test_closing_does_not_wait_forever_for_a_region_in_use() -> None:
+def test_closing_does_not_wait_forever_for_a_region_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     memory = SharedMemory("system")
     region = region_of(by_hand(an_image(memory), answering(None)))
     seconds = iter(range(100))
-    retries = Retries(0, 9.0, clock=lambda: float(next(seconds)))
-    closing = by_hand(
-        memory.close(retries), answering(RegionInUse("still in use"), to="unregister")
-    )
+    monkeypatch.setattr("triton_sam3.shared_memory.monotonic", lambda: float(next(seconds)))
+    closing = by_hand(memory.close(), answering(RegionInUse("still in use"), to="unregister"))
     assert 1 < closing.count(unregistering(region)) < 10
 
 
@@ -309,7 +309,7 @@ def test_a_silent_server_is_asked_about_one_lost_region_only() -> None:
         memory._mark_all_lost()
     asked = [str(request) for request in by_hand(an_image(memory), silent)]
     assert sum("unregister" in request for request in asked) == 1
-    left = by_hand(memory.close(Retries(0, 9.0)), silent)
+    left = by_hand(memory.close(), silent)
     assert len(left) == 1
     assert isinstance(left[0], Query)
     (region,) = left[0].args
@@ -326,15 +326,15 @@ def test_a_region_whose_registration_failed_is_freed(error: BaseException) -> No
     with suppress(KeyboardInterrupt):
         by_hand(an_image(memory), answering(error, to="register"))
     (name,) = files()
-    assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(name)]
+    assert by_hand(memory.close(), answering(None)) == [unregistering(name)]
 
 
 def test_a_region_that_could_not_be_unregistered_is_freed_later() -> None:
     memory = SharedMemory("system")
     region = region_of(by_hand(an_image(memory), answering(None)))
     with suppress(KeyboardInterrupt):
-        by_hand(memory.close(Retries(0, 9.0)), answering(KeyboardInterrupt(), to="unregister"))
-    assert by_hand(memory.close(Retries(0, 9.0)), answering(None)) == [unregistering(region)]
+        by_hand(memory.close(), answering(KeyboardInterrupt(), to="unregister"))
+    assert by_hand(memory.close(), answering(None)) == [unregistering(region)]
 
 
 def test_closing_waits_for_a_request_in_flight_and_gives_out_no_region() -> None:
@@ -344,7 +344,7 @@ def test_closing_waits_for_a_request_in_flight_and_gives_out_no_region() -> None
     while not (isinstance(step, Call) and isinstance(step.request, Infer)):
         step = busy.send({})
     region = region_of([step.request])
-    closing = memory.close(Retries(0, 9.0))
+    closing = memory.close()
     assert isinstance(next(closing), Sleep)
     later = by_hand(an_image(memory), answering(None))
     assert [type(request) for request in later] == [Infer]
@@ -364,7 +364,7 @@ def test_regions_are_not_swept_on_a_server_on_another_host() -> None:
     elsewhere = answering(InvalidRequest("no such file"), to="register")
     assert _STATUS not in by_hand(an_image(memory), elsewhere)
     assert _STATUS in by_hand(an_image(memory), answering(None))
-    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    by_hand(memory.close(), answering(None))
 
 
 def test_a_region_whose_sweep_got_no_answer_is_freed() -> None:
@@ -373,7 +373,7 @@ def test_a_region_whose_sweep_got_no_answer_is_freed() -> None:
     register, status = by_hand(an_image(memory), silent)
     assert isinstance(register, Query)
     assert status == _STATUS
-    closing = by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    closing = by_hand(memory.close(), answering(None))
     assert closing == [unregistering(str(register.args[0]))]
 
 
@@ -443,7 +443,7 @@ def test_requests_beyond_the_limit_on_regions_use_none(monkeypatch: pytest.Monke
     monkeypatch.setattr(shared_memory, "_MAX_REGIONS", 2)
     memory = SharedMemory("system")
     sent = sent_at_once(*(an_image(memory) for _ in range(3)))
-    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    by_hand(memory.close(), answering(None))
     placed = [isinstance(request.inputs["image"], InSharedMemory) for request in sent]
     assert placed == [True, True, False]
 
@@ -458,7 +458,7 @@ def test_no_region_from_before_a_restart_is_used() -> None:
         return {}
 
     tries = [r for r in by_hand(an_image(memory), restarted) if isinstance(r, Infer)]
-    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    by_hand(memory.close(), answering(None))
     assert len(known) == len(tries) == 2
     assert region_of([tries[1]]) not in known
 
@@ -467,7 +467,7 @@ def test_closing_asks_a_silent_server_only_once_and_briefly() -> None:
     """A server that hangs or is gone keeps nobody who closes for a request's whole timeout."""
     memory = SharedMemory("system")
     by_hand(an_image(memory), answering(None))
-    closing = memory.close(Retries(4, 120.0))
+    closing = memory.close()
     asked = next(closing)
     assert isinstance(asked, Call)
     assert asked.timeout < 10
@@ -496,6 +496,6 @@ def test_an_image_and_masks_share_a_region_without_overlap() -> None:
         return {}
 
     memory = SharedMemory("system")
-    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0, 9.0)), ByHand(reading))
-    by_hand(memory.close(Retries(0, 9.0)), answering(None))
+    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0)), ByHand(reading))
+    by_hand(memory.close(), answering(None))
     assert len(mapped) == 1

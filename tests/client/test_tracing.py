@@ -65,7 +65,7 @@ def exported(provider: TracerProvider) -> InMemorySpanExporter:
 
 
 def sent(retries: int = 0) -> Flow[Any]:
-    return Retries(retries, 60.0, base=0.001).send(REQUEST)
+    return Retries(retries, base=0.001).send(REQUEST)
 
 
 def traceparents(server: Server) -> Iterator[list[str]]:

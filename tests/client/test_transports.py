@@ -30,7 +30,7 @@ from triton_sam3.transports import open_async_transport, open_transport
 Pixels = NDArray[np.uint8]
 METADATA = Query("get_server_metadata")
 HEADERS = {"Authorization": "Bearer token"}
-QUICK = Retries(3, 30.0, base=0.01)
+QUICK = Retries(3, base=0.01)
 
 
 def run(flow: Flow[Any], url: str) -> Any:
