@@ -81,16 +81,18 @@ def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: st
 
 
 def _told(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
-    refused = [one.ended - one.began for one in flood.outcomes if one.kind is Kind.CLEAR]
+    # Of the caller that competes for the CPU as the server does; the flood gives way to both.
+    refused = [one.ended - one.began for one in among.outcomes if one.kind is Kind.CLEAR]
     kinds = Counter(one.said.split(":")[0] for one in flood.outcomes if one.kind is Kind.CLEAR)
     early = float(np.median(refused)) if refused else float("nan")
     return (
         f"capacity {capacity:.0f}/s, sent {len(flood.outcomes) / flood.seconds:.0f}/s, of which "
-        f"{len(flood.answered) / flood.seconds:.0f}/s accepted; an additional caller: "
-        f"{len(among.answered)} of {len(among.outcomes)} accepted, p99 {among.p99():.2f} s = "
-        f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s; rejected after "
-        f"{early:.2f} s (median): "
+        f"{len(flood.answered) / flood.seconds:.0f}/s accepted ("
         + ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+        + f"), and {len(among.answered) / among.seconds:.0f}/s of an additional caller: "
+        f"{len(among.answered)} of {len(among.outcomes)}, p99 {among.p99():.2f} s = "
+        f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s, the others rejected "
+        f"after {early:.3f} s (median)"
     )
 
 
