@@ -76,11 +76,11 @@ def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: st
         trial.recover()
         for wave in waves:
             trial.others.extend(wave.outcomes)
-    trial.remark = _told(alone, capacity, flood, among)
+    trial.remark = _remark(alone, capacity, flood, among)
     return trial.result()
 
 
-def _told(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
+def _remark(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
     # Of the caller that competes for the CPU as the server does; the flood gives way to both.
     refused = [one.ended - one.began for one in among.outcomes if one.kind is Kind.CLEAR]
     kinds = Counter(one.said.split(":")[0] for one in flood.outcomes if one.kind is Kind.CLEAR)
