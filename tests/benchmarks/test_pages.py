@@ -15,7 +15,7 @@ from benchmarks.figures import FigureSpec, Target
 from benchmarks.growth import Growth
 from benchmarks.timing import Sample
 
-ORIGIN = Provenance("make bench", "abc1234", "2 cores", "Python", 0.5)
+ORIGIN = Provenance("make bench", "abc1234", "2 cores", "Python", "0.5")
 FAST, SLOW = Sample((0.010, 0.011, 0.012)), Sample((0.050, 0.055, 0.060))
 
 
