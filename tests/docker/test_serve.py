@@ -37,55 +37,24 @@ IMAGE = np.random.default_rng(1).integers(0, 256, (80, 100, 3), np.uint8)
 EVERYWHERE = Address("0.0.0.0", 8000, 8001, 8002)
 
 
-def test_serves_both_protocols(container: Container) -> None:
-    masks = []
-    for url in (
-        f"http://127.0.0.1:{container.http_port}",
-        f"grpc://127.0.0.1:{container.grpc_port}",
-    ):
-        with Client(url) as client:
-            masks.append(client.segment(IMAGE, points=[(50, 40)]).masks)
-    assert masks[0].shape == (1, 80, 100)
-    np.testing.assert_array_equal(masks[0], masks[1])
-
-
 def test_memory_of_requests_is_returned_to_the_system(container: Container) -> None:
     """As under `python -m server`, where a test counts the bytes."""
     inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     assert container.triton().environ().items() >= {**ENVIRONMENT, **inherited}.items()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v2/repository/index",
-        "/v2/repository/models/sam3_prompt_decoder/unload",
-        "/v2/repository/models/sam3_prompt_decoder/load",
-        "/v2/systemsharedmemory/region/a/register",
-        "/v2/cudasharedmemory/region/a/register",
-        "/v2/trace/setting",
-        "/v2/models/sam3_interactive/trace/setting",
-        "/v2/logging",
-    ],
-)
-def test_administration_is_refused_over_http(container: Container, path: str) -> None:
-    status, body = container.call(path, b"{}")
+@pytest.mark.parametrize("kind", ["systemsharedmemory", "cudasharedmemory"])
+def test_shared_memory_is_refused_over_http(container: Container, kind: str) -> None:
+    status, body = container.call(f"/v2/{kind}/region/a/register", b"{}")
     assert status == 403, body
 
 
-def test_administration_is_refused_over_grpc(container: Container) -> None:
-    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{container.grpc_port}")
-    calls = (
-        client.get_model_repository_index,
-        lambda: client.unload_model("sam3_prompt_decoder"),
-        lambda: client.register_system_shared_memory("a", "/a", 8),
-        lambda: client.update_trace_settings(settings={"trace_level": ["TENSORS"]}),
-        lambda: client.update_log_settings({"log_verbose_level": 1}),
-    )
-    for call in calls:
-        with pytest.raises(InferenceServerException, match="restricted"):
-            call()
-    client.close()
+def test_shared_memory_is_refused_over_grpc(container: Container) -> None:
+    with (
+        triton_grpc.InferenceServerClient(f"127.0.0.1:{container.grpc_port}") as client,
+        pytest.raises(InferenceServerException, match="restricted"),
+    ):
+        client.register_system_shared_memory("a", "/a", 8)
 
 
 def test_logs_are_json_lines(container: Container) -> None:

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
@@ -14,9 +13,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from server import TritonServer
-from server.command import Address
 from tests.server import tiny
-from tests.server.conftest import Start
 
 SOON = 5.0
 HEADERS, END_HEADERS, DATA, END_STREAM = 1, 4, 0, 1
@@ -131,12 +128,3 @@ def test_no_bytes_over_grpc_carry_the_header(shared: TritonServer, method: str) 
         answer = over_grpc(shared, method, headers)
         assert b"grpc-status" in answer
         assert b"grpc-status\x010" not in answer, headers
-
-
-def test_shared_memory_is_refused_beyond_loopback(
-    working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Address, "is_loopback", False)  # but do not listen beyond loopback
-    server = start(working)
-    answer = over_http(server, "/v2/systemsharedmemory/region/a/register", "nobody: guess")
-    assert answer.startswith(b"HTTP/1.1 403 ")
