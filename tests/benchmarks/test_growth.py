@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 
 from benchmarks import growth, load
@@ -51,6 +53,28 @@ def test_a_peer_that_fails_under_load_does_not_cost_our_curve(
 def test_without_ours_there_is_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="connection reset"):
         crowds_without(OURS, monkeypatch)
+
+
+def test_each_amount_of_work_is_timed_with_that_much_of_it() -> None:
+    """On a server that takes 10 ms for each object and for each image."""
+
+    class Wire:
+        side = 8
+
+        def click(self, kept: str, objects: int) -> None:
+            assert kept == "the photo's id"
+            time.sleep(0.01 * objects)
+
+        def encode(self, images: Photo) -> None:
+            time.sleep(0.01 * len(images))
+
+    photo = np.zeros((4, 6, 3), np.uint8)
+    served = {"wire": Wire(), "photo": photo, "keep_photo": lambda: "the photo's id"}
+    stage = cast(Stage, SimpleNamespace(**{**vars(STAGE), **served}))
+    for measure in (growth.objects, growth.batch):
+        milliseconds = measure(stage, [1, 8], 3).curves["together"]
+        assert min(milliseconds[1].values) >= 10
+        assert min(milliseconds[8].values) >= 80 > milliseconds[1].median
 
 
 def test_batched_work_is_also_shown_per_item() -> None:

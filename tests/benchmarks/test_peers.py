@@ -39,13 +39,19 @@ def test_every_peer_is_timed_the_same_number_of_rounds(everything: Stage) -> Non
     samples = measures.clicks(everything, rounds=2)
     assert samples.keys() == set(PEERS)
     assert all(len(sample.values) == 2 for sample in samples.values())
-    assert all(value > 0 for sample in samples.values() for value in sample.values)
+    # A decoder takes milliseconds on any machine; nothing, less than a microsecond.
+    assert all(value > 1e-4 for sample in samples.values() for value in sample.values)
 
 
-def test_every_peers_first_mask_is_timed(everything: Stage) -> None:
-    samples = measures.first_masks(everything, rounds=2)
+def test_every_peers_first_mask_is_timed_with_encoding_the_photo(everything: Stage) -> None:
+    """So it takes longer than a click; the fastest of several, because the machine may be busy."""
+    samples, clicks = (
+        measure(everything, 5) for measure in (measures.first_masks, measures.clicks)
+    )
     assert samples.keys() == set(PEERS)
-    assert all(len(sample.values) == 2 for sample in samples.values())
+    assert all(len(sample.values) == 5 for sample in samples.values())
+    for name, sample in samples.items():
+        assert min(sample.values) > 1.5 * min(clicks[name].values), name
 
 
 def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Stage) -> None:
@@ -61,7 +67,8 @@ def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Sta
 @pytest.mark.parametrize("name", [name for name in PEERS if name not in (IN_PROCESS, WHOLE)])
 def test_concurrent_clicks_are_answered(name: str, everything: Stage) -> None:
     found = load.measure(everything.makers[name], everything.photo, clients=3, duration=1.0)
-    assert found.per_second > 0
+    assert found.per_second == len(found.latency.values) / 1.0 > 0
+    assert sum(found.latency.values) <= 3 * 1.0  # of three callers, within that second
 
 
 class _ToldLast(ConnectionError):

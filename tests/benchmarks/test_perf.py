@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -44,12 +45,19 @@ def test_a_run_is_parsed_and_reported_as_it_was(
     monkeypatch.setattr(PerfAnalyzer, "run", note)
     case = Case("a request", "sam3_prompt_decoder", perf_inputs.MIXED, GRPC)
     run = run_case(analyzer, case, server.grpc_url, server.http_url)
-    assert run.per_second > 0
-    assert 0 < run.p50 <= run.p99
     assert "Request concurrency: 1" in run.output
+    assert _printed("Throughput", run) == pytest.approx(run.per_second, abs=0.001)
+    for percentile, milliseconds in (("p50", run.p50), ("p99", run.p99)):
+        assert _printed(f"{percentile} latency", run) == pytest.approx(1000 * milliseconds, abs=1)
     _, *shown = shlex.split(run.command)
     pairs = zip(typed, typed[1:], shown[1:], strict=False)
     assert {option for option, real, told in pairs if real != told} == {"-u", "-f"}
+
+
+def _printed(what: str, run: Run) -> float:
+    """The number for people: per second, or of microseconds."""
+    (number,) = re.findall(rf"^ +{what}: ([\d.]+) (?:infer/sec|usec)$", run.output, re.M)
+    return float(number)
 
 
 @pytest.mark.usefixtures("inputs")
