@@ -85,9 +85,9 @@ def run_in_process(progress: Progress) -> Findings:
     found = Findings(progress)
     found.collect([DEMO_ACCURACY], lambda: _demo_accuracy(found))
     for encoder, accelerator in ENCODERS.items():
-        asked = [_by(encoder, one) for one in IN_PROCESS_FIGURES[encoder]]
+        specs = [_by(encoder, one) for one in IN_PROCESS_FIGURES[encoder]]
         graphs = partial(artifacts.full_size, torch.float16, progress, accelerator)
-        found.collect(asked, partial(_in_process, graphs, encoder, found))
+        found.collect(specs, partial(_in_process, graphs, encoder, found))
     return found
 
 
@@ -103,8 +103,8 @@ def _require_gpu() -> None:
         raise RuntimeError("this machine has no NVIDIA GPU")
 
 
-def _by(encoder: str, asked: FigureSpec) -> FigureSpec:
-    return FigureSpec(f"{asked.name} ({encoder})", asked.unit, asked.target)
+def _by(encoder: str, spec: FigureSpec) -> FigureSpec:
+    return FigureSpec(f"{spec.name} ({encoder})", spec.unit, spec.target)
 
 
 def _demo_accuracy(found: Findings) -> None:
@@ -120,9 +120,9 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
     _require_gpu()
     if encoder == Accelerator.TENSORRT.value:
         _load_tensorrt()
-    asked = IN_PROCESS_FIGURES[encoder]
+    specs = IN_PROCESS_FIGURES[encoder]
     with _engine(graphs(), encoder) as engine:
-        if ACCURACY in asked:
+        if ACCURACY in specs:
             found.progress(f"{encoder}: checking the 16-bit encoder")
             found.add(_by(encoder, ACCURACY).measured(Sample((engine.mask_iou(),))))
         found.progress(f"{encoder}: timing")
@@ -131,7 +131,7 @@ def _in_process(graphs: Callable[[], Artifacts], encoder: str, found: Findings) 
         found.add(_by(encoder, SATURATION).measured(_best_rate(batches)))
         title = f"{encoder}: images encoded together"
         found.growths.append(growth.together(title, "images", batches))
-        if DECODE in asked:
+        if DECODE in specs:
             _decoder(engine, encoder, found)
 
 

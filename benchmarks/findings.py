@@ -28,7 +28,7 @@ class Findings:
         name, measured, _, _, verdict, note = figure.cells()
         self.progress(", ".join(filter(None, (f"{name}: {measured}", verdict, note))))
 
-    def collect(self, asked: Sequence[FigureSpec], measure: Callable[[], None]) -> None:
+    def collect(self, specs: Sequence[FigureSpec], measure: Callable[[], None]) -> None:
         """Run `measure`, then list the requested figures that it did not add, with the reason.
 
         `measure` adds to these findings. If it raises, only the figures not added yet are lost.
@@ -40,6 +40,6 @@ class Findings:
             traceback.print_exc()
             why = reason(error)
         added = {figure.name for figure in self.figures}
-        for one in asked:
+        for one in specs:
             if one.name not in added:
                 self.add(one.missing(why))

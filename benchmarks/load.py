@@ -66,8 +66,10 @@ def measure(
     failures = [report for report in reports if isinstance(report, str)]
     if failures:
         # Report the original failure, not the broken barrier that the others saw.
-        told = min(failures, key=lambda failure: failure.startswith(BrokenBarrierError.__name__))
-        raise RuntimeError(f"a caller failed: {told}")
+        original = min(
+            failures, key=lambda failure: failure.startswith(BrokenBarrierError.__name__)
+        )
+        raise RuntimeError(f"a caller failed: {original}")
     latencies = [value for report in reports for value in report]
     return Throughput(len(latencies) / duration, Sample(tuple(latencies)))
 

@@ -18,7 +18,7 @@ def stubs(server: TritonServer, model: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def held(server: TritonServer, model: str = DECODER) -> Iterator[None]:
+def suspended_model(server: TritonServer, model: str = DECODER) -> Iterator[None]:
     """What is asked of the model meanwhile waits, however fast the machine is.
 
     Only for a moment: a stub that says nothing for a second while it is asked is given up.

@@ -74,15 +74,15 @@ def test_a_served_mask_and_its_refinement_are_the_same_as_metas(
     server: TritonServer, meta: Any, photo: NDArray[np.uint8], case: str, multimask: bool
 ) -> None:
     """Each side refines its own first mask, ours in 16 bits."""
-    asked = CASES[case]
-    expected = Best(meta, asked, multimask)
+    prompt = CASES[case]
+    expected = Best(meta, prompt, multimask)
     options: dict[str, Any] = {"multimask_output": multimask, "threshold": -1}
     with Client(server.grpc_url) as client:
-        first = client.segment(photo, prompts=Prompt(**asked), **options)
+        first = client.segment(photo, prompts=Prompt(**prompt), **options)
         assert_same(first, expected)
-        again = Prompt(**asked, mask=first.logits[0])
+        again = Prompt(**prompt, mask=first.logits[0])
         refined = client.segment(photo, prompts=again, **options)
-    assert_same(refined, Best(meta, asked, multimask, expected.logits))
+    assert_same(refined, Best(meta, prompt, multimask, expected.logits))
 
 
 @pytest.mark.semantic("masks", "each click's mask on an open view: IoU ≥ 0.999", "Meta's predictor")

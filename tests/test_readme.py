@@ -45,7 +45,9 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer) -> Iterator[Path]:
+def reader_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: TritonServer
+) -> Iterator[Path]:
     """A folder with what a reader would have: a photo and a checkpoint."""
     photo = cv2.cvtColor(skimage.data.coffee(), cv2.COLOR_RGB2BGR)
     cv2.imwrite(str(tmp_path / "photo.jpg"), photo)
@@ -68,15 +70,15 @@ def gives_up_regions(server: TritonServer) -> bool:
     return not regions(server)
 
 
-def test_client_code_runs_as_written(desk: Path, server: TritonServer) -> None:
+def test_client_code_runs_as_written(reader_folder: Path, server: TritonServer) -> None:
     (code,) = blocks("python")
     names: dict[str, object] = {}
     exec(code.replace("grpc://127.0.0.1:8001", server.grpc_url), names)
     assert len(names["result"]) == 2  # type: ignore[arg-type]
-    assert (desk / "photo.png").is_file()
+    assert (reader_folder / "photo.png").is_file()
 
 
-def test_every_command_is_run(desk: Path) -> None:
+def test_every_command_is_run(reader_folder: Path) -> None:
     """In the documents' order: the server serves what the export built."""
     unused = set(RUNNERS)
     for command in commands():
@@ -87,7 +89,7 @@ def test_every_command_is_run(desk: Path) -> None:
     assert not unused
 
 
-def test_curl_runs_as_written(desk: Path, server: TritonServer) -> None:
+def test_curl_runs_as_written(reader_folder: Path, server: TritonServer) -> None:
     (script,) = blocks("sh")
     command = ["sh", "-c", script.replace("http://127.0.0.1:8000", server.http_url)]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)

@@ -6,7 +6,7 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.faults.load import Question, questions
+from benchmarks.faults.load import Question, answered_questions
 from benchmarks.faults.stand import Stand, variant
 from triton_sam3 import Client
 from triton_sam3.contract import DECODER
@@ -21,7 +21,7 @@ class Bench:
         self._made = 0
         self._shared = ExitStack()
         self._stand: Stand | None = None
-        self._asked: list[Question] = []
+        self._questions: list[Question] = []
 
     def folder(self) -> Path:
         """Create a new folder."""
@@ -49,12 +49,12 @@ class Bench:
         bound = images * 4096 * int(embedding[1]) ** 2
         return self.copy(bound), bound
 
-    def asked(self, stand: Stand) -> list[Question]:
+    def questions(self, stand: Stand) -> list[Question]:
         """Questions with their right answers, obtained once from the first healthy server."""
-        if not self._asked:
+        if not self._questions:
             with Client(stand.grpc) as client:
-                self._asked = questions(client)
-        return self._asked
+                self._questions = answered_questions(client)
+        return self._questions
 
     def close(self) -> None:
         """Stop the shared stand; the next call of `stand` starts a new one."""

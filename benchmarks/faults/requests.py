@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.decoding import METRICS_TIMEOUT
 from benchmarks.faults.bench import Bench
-from benchmarks.faults.load import Caller, Kind, Outcome, Question, observe, questions
+from benchmarks.faults.load import Caller, Kind, Outcome, Question, answered_questions, observe
 from benchmarks.faults.relay import AT_ONCE, Relay
 from benchmarks.faults.stand import Stand
 from benchmarks.faults.trial import Result, Trial
@@ -50,10 +50,10 @@ def client_gone(bench: Bench, title: str) -> Result:
         while time.monotonic() < until:
             for part in (len(request) // 2, len(request)):
                 _leave(stand, request[:part])
-            _hang_up(stand, bench.asked(stand)[0])
+            _hang_up(stand, bench.questions(stand)[0])
             left += 3
 
-    with Trial(title, stand, bench.asked(stand)) as trial:
+    with Trial(title, stand, bench.questions(stand)) as trial:
         trial.inject(leave_for_a_while)
         trial.recover()
     trial.remark = f"{left} callers left"
@@ -124,7 +124,7 @@ def _through_relays(
             Caller(f"grpc://127.0.0.1:{grpc.port}"),
         ]
         hidden = (ServerUnreachable,)
-        with Trial(title, stand, bench.asked(stand), callers=callers, hidden=hidden) as trial:
+        with Trial(title, stand, bench.questions(stand), callers=callers, hidden=hidden) as trial:
 
             def harm_for_a_while() -> None:
                 took = [one.ended - one.began for one in trial.load.outcomes]
@@ -175,7 +175,7 @@ def poisons(image: npt.NDArray[np.uint8]) -> list[tuple[str, Inputs]]:
 def poisoned(bench: Bench, title: str) -> Result:
     """Send bad requests together with good ones, so that they are merged into one batch."""
     stand = bench.stand()
-    with Trial(title, stand, bench.asked(stand)) as trial:
+    with Trial(title, stand, bench.questions(stand)) as trial:
         with closing(Wire(stand.grpc)) as wire:
             shape = (wire.side, wire.side, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -218,10 +218,10 @@ def kept_limit(bench: Bench, title: str) -> Result:
     repository, bound = bench.copy_keeping(8)
     with Stand(repository, bench.folder()) as stand:
         with Client(stand.grpc) as client:
-            asked = questions(client, 24)
+            questions = answered_questions(client, 24)
         kept: list[int] = []
         callers = [Caller(stand.grpc), Caller(stand.http), Caller(stand.grpc)]
-        with Trial(title, stand, asked, callers=callers) as trial:
+        with Trial(title, stand, questions, callers=callers) as trial:
             trial.inject(lambda: _sample(stand, kept, 2 * SECONDS))
             trial.recover()
         trial.remark = describe_kept(kept, bound)
@@ -233,15 +233,15 @@ def views_never_closed(bench: Bench, title: str) -> Result:
     full = 256
     repository, bound = bench.copy_keeping(full)
     with Stand(repository, bench.folder()) as stand:
-        asked = bench.asked(stand)
+        questions = bench.questions(stand)
         # Without a pause it got two answers in three, and too few views were opened.
         onlooker = Caller(stand.grpc, pause=0.2)
-        with Trial(title, stand, asked, callers=[onlooker], timeout=30.0) as trial:
+        with Trial(title, stand, questions, callers=[onlooker], timeout=30.0) as trial:
             until = time.monotonic() + VIEWS_SECONDS
-            _open_all(stand, asked, 2 * full, until, trial)
+            _open_all(stand, questions, 2 * full, until, trial)
             trial.forget_sizes()
             rest = VIEWS - _opened(trial)
-            trial.inject(lambda: _open_all(stand, asked, rest, until, trial))
+            trial.inject(lambda: _open_all(stand, questions, rest, until, trial))
             trial.recover()
             kept: list[int] = []
             _sample(stand, kept, 2.0)
@@ -257,7 +257,9 @@ def _opened(trial: Trial) -> int:
     return len(trial.others) + len(trial.unasked)
 
 
-def _open_all(stand: Stand, asked: list[Question], count: int, until: float, trial: Trial) -> None:
+def _open_all(
+    stand: Stand, questions: list[Question], count: int, until: float, trial: Trial
+) -> None:
     """Open `count` views, and check that every tenth shows the right mask."""
     local = threading.local()
     clients: list[Client] = []
@@ -268,7 +270,7 @@ def _open_all(stand: Stand, asked: list[Question], count: int, until: float, tri
         if not hasattr(local, "client"):
             local.client = Client(stand.grpc, timeout=30.0, remember_images=0)
             clients.append(local.client)
-        question = asked[number % len(asked)]
+        question = questions[number % len(questions)]
         mask = question.mask
         assert mask is not None
 
@@ -292,9 +294,9 @@ def _sample(stand: Stand, kept: list[int], seconds: float) -> None:
     url = f"http://127.0.0.1:{stand.container.metrics_port}/metrics"
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        told = store_metrics(url, METRICS_TIMEOUT).get("sam3_kept_images_bytes")
-        if told is not None:
-            kept.append(int(told))
+        reported = store_metrics(url, METRICS_TIMEOUT).get("sam3_kept_images_bytes")
+        if reported is not None:
+            kept.append(int(reported))
         time.sleep(0.2)
 
 

@@ -45,9 +45,9 @@ def shm_full(bench: Bench, title: str) -> Result:
         Stand(bench.repository, bench.folder(), wrapper=inside) as stand,
     ):
         callers = [Caller(stand.http, {"remember_images": 0}), Caller(stand.grpc)]
-        asked = bench.asked(stand)
+        questions = bench.questions(stand)
         with Client(stand.grpc) as client:
-            right = _much(client, asked[0], 1)
+            right = _much(client, questions[0], 1)
         filler = Path(f"/proc/{stand.container.process.pid}/root/dev/shm/filler")
 
         def fill_and_ask() -> None:
@@ -57,7 +57,7 @@ def shm_full(bench: Bench, title: str) -> Result:
             finally:
                 filler.unlink(missing_ok=True)
 
-        with Trial(title, stand, asked, callers=callers) as trial:
+        with Trial(title, stand, questions, callers=callers) as trial:
             trial.inject(fill_and_ask)
             trial.recover()
         return trial.result()
@@ -81,7 +81,7 @@ def _ask_for_much(stand: Stand, trial: Trial, right: npt.NDArray[np.bool_]) -> N
 
         def ask(times: int) -> None:
             while time.monotonic() < until:
-                much = partial(_much, client, trial.asked[0], times)
+                much = partial(_much, client, trial.questions[0], times)
                 trial.others.append(observe(much, right, 8.0))
 
         with ThreadPoolExecutor(len(MUCH)) as threads:
@@ -122,7 +122,7 @@ def clock_jump(bench: Bench, title: str) -> Result:
                 years.append(_year(env))
                 time.sleep(3)
 
-        with Trial(title, stand, bench.asked(stand)) as trial:
+        with Trial(title, stand, bench.questions(stand)) as trial:
             trial.inject(jump)
             trial.recover()
         stubs = stand.container.stubs(DECODER)

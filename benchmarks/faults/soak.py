@@ -51,18 +51,18 @@ class Soak:
         for name, of in (("memory", _private), ("/dev/shm", _shm)):
             values = np.array([of(size) for size in self.sizes]) / MIB
             first, *_, last = np.array_split(values, THIRDS)
-            told = _told(slope(self.sizes, of))
-            rows.append((name, f"{first.mean():.1f} MiB", f"{last.mean():.1f} MiB", told))
+            trend = _per_ten_thousand(slope(self.sizes, of))
+            rows.append((name, f"{first.mean():.1f} MiB", f"{last.mean():.1f} MiB", trend))
         return markdown_table(("", "first third", "last third", "per 10,000 requests"), rows)
 
     def page(self, origin: Provenance) -> str:
         """The section in Markdown."""
-        told = ", ".join(f"{self.counts[kind]:,} {kind.value}" for kind in Kind)
+        outcomes = ", ".join(f"{self.counts[kind]:,} {kind.value}" for kind in Kind)
         words = (
             f"{self.minutes:g} minutes of new images, clicks by id and shared memory over both "
             f"protocols; the server keeps {KEPT_IMAGES} images. {self.counts.total():,} requests: "
-            f"{told}. The table excludes the first fifth of the time; the slope is given with its "
-            "standard error, and memory is what the processes do not share."
+            f"{outcomes}. The table excludes the first fifth of the time; the slope is given with "
+            "its standard error, and memory is what the processes do not share."
         )
         return "\n\n".join(("## Soak", origin.markdown(), words, self.table()))
 
@@ -79,9 +79,9 @@ def run(repository: Path, minutes: float) -> Soak:
 def _run(bench: Bench, minutes: float) -> Soak:
     repository, _ = bench.copy_keeping(KEPT_IMAGES)
     with Stand(repository, bench.folder()) as stand:
-        asked = bench.asked(stand)
+        questions = bench.questions(stand)
         callers = [*usual(stand), Caller(stand.http)]
-        with Trial("soak", stand, asked, callers=callers, timeout=30.0) as trial:
+        with Trial("soak", stand, questions, callers=callers, timeout=30.0) as trial:
             time.sleep(60 * minutes * WARM_UP)
             trial.forget_sizes()
             time.sleep(60 * minutes * (1 - WARM_UP))
@@ -99,7 +99,7 @@ def _shm(size: Size) -> int:
     return size.shm
 
 
-def _told(found: Slope | None) -> str:
+def _per_ten_thousand(found: Slope | None) -> str:
     if found is None:
         return "too few requests"
     return f"{found.growth / MIB:+.2f} ± {found.error / MIB:.2f} MiB"

@@ -51,8 +51,8 @@ class Stand:
 
     def refusal(self) -> str:
         """Why it did not start: the longest such message in its log."""
-        told = [r["message"] for r in self.container.records() if REFUSAL.search(r["message"])]
-        return max(told, key=len, default="")
+        messages = [r["message"] for r in self.container.records() if REFUSAL.search(r["message"])]
+        return max(messages, key=len, default="")
 
     def __enter__(self) -> Stand:
         self._start()

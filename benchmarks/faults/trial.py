@@ -89,14 +89,14 @@ class Trial:
         self,
         name: str,
         stand: Stand,
-        asked: Sequence[Question],
+        questions: Sequence[Question],
         *,
         callers: Sequence[Caller] | None = None,
         timeout: float = 8.0,
         hidden: Sequence[type[BaseException]] = (),
     ) -> None:
-        self.name, self.stand, self.asked = name, stand, asked
-        self.load = Load(callers or usual(stand), asked, timeout=timeout, hidden=hidden)
+        self.name, self.stand, self.questions = name, stand, questions
+        self.load = Load(callers or usual(stand), questions, timeout=timeout, hidden=hidden)
         self.others: list[Outcome] = []
         """Requests of the fault itself, such as poisoned ones."""
         self.unasked: list[Outcome] = []

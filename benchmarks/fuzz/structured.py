@@ -314,8 +314,8 @@ def odd_outputs(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Reque
         max_size=2,
     )
     output = st.fixed_dictionaries({"name": names}, optional={"parameters": parameters})
-    asked = draw(st.lists(output, min_size=1, max_size=3))
-    return replace(valid.request, outputs=tuple(asked)), EITHER
+    chosen = draw(st.lists(output, min_size=1, max_size=3))
+    return replace(valid.request, outputs=tuple(chosen)), EITHER
 
 
 def unknown_model(draw: st.DrawFn, valid: ValidRequest, _: Subject) -> tuple[Request, str]:

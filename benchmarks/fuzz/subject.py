@@ -85,8 +85,8 @@ def prepare(grpc: Grpc, side: int) -> Subject:
     """Have the server encode and keep the picture."""
     image = np.asarray(picture().resize((side, side), Image.Resampling.BILINEAR))[None]
     encoded = ask(grpc, request(ENCODER, {"image": image}))
-    asked = {"image": image, "keep_image": np.array([[True]]), **middle()}
-    kept = ask(grpc, request(ENSEMBLE, asked))
+    arrays = {"image": image, "keep_image": np.array([[True]]), **middle()}
+    kept = ask(grpc, request(ENSEMBLE, arrays))
     files = tuple(saved(picture(), form) for form in ("JPEG", "PNG", "WEBP"))
     features = {name: encoded.as_numpy(name) for name in FEATURES}
     return Subject(image, features, kept.as_numpy("image_id").item(), files)

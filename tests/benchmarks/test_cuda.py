@@ -22,12 +22,12 @@ def test_without_a_gpu_every_figure_is_listed_with_the_reason(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     figures = cuda.run_in_process(silent).figures + cuda.run_served(silent).figures
-    asked = [
+    specs = [
         cuda._by(encoder, one)
         for encoder in cuda.ENCODERS
         for one in cuda.IN_PROCESS_FIGURES[encoder]
     ]
-    names = [one.name for one in (cuda.DEMO_ACCURACY, *asked, *cuda.SERVED_FIGURES)]
+    names = [one.name for one in (cuda.DEMO_ACCURACY, *specs, *cuda.SERVED_FIGURES)]
     assert [figure.name for figure in figures] == names
     assert {figure.verdict for figure in figures} == {"not measured"}
     assert all("GPU" in figure.note for figure in figures)

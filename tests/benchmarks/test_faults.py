@@ -19,7 +19,7 @@ import pytest
 from benchmarks.environment import Provenance
 from benchmarks.faults import files, processes, report, requests, scenarios
 from benchmarks.faults.bench import Bench
-from benchmarks.faults.load import Caller, Kind, Load, Outcome, judge, observe, questions
+from benchmarks.faults.load import Caller, Kind, Load, Outcome, answered_questions, judge, observe
 from benchmarks.faults.relay import Relay
 from benchmarks.faults.resources import removing_regions
 from benchmarks.faults.scenarios import Fault
@@ -236,18 +236,18 @@ def test_a_fault_that_raises_fails_and_the_others_are_still_run(
     def fail(_: Bench, title: str) -> Result:
         raise LookupError(f"tritonserver is not running\n{title}")
 
-    def bear(_: Bench, title: str) -> Result:
+    def succeed(_: Bench, title: str) -> Result:
         return Result(title, {Kind.RIGHT: 7})
 
-    faults = [Fault("one", "the first", fail), Fault("two", "the second", bear)]
+    faults = [Fault("one", "the first", fail), Fault("two", "the second", succeed)]
     monkeypatch.setattr(scenarios, "every", lambda: faults)
-    told = []
-    results = scenarios.run(tmp_path, [], lambda title, result: told.append((title, result)))
-    failed, borne = results
+    reported = []
+    results = scenarios.run(tmp_path, [], lambda title, result: reported.append((title, result)))
+    failed, succeeded = results
     assert failed.counts == {Kind.WRONG: 1}
     assert failed.remark == "LookupError: tritonserver is not running the first"
-    assert borne.counts == {Kind.RIGHT: 7}
-    assert [title for title, _ in told] == ["the first"] * 2 + ["the second"] * 2
+    assert succeeded.counts == {Kind.RIGHT: 7}
+    assert [title for title, _ in reported] == ["the first"] * 2 + ["the second"] * 2
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_a_rejected_export_says_nothing_about_readiness(
 def test_the_load_would_notice_a_mix_up(server: TritonServer) -> None:
     """With another picture's mask in place of the right one."""
     with Client(server.grpc_url) as client:
-        asked = questions(client, 2)
-    swapped = [type(asked[0])(asked[0].image, asked[0].point, asked[1].mask)]
-    with Load([Caller(server.grpc_url)], asked) as healthy:
+        questions = answered_questions(client, 2)
+    swapped = [type(questions[0])(questions[0].image, questions[0].point, questions[1].mask)]
+    with Load([Caller(server.grpc_url)], questions) as healthy:
         healthy.settle()
     with Load([Caller(server.grpc_url)], swapped) as load, pytest.raises(RuntimeError):
         load.settle(within=1.0)

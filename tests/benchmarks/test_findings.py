@@ -12,8 +12,8 @@ CLICKS = FigureSpec("clicks per second", "1/s", Target(2000, 8000, more_is_bette
 
 
 def test_a_failure_costs_only_its_own_figures_and_each_is_reported() -> None:
-    told: list[str] = []
-    found = Findings(told.append)
+    messages: list[str] = []
+    found = Findings(messages.append)
 
     def fails_half_way() -> None:
         found.add(ENCODE.measured(Sample((9.0,))))
@@ -23,7 +23,7 @@ def test_a_failure_costs_only_its_own_figures_and_each_is_reported() -> None:
     found.collect([CLICKS], lambda: found.add(CLICKS.measured(Sample((100.0,)))))
     verdicts = [figure.verdict for figure in found.figures]
     assert verdicts == ["aim met", "not measured", "missed by 95%"]
-    assert told == [
+    assert messages == [
         "encode: 9 ms, aim met",
         "click: —, not measured, FileNotFoundError: no tritonserver",
         "clicks per second: 100 1/s, missed by 95%",

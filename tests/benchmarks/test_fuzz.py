@@ -71,18 +71,18 @@ def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> No
         with pytest.raises(WrongAnswer):
             fuzzer.canary.click()
         with pytest.raises(WrongAnswer):
-            fuzzer.canary.sing()
+            fuzzer.canary.check_canary_again()
     fuzzer.canary._expected[0] = masks, scores + 1e-6
-    fuzzer.canary.sing()
+    fuzzer.canary.check_canary_again()
     fuzzer.canary._expected[0] = first
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     """Have the canary's click succeed `last` times, then fail once and never again."""
-    asked = count()
+    clicks = count()
 
     def click(_: Canary) -> None:
-        if next(asked) == last:
+        if next(clicks) == last:
             raise WrongAnswer("another mask")
 
     monkeypatch.setattr(Canary, "click", click)
@@ -149,10 +149,10 @@ def test_a_server_that_dies_a_moment_later_counts_as_crashed(
         died = time.monotonic() + 0.3
         return Answer(CLOSED)
 
-    def sing(_: Canary) -> None:
+    def check_canary_again(_: Canary) -> None:
         raise RuntimeError("no answer")
 
-    monkeypatch.setattr(Canary, "sing", sing)
+    monkeypatch.setattr(Canary, "check_canary_again", check_canary_again)
     monkeypatch.setattr(lethal, "is_alive", lambda _: time.monotonic() < died)
     assert lethal._try(server, send) == "tritonserver crashed (closed)"
     monkeypatch.setattr(lethal, "is_alive", lambda _: True)

@@ -33,9 +33,9 @@ def crowds_without(failing: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Throughput(10.0 * clients, Sample((0.1,)))
 
     monkeypatch.setattr(load, "measure", measure)
-    told: list[str] = []
-    growths = growth.clients(STAGE, [OURS, HTTP], [1, 16], 2, 1.0, told.append)
-    return [growths[0].markdown(), *told]
+    messages: list[str] = []
+    growths = growth.clients(STAGE, [OURS, HTTP], [1, 16], 2, 1.0, messages.append)
+    return [growths[0].markdown(), *messages]
 
 
 def test_a_peer_that_fails_under_load_does_not_cost_our_curve(

@@ -51,7 +51,7 @@ def test_a_run_is_parsed_and_reported_as_it_was(
         assert _printed(f"{percentile} latency", run) == pytest.approx(1000 * milliseconds, abs=1)
     _, *shown = shlex.split(run.command)
     pairs = zip(typed, typed[1:], shown[1:], strict=False)
-    assert {option for option, real, told in pairs if real != told} == {"-u", "-f"}
+    assert {option for option, used, published in pairs if used != published} == {"-u", "-f"}
 
 
 def _printed(what: str, run: Run) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from server import TritonServer
 from tests.client import misbehaving
 from tests.client.statistics import encodings
-from tests.stubs import held
+from tests.stubs import suspended_model
 from triton_sam3 import (
     AsyncClient,
     Client,
@@ -193,7 +193,7 @@ async def test_a_cancelled_encoding_does_not_block_the_image(
 ) -> None:
     image = fresh()
     async with AsyncClient(url) as client:
-        with held(server):
+        with suspended_model(server):
             task = asyncio.ensure_future(client.segment(image, POINTS))
             await asyncio.sleep(0.01)
             task.cancel()

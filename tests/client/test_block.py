@@ -336,10 +336,10 @@ def test_a_served_step_answers_as_metas_predictor(
     clicks = [{"x": 120, "y": 90, "positive": True}, (20, 200, False)]
     found = detections("cup", "spoon")
     meta.set_image(photo)
-    asked = [{"box": box} for box in found.xyxy]
+    questions = [{"box": box} for box in found.xyxy]
     coords, labels = np.array([[120, 90], [20, 200]]), np.array([1, 0])
-    asked.append({"point_coords": coords, "point_labels": labels})
-    answers = [meta.predict(**one, multimask_output=multimask) for one in asked]
+    questions.append({"point_coords": coords, "point_labels": labels})
+    answers = [meta.predict(**one, multimask_output=multimask) for one in questions]
     best = [(scores[scores.argmax()], masks[scores.argmax()] > 0) for masks, scores, _ in answers]
     least, second = sorted(float(score) for score, _ in best)[:2]
     assert second - least > 0.01

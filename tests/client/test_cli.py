@@ -295,13 +295,13 @@ def test_help_names_every_exit_code() -> None:
 def test_every_option_reaches_the_client(
     command: str, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
-    class Told:
+    class RecordingClient:
         def __init__(self, url: str, **options: Any) -> None:
-            told.update(options, url=url)
+            received.update(options, url=url)
 
-        def __enter__(self) -> "Told":
+        def __enter__(self) -> "RecordingClient":
             return self
 
         def __exit__(self, *_: object) -> None: ...
@@ -309,13 +309,13 @@ def test_every_option_reaches_the_client(
         def status(self) -> ServerStatus:
             return ServerStatus("", "triton", "1", (), None)
 
-        def segment(self, *_: object, **asked: Any) -> None:
-            told.update(asked)
+        def segment(self, *_: object, **arguments: Any) -> None:
+            received.update(arguments)
             raise ServerError("that was all")
 
         segment_many = segment
 
-    monkeypatch.setattr(cli, "Client", Told)
+    monkeypatch.setattr(cli, "Client", RecordingClient)
     options: dict[str, Any] = {"timeout": 7.0, "root_certificates": photo}
     more: list[Any] = []
     if command != "status":
@@ -333,7 +333,7 @@ def test_every_option_reaches_the_client(
     options["url"] = "grpcs://host"
     if command != "status":
         options["multimask_output"] = False
-    assert {name: told.get(name) for name in options} == options
+    assert {name: received.get(name) for name in options} == options
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

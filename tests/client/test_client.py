@@ -372,5 +372,5 @@ def test_a_forked_child_cannot_use_or_harm_the_parents_client(
         [*FORKS, script], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    told = f"this client of {url} was created before a fork; create one in each"
-    assert [line[: len(told)] for line in done.stdout.splitlines()] == [told] * 3
+    message = f"this client of {url} was created before a fork; create one in each"
+    assert [line[: len(message)] for line in done.stdout.splitlines()] == [message] * 3

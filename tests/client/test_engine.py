@@ -1,4 +1,4 @@
-"""The client's logic step by step, with a hand in place of the server."""
+"""The client's logic step by step, with a fake server."""
 
 import threading
 from collections import Counter
@@ -31,7 +31,7 @@ IMAGE: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (30, 40, 3)
 POINT = Prompt(points=[(10, 20)])
 
 
-class Hand:
+class FakeServer:
     """Answers requests as the served models would, and counts them."""
 
     def __init__(self, *, keeps: bool = True) -> None:
@@ -79,16 +79,16 @@ class Hand:
 
 
 @pytest.fixture
-def hand() -> Hand:
-    return Hand()
+def fake_server() -> FakeServer:
+    return FakeServer()
 
 
 def engine(remember_images: int = 8) -> Engine:
     return Engine(Retries(0), remember_images, None, threading.Lock)
 
 
-def segment(hand: Hand, engine: Engine, *prompts: Prompt, keep: bool = True) -> Any:
-    return hand.drive(engine.segment(IMAGE, prompts, Options(), keep=keep))
+def segment(fake_server: FakeServer, engine: Engine, *prompts: Prompt, keep: bool = True) -> Any:
+    return fake_server.drive(engine.segment(IMAGE, prompts, Options(), keep=keep))
 
 
 def test_an_image_must_be_opened_again_for_a_model_of_another_size() -> None:
@@ -99,91 +99,91 @@ def test_an_image_must_be_opened_again_for_a_model_of_another_size() -> None:
     assert picture.pixels(S).shape == (S, S, 3)
 
 
-def test_a_known_image_is_used_by_id(hand: Hand) -> None:
+def test_a_known_image_is_used_by_id(fake_server: FakeServer) -> None:
     known = engine()
     for _ in range(3):
-        assert len(segment(hand, known, POINT)) == 1
-    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
+        assert len(segment(fake_server, known, POINT)) == 1
+    assert fake_server.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
 
 
-def test_the_configuration_is_read_once(hand: Hand) -> None:
+def test_the_configuration_is_read_once(fake_server: FakeServer) -> None:
     known = engine()
     for _ in range(3):
-        segment(hand, known, POINT)
-    asked = [query.args for query in hand.queries]
-    assert asked == [(contract.INTERACTIVE,), (contract.DECODER,)]
+        segment(fake_server, known, POINT)
+    queried = [query.args for query in fake_server.queries]
+    assert queried == [(contract.INTERACTIVE,), (contract.DECODER,)]
 
 
-def test_the_configuration_is_read_again_after_a_rejected_request(hand: Hand) -> None:
+def test_the_configuration_is_read_again_after_a_rejected_request(fake_server: FakeServer) -> None:
     """Another export may be served by now, of another size."""
 
-    class Refuses(Hand):
+    class Refuses(FakeServer):
         def infer(self, _: Infer) -> dict[str, Array]:
             raise InvalidRequest("unexpected shape for input 'image'")
 
     known = engine()
-    segment(hand, known, POINT)
+    segment(fake_server, known, POINT)
     with pytest.raises(InvalidRequest):
         segment(Refuses(), known, POINT)
-    segment(hand, known, POINT)
-    assert len(hand.queries) == 2 * len({query.args for query in hand.queries})
+    segment(fake_server, known, POINT)
+    assert len(fake_server.queries) == 2 * len({query.args for query in fake_server.queries})
 
 
-def test_without_memory_every_call_sends_the_image(hand: Hand) -> None:
+def test_without_memory_every_call_sends_the_image(fake_server: FakeServer) -> None:
     forgetful = engine(remember_images=0)
     for _ in range(3):
-        segment(hand, forgetful, POINT)
-    assert hand.models == {contract.INTERACTIVE: 3}
-    assert not hand.kept
+        segment(fake_server, forgetful, POINT)
+    assert fake_server.models == {contract.INTERACTIVE: 3}
+    assert not fake_server.kept
 
 
-def test_an_image_is_not_kept_unless_requested(hand: Hand) -> None:
-    segment(hand, engine(), POINT, keep=False)
-    assert not hand.kept
+def test_an_image_is_not_kept_unless_requested(fake_server: FakeServer) -> None:
+    segment(fake_server, engine(), POINT, keep=False)
+    assert not fake_server.kept
 
 
 @pytest.mark.parametrize("remember_images", [0, 8])
 @pytest.mark.parametrize(("prompts", "requests"), [(LIMIT, 1), (LIMIT + 1, 2), (5 * LIMIT, 5)])
 def test_many_prompts_become_several_requests_on_one_encoding(
-    hand: Hand, prompts: int, requests: int, remember_images: int
+    fake_server: FakeServer, prompts: int, requests: int, remember_images: int
 ) -> None:
-    result = segment(hand, engine(remember_images), *[POINT] * prompts)
+    result = segment(fake_server, engine(remember_images), *[POINT] * prompts)
     assert len(result) == prompts
-    assert hand.models[contract.INTERACTIVE] == 1
-    assert hand.models[contract.DECODER] == requests - 1
-    sizes = [request.inputs["point_labels"].shape[1] for request in hand.requests]
+    assert fake_server.models[contract.INTERACTIVE] == 1
+    assert fake_server.models[contract.DECODER] == requests - 1
+    sizes = [request.inputs["point_labels"].shape[1] for request in fake_server.requests]
     assert max(sizes) <= LIMIT
     assert sum(sizes) == prompts
 
 
-def test_an_invalid_last_prompt_is_found_before_anything_is_sent(hand: Hand) -> None:
+def test_an_invalid_last_prompt_is_found_before_anything_is_sent(fake_server: FakeServer) -> None:
     outside, longest = Prompt(points=[(1000, 1000)]), Prompt(points=[(1, 1)] * (LIMIT + 1))
     for bad, says in ((outside, "outside the"), (longest, f"at most {LIMIT}")):
         with pytest.raises(PromptError, match=rf"^objects\[{2 * LIMIT}\]: .*{says}"):
-            segment(hand, engine(), *[POINT] * 2 * LIMIT, bad)
-    assert not hand.requests
+            segment(fake_server, engine(), *[POINT] * 2 * LIMIT, bad)
+    assert not fake_server.requests
 
 
-def test_no_prompts_give_an_empty_result_without_a_request(hand: Hand) -> None:
-    result = segment(hand, engine())
+def test_no_prompts_give_an_empty_result_without_a_request(fake_server: FakeServer) -> None:
+    result = segment(fake_server, engine())
     assert len(result) == 0
     assert result.image_size == (40, 30)
-    assert not hand.requests
-    assert not hand.queries
+    assert not fake_server.requests
+    assert not fake_server.queries
 
 
-def test_an_evicted_image_is_sent_again_once(hand: Hand) -> None:
+def test_an_evicted_image_is_sent_again_once(fake_server: FakeServer) -> None:
     known = engine()
-    segment(hand, known, POINT)
-    hand.kept.clear()
-    assert len(segment(hand, known, POINT)) == 1
-    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 1}
-    segment(hand, known, POINT)
-    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 2}
+    segment(fake_server, known, POINT)
+    fake_server.kept.clear()
+    assert len(segment(fake_server, known, POINT)) == 1
+    assert fake_server.models == {contract.INTERACTIVE: 2, contract.DECODER: 1}
+    segment(fake_server, known, POINT)
+    assert fake_server.models == {contract.INTERACTIVE: 2, contract.DECODER: 2}
 
 
-def test_a_server_that_evicts_every_image_at_once_still_answers(hand: Hand) -> None:
-    class Leaky(Hand):
+def test_a_server_that_evicts_every_image_at_once_still_answers(fake_server: FakeServer) -> None:
+    class Leaky(FakeServer):
         def infer(self, request: Infer) -> dict[str, Array]:
             outputs = super().infer(request)
             self.kept.clear()
@@ -195,22 +195,24 @@ def test_a_server_that_evicts_every_image_at_once_still_answers(hand: Hand) -> N
     assert leaky.models[contract.INTERACTIVE] == 4
 
 
-def test_an_id_from_another_caller_is_tried_before_the_image_is_sent(hand: Hand) -> None:
+def test_an_id_from_another_caller_is_tried_before_the_image_is_sent(
+    fake_server: FakeServer,
+) -> None:
     known = engine()
-    segment(hand, known, POINT)
+    segment(fake_server, known, POINT)
     slot = known._memory.slot(Picture(IMAGE).digest)
     flow = known.segment(IMAGE, [POINT], Options())
-    hand.drive(_until_lost(flow, hand, lambda: setattr(slot, "image_id", b"id-new")))
-    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
+    fake_server.drive(_until_lost(flow, fake_server, lambda: setattr(slot, "image_id", b"id-new")))
+    assert fake_server.models == {contract.INTERACTIVE: 1, contract.DECODER: 2}
 
 
-def _until_lost(flow: Flow[T], hand: Hand, meanwhile: Callable[[], None]) -> Flow[T]:
+def _until_lost(flow: Flow[T], fake_server: FakeServer, meanwhile: Callable[[], None]) -> Flow[T]:
     """Let the first request by id fail, while another caller puts a new id in the slot."""
     step = next(flow)
     while not (isinstance(step, Call) and isinstance(step.request, Infer)):
         step = flow.send((yield step))
-    hand.requests.append(step.request)
-    hand.kept = {b"id-new"}
+    fake_server.requests.append(step.request)
+    fake_server.kept = {b"id-new"}
     meanwhile()
     step = flow.throw(ImageNotKept("image_id not found"))
     return (yield from _rest(flow, step))
@@ -224,21 +226,21 @@ def _rest(flow: Flow[T], step: Any) -> Generator[Any, Any, T]:
         return done.value  # type: ignore[no-any-return]
 
 
-def test_two_callers_with_a_new_image_encode_it_once(hand: Hand) -> None:
+def test_two_callers_with_a_new_image_encode_it_once(fake_server: FakeServer) -> None:
     known = engine()
     first = known.segment(IMAGE, [POINT], Options())
     second = known.segment(IMAGE, [POINT], Options())
-    step = _advance(first, hand)  # holds the slot's lock, its image on the way
+    step = _advance(first, fake_server)  # holds the slot's lock, its image on the way
     assert isinstance(step, Call)
-    waiting = _advance(second, hand)
+    waiting = _advance(second, fake_server)
     assert isinstance(waiting, Acquire)
-    hand.drive(_rest(first, step))
-    hand.drive(_rest(second, waiting))
-    assert hand.models == {contract.INTERACTIVE: 1, contract.DECODER: 1}
+    fake_server.drive(_rest(first, step))
+    fake_server.drive(_rest(second, waiting))
+    assert fake_server.models == {contract.INTERACTIVE: 1, contract.DECODER: 1}
 
 
 def test_callers_do_not_wait_for_each_other_if_the_server_keeps_no_images() -> None:
-    stingy, known = Hand(keeps=False), engine()
+    stingy, known = FakeServer(keeps=False), engine()
     segment(stingy, known, POINT)
     first, second = (known.segment(IMAGE, [POINT], Options()) for _ in range(2))
     for flow in (first, second):  # both on the way, neither has been answered
@@ -249,7 +251,7 @@ def test_callers_do_not_wait_for_each_other_if_the_server_keeps_no_images() -> N
     assert stingy.models == {contract.INTERACTIVE: 2, contract.DECODER: 1}
 
 
-def _advance(flow: Flow[Any], hand: Hand) -> Any:
+def _advance(flow: Flow[Any], fake_server: FakeServer) -> Any:
     """Run to the first inference, or to a lock that another flow holds."""
     step = next(flow)
     while True:
@@ -257,57 +259,59 @@ def _advance(flow: Flow[Any], hand: Hand) -> Any:
             return step
         if isinstance(step, Acquire) and step.lock.locked():
             return step
-        step = flow.send(_perform(step, hand))
+        step = flow.send(_perform(step, fake_server))
 
 
-def test_after_a_failure_the_next_caller_can_send_the_image(hand: Hand) -> None:
+def test_after_a_failure_the_next_caller_can_send_the_image(fake_server: FakeServer) -> None:
     known = engine()
     failing = known.segment(IMAGE, [POINT], Options())
-    _advance(failing, hand)
+    _advance(failing, fake_server)
     with pytest.raises(SAM3Error, match="broken"):
         failing.throw(SAM3Error("broken"))
     abandoned = known.segment(IMAGE, [POINT], Options())
-    _advance(abandoned, hand)
+    _advance(abandoned, fake_server)
     abandoned.close()  # as on Ctrl-C or a cancelled task
-    assert len(segment(hand, known, POINT)) == 1
+    assert len(segment(fake_server, known, POINT)) == 1
 
 
-def test_opening_sends_the_image_once_and_requests_no_mask(hand: Hand) -> None:
+def test_opening_sends_the_image_once_and_requests_no_mask(fake_server: FakeServer) -> None:
     known = engine()
     for _ in range(2):
-        hand.drive(known.open(IMAGE))
-    assert len(hand.requests) == 1
-    assert hand.requests[0].outputs == ("image_id",)
+        fake_server.drive(known.open(IMAGE))
+    assert len(fake_server.requests) == 1
+    assert fake_server.requests[0].outputs == ("image_id",)
 
 
 @pytest.mark.parametrize("remember_images", [0, 8])
 def test_an_open_image_is_used_by_id_whatever_the_client_remembers(
-    hand: Hand, remember_images: int
+    fake_server: FakeServer, remember_images: int
 ) -> None:
     known = engine(remember_images)
-    picture, slot = hand.drive(known.open(IMAGE))
+    picture, slot = fake_server.drive(known.open(IMAGE))
     for _ in range(2):
-        hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
-    hand.kept.clear()
-    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
-    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
-    assert hand.models == {contract.INTERACTIVE: 2, contract.DECODER: 4}
+        fake_server.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    fake_server.kept.clear()
+    fake_server.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    fake_server.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    assert fake_server.models == {contract.INTERACTIVE: 2, contract.DECODER: 4}
 
 
 @pytest.mark.parametrize("shape", [(S, S, 3), (30, 40, 3)])
-def test_later_edits_of_an_open_image_do_no_harm(hand: Hand, shape: tuple[int, ...]) -> None:
+def test_later_edits_of_an_open_image_do_no_harm(
+    fake_server: FakeServer, shape: tuple[int, ...]
+) -> None:
     """Not even where the server has lost it and it is sent again."""
     image, known = np.full(shape, 200, np.uint8), engine()
-    picture, slot = hand.drive(known.open(image))
+    picture, slot = fake_server.drive(known.open(image))
     image[:] = 77
-    hand.kept.clear()
-    hand.drive(known.segment_picture(picture, slot, [POINT], Options()))
-    sent: list[Any] = [r.inputs["image"] for r in hand.requests if "image" in r.inputs]
+    fake_server.kept.clear()
+    fake_server.drive(known.segment_picture(picture, slot, [POINT], Options()))
+    sent: list[Any] = [r.inputs["image"] for r in fake_server.requests if "image" in r.inputs]
     assert [np.unique(pixels).tolist() for pixels in sent] == [[200], [200]]
 
 
-def test_a_model_without_limits_is_rejected(hand: Hand) -> None:
-    bare = {name: value for name, value in hand.config().items() if name != "parameters"}
+def test_a_model_without_limits_is_rejected(fake_server: FakeServer) -> None:
+    bare = {name: value for name, value in fake_server.config().items() if name != "parameters"}
     with pytest.raises(ServerError, match="has no parameter 'max_objects'"):
         ServedModel.from_configs(bare, bare)
 
@@ -347,7 +351,7 @@ def test_remember_images_must_be_a_whole_number(images: Any) -> None:
 @pytest.mark.parametrize("shape", [(S, S, 3), (30, 40, 3)])
 @pytest.mark.parametrize("view", [slice(None), slice(None, None, -1)])
 def test_an_image_refilled_before_it_is_sent_is_still_the_one_given(
-    hand: Hand, shape: tuple[int, ...], view: slice
+    fake_server: FakeServer, shape: tuple[int, ...], view: slice
 ) -> None:
     """As a camera does while the client waits: otherwise the next frame would be kept under the
     digest of this one."""

@@ -64,7 +64,7 @@ def test_a_png_of_a_result_is_the_overlay(tmp_path: Path) -> None:
 
 def test_an_image_is_named_once(tmp_path: Path) -> None:
     """One of the two would be lost without a word."""
-    asked = tmp_path / "prompts.json"
-    asked.write_text('{"a.jpg": {"points": [[1, 2]]}, "./a.jpg": {"points": [[3, 4]]}}')
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"a.jpg": {"points": [[1, 2]]}, "./a.jpg": {"points": [[3, 4]]}}')
     with pytest.raises(PromptError, match=r"names the same image in two ways"):
-        read_prompts(tmp_path, asked)
+        read_prompts(tmp_path, prompts)

@@ -124,8 +124,10 @@ def test_a_file_that_is_read_asynchronously_names_the_remedy() -> None:
 
 def test_a_photo_opened_as_text_names_the_remedy(photo: NDArray[np.uint8], tmp_path: Path) -> None:
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
-    told = pytest.raises(ImageError, match="the open file cannot be read: open it in binary mode")
-    with (tmp_path / "photo.jpg").open(encoding="utf-8") as file, told:
+    expected_error = pytest.raises(
+        ImageError, match="the open file cannot be read: open it in binary mode"
+    )
+    with (tmp_path / "photo.jpg").open(encoding="utf-8") as file, expected_error:
         load_image(file)  # type: ignore[arg-type]
 
 
@@ -308,10 +310,12 @@ def test_postscript_is_not_run(
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
     path = tmp_path / "photo.jpg"
     Image.fromarray(photo).save(path, "EPS")
-    told = pytest.raises(ImageError, match="is PostScript, a program that would have to be run")
-    with told:
+    expected_error = pytest.raises(
+        ImageError, match="is PostScript, a program that would have to be run"
+    )
+    with expected_error:
         load_image(path)
-    with told, Image.open(path) as image:
+    with expected_error, Image.open(path) as image:
         load_image(image)
 
 

@@ -53,16 +53,20 @@ def test_neither_headers_nor_images_follow_a_redirect(
     with misbehaving.http((200, misbehaving.METADATA)) as (other, counter):
         location = f"{other.replace('//', '//me:secret@')}/login?token=secret#secret"
         with misbehaving.http((status, b""), headers={"Location": location}) as (url, _):
-            told = pytest.raises(TransportError, match=rf"^{url} redirects to {other}/login, but")
-            with told as caught:
+            expected_error = pytest.raises(
+                TransportError, match=rf"^{url} redirects to {other}/login, but"
+            )
+            with expected_error as caught:
                 send(url, request_)
         assert counter.requests == 0
     assert "secret" not in str(caught.value)
 
 
 def test_a_relative_redirect_is_named_in_full() -> None:
-    told = pytest.raises(TransportError, match=r"redirects to http://127\.0\.0\.1:\d+/login,")
-    with misbehaving.http((302, b""), headers={"Location": "/login"}) as (url, _), told:
+    expected_error = pytest.raises(
+        TransportError, match=r"redirects to http://127\.0\.0\.1:\d+/login,"
+    )
+    with misbehaving.http((302, b""), headers={"Location": "/login"}) as (url, _), expected_error:
         call(url, METADATA)
 
 
@@ -87,8 +91,8 @@ def test_the_encoding_identity_is_accepted() -> None:
 
 def test_a_compressed_error_is_reported_by_its_status() -> None:
     answer = (503, gzip.compress(b"<html>"))
-    told = pytest.raises(TransportError, match="HTTP status 503")
-    with misbehaving.http(answer, headers={"Content-Encoding": "gzip"}) as (url, _), told:
+    expected_error = pytest.raises(TransportError, match="HTTP status 503")
+    with misbehaving.http(answer, headers={"Content-Encoding": "gzip"}) as (url, _), expected_error:
         call(url, METADATA)
 
 

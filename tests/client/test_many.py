@@ -27,9 +27,9 @@ BOX = {"boxes": [(95, 60, 140, 110)]}
 
 
 def test_one_mapping_applies_to_every_image() -> None:
-    asked = [job.prompts() for job in jobs(["a", "b"], POINT, 1)]
-    assert len(asked) == 2
-    assert asked[0][0].points == asked[1][0].points
+    prompts = [job.prompts() for job in jobs(["a", "b"], POINT, 1)]
+    assert len(prompts) == 2
+    assert prompts[0][0].points == prompts[1][0].points
 
 
 def test_each_image_may_have_its_own_prompts() -> None:
@@ -40,7 +40,7 @@ def test_each_image_may_have_its_own_prompts() -> None:
 def test_a_detectors_boxes_may_be_an_images_prompts() -> None:
     found = sv.Detections(xyxy=np.array([[0.0, 0, 5, 5], [1, 1, 9, 9]]), class_id=np.array([3, 4]))
     prompts = [job.prompts() for job in jobs(list("ab"), [found, sv.Detections.empty()], 1)]
-    assert [[prompt.class_id for prompt in asked] for asked in prompts] == [[3, 4], []]
+    assert [[prompt.class_id for prompt in group] for group in prompts] == [[3, 4], []]
 
 
 def test_another_number_of_prompts_than_images_is_rejected_at_once() -> None:
@@ -80,7 +80,7 @@ def test_an_unknown_key_is_an_error_of_its_image_only() -> None:
         job.prompts()
 
 
-class Workshop:
+class ConcurrencyRecorder:
     """Jobs that end when told to, and how many are at work."""
 
     def __init__(self, count: int) -> None:
@@ -115,20 +115,20 @@ class Workshop:
 @pytest.mark.parametrize("in_order", [True, False])
 async def test_concurrency_is_limited_and_no_image_is_lost(in_order: bool) -> None:
     for asynchronous in (False, True):
-        shop = Workshop(20)
-        work = jobs(shop.images(), POINT, 4)
+        recorder = ConcurrencyRecorder(20)
+        work = jobs(recorder.images(), POINT, 4)
         seen = []
         if asynchronous:
-            async for outcome in run_async(work, shop.attempt_async, 4, in_order):
+            async for outcome in run_async(work, recorder.attempt_async, 4, in_order):
                 seen.append(outcome.index)
-                assert shop.taken <= len(seen) + 4
+                assert recorder.taken <= len(seen) + 4
         else:
-            for outcome in run(work, shop.attempt, 4, in_order):
+            for outcome in run(work, recorder.attempt, 4, in_order):
                 seen.append(outcome.index)
-                assert shop.taken <= len(seen) + 4
+                assert recorder.taken <= len(seen) + 4
         assert sorted(seen) == list(range(20))
         assert (seen == sorted(seen)) is in_order
-        assert shop.most == 4
+        assert recorder.most == 4
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -138,31 +138,31 @@ async def test_outcomes_come_before_an_error_of_the_images_iterable(in_order: bo
         raise OSError("the folder is gone")
 
     for asynchronous in (False, True):
-        shop = Workshop(0)
+        recorder = ConcurrencyRecorder(0)
         work = jobs(images(), POINT, 4)
         seen = []
         with pytest.raises(OSError, match="the folder is gone"):
             if asynchronous:
-                async for outcome in run_async(work, shop.attempt_async, 4, in_order):
+                async for outcome in run_async(work, recorder.attempt_async, 4, in_order):
                     seen.append(outcome.index)
             else:
-                for outcome in run(work, shop.attempt, 4, in_order):
+                for outcome in run(work, recorder.attempt, 4, in_order):
                     seen.append(outcome.index)
         assert sorted(seen) == list(range(6))
 
 
 async def test_stopping_early_takes_no_further_images() -> None:
-    shop = Workshop(100)
-    outcomes = run(jobs(shop.images(), POINT, 4), shop.attempt, 4, True)
+    recorder = ConcurrencyRecorder(100)
+    outcomes = run(jobs(recorder.images(), POINT, 4), recorder.attempt, 4, True)
     assert next(outcomes).index == 0
     outcomes.close()  # type: ignore[attr-defined]
-    assert shop.taken <= 5
+    assert recorder.taken <= 5
 
-    shop = Workshop(100)
-    waiting = run_async(jobs(shop.images(), POINT, 4), shop.attempt_async, 4, True)
+    recorder = ConcurrencyRecorder(100)
+    waiting = run_async(jobs(recorder.images(), POINT, 4), recorder.attempt_async, 4, True)
     assert (await anext(waiting)).index == 0
     await waiting.aclose()  # type: ignore[attr-defined]
-    assert shop.taken <= 5
+    assert recorder.taken <= 5
 
 
 def test_stopping_early_does_not_wait_for_images_in_flight() -> None:
@@ -217,8 +217,8 @@ async def test_the_async_client_yields_outcomes_as_completed(
         ]
         assert sorted(outcome.index for outcome in outcomes) == list(range(6))
         for outcome in outcomes:
-            asked: dict[str, Any] = (POINT, BOX)[outcome.index % 2]
-            alone = await client.segment(images[outcome.index], **asked)
+            prompt: dict[str, Any] = (POINT, BOX)[outcome.index % 2]
+            alone = await client.segment(images[outcome.index], **prompt)
             assert outcome.image is images[outcome.index]
             np.testing.assert_allclose(outcome.unwrap().scores, alone.scores, atol=1e-2)
 

@@ -215,9 +215,11 @@ SIDES: list[Any] = [0, -5, 100_000, 10**30, "x", None, [], 1e400]
 def test_an_impossible_side_is_quoted_with_what_is_accepted(side: Any) -> None:
     good = [56, 56, 3], [-1, M, M]
     for image, mask in (([side, side, 3], good[1]), (good[0], [-1, side, side])):
-        with pytest.raises(ServerError, match=r"input '(image|mask_input)' with the dims") as told:
+        with pytest.raises(
+            ServerError, match=r"input '(image|mask_input)' with the dims"
+        ) as caught:
             ServedModel.from_configs(interactive(image, mask), DECODER)
-        assert "from 1 to 8192; serve the repository" in str(told.value)
+        assert "from 1 to 8192; serve the repository" in str(caught.value)
 
 
 @pytest.mark.parametrize("dims", [[], [56], [56, 55, 3], [56, 56, 3, 1], "56", 5, {}])

@@ -22,7 +22,7 @@ from server import TritonServer
 from tests.client.statistics import encodings
 from tests.client.test_regions import dying
 from tests.client.wire import wire
-from tests.stubs import held
+from tests.stubs import suspended_model
 from triton_sam3 import (
     AsyncClient,
     Client,
@@ -145,7 +145,7 @@ def test_a_region_in_use_is_waited_for(
 ) -> None:
     with Client(url, shared_memory="system", remember_images=0) as client:
         client.segment(coins, POINTS)  # it has a region from now on
-        with held(server), monkeypatch.context() as impatient:
+        with suspended_model(server), monkeypatch.context() as impatient:
             impatient.setattr(client, "_timeout", 0.2)
             with pytest.raises(DeadlineExceeded):
                 client.segment(coins, POINTS)
@@ -160,13 +160,13 @@ def test_closing_frees_the_regions_of_requests_in_flight(
     client = Client(url, shared_memory="system")
     with ThreadPoolExecutor(2) as pool:
         images = (coins, coins[::-1].copy())
-        asked = [pool.submit(client.segment, image, boxes=boxes) for image in images]
+        pending = [pool.submit(client.segment, image, boxes=boxes) for image in images]
         until = time.monotonic() + 30
         while not regions(server) and time.monotonic() < until:
             time.sleep(0.002)
         client.close()
         assert regions(server) == []
-    for answer in asked:
+    for answer in pending:
         error = answer.exception()
         assert error is None or "is closed" in str(error)
 
@@ -177,15 +177,15 @@ def test_regions_left_by_closing_are_freed_by_a_later_client_of_the_process(
     client = Client(url, shared_memory="system", remember_images=0)
     client.segment(coins, POINTS)
     before, until = encodings(server), time.monotonic() + 30
-    with ThreadPoolExecutor(1) as pool, held(server):
-        asked = pool.submit(client.segment, coins, POINTS)
+    with ThreadPoolExecutor(1) as pool, suspended_model(server):
+        pending = pool.submit(client.segment, coins, POINTS)
         while encodings(server) == before and time.monotonic() < until:
             pass  # it takes a moment itself
         (given_up,) = regions(server)
         with monkeypatch.context() as impatient:
             impatient.setattr(shared_memory, "_CLOSE_TIMEOUT", 0.001)
             client.close()
-        assert asked.exception() is not None
+        assert pending.exception() is not None
     assert regions(server) == [given_up]
     while given_up in regions(server) and time.monotonic() < until:
         with Client(url, shared_memory="system") as later:  # once the server has put it away
@@ -214,7 +214,7 @@ def test_without_memory_to_share_the_image_is_sent_in_the_request(
     assert "no shared memory" in caplog.text
 
 
-class ByHand:
+class FakeServer:
     """A transport whose server is a function; it keeps what was sent, in order."""
 
     def __init__(self, answer: Callable[[Infer | Query], Any]) -> None:
@@ -228,9 +228,11 @@ class ByHand:
     def close(self) -> None: ...
 
 
-def by_hand(flow: Flow[Any], answer: Callable[[Infer | Query], Any]) -> list[Infer | Query]:
+def perform_with_fake_server(
+    flow: Flow[Any], answer: Callable[[Infer | Query], Any]
+) -> list[Infer | Query]:
     """Perform `flow`, `answer` in the server's place, to its end or failure; what it sent."""
-    server = ByHand(answer)
+    server = FakeServer(answer)
     with suppress(SAM3Error):
         perform(flow, server)
     return server.sent
@@ -269,9 +271,11 @@ def unregistering(region: str) -> Query:
 
 def test_a_region_without_an_answer_is_not_used_again() -> None:
     memory = SharedMemory("system")
-    first = by_hand(an_image(memory), answering(DeadlineExceeded("late")))
-    second = by_hand(an_image(memory), answering(InvalidRequest("no, but an answer")))
-    third = by_hand(an_image(memory), answering(None))
+    first = perform_with_fake_server(an_image(memory), answering(DeadlineExceeded("late")))
+    second = perform_with_fake_server(
+        an_image(memory), answering(InvalidRequest("no, but an answer"))
+    )
+    third = perform_with_fake_server(an_image(memory), answering(None))
     assert region_of(first) != region_of(second) == region_of(third)
     assert unregistering(region_of(first)) in second
     assert [type(request) for request in third] == [Infer]
@@ -279,11 +283,15 @@ def test_a_region_without_an_answer_is_not_used_again() -> None:
 
 def test_a_request_does_not_wait_for_a_region_in_use() -> None:
     memory = SharedMemory("system")
-    lost = region_of(by_hand(an_image(memory), answering(DeadlineExceeded("late"))))
-    second = by_hand(an_image(memory), answering(RegionInUse("still in use"), to="unregister"))
+    lost = region_of(
+        perform_with_fake_server(an_image(memory), answering(DeadlineExceeded("late")))
+    )
+    second = perform_with_fake_server(
+        an_image(memory), answering(RegionInUse("still in use"), to="unregister")
+    )
     assert second.count(unregistering(lost)) == 1
     assert region_of(second) != lost
-    closing = by_hand(memory.close(), answering(None))
+    closing = perform_with_fake_server(memory.close(), answering(None))
     assert sorted(closing, key=str) == sorted(
         [unregistering(lost), unregistering(region_of(second))], key=str
     )
@@ -293,23 +301,25 @@ def test_closing_does_not_wait_forever_for_a_region_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = SharedMemory("system")
-    region = region_of(by_hand(an_image(memory), answering(None)))
+    region = region_of(perform_with_fake_server(an_image(memory), answering(None)))
     seconds = iter(range(100))
     monkeypatch.setattr("triton_sam3.shared_memory.monotonic", lambda: float(next(seconds)))
-    closing = by_hand(memory.close(), answering(RegionInUse("still in use"), to="unregister"))
+    closing = perform_with_fake_server(
+        memory.close(), answering(RegionInUse("still in use"), to="unregister")
+    )
     assert 1 < closing.count(unregistering(region)) < 10
 
 
 def test_a_silent_server_is_asked_about_one_lost_region_only() -> None:
     memory = SharedMemory("system")
-    by_hand(an_image(memory), answering(DeadlineExceeded("late")))
+    perform_with_fake_server(an_image(memory), answering(DeadlineExceeded("late")))
     silent = answering(DeadlineExceeded("late"), to="unregister")
     for _ in range(3):
-        by_hand(an_image(memory), silent)
+        perform_with_fake_server(an_image(memory), silent)
         memory._mark_all_lost()
-    asked = [str(request) for request in by_hand(an_image(memory), silent)]
-    assert sum("unregister" in request for request in asked) == 1
-    left = by_hand(memory.close(), silent)
+    sent = [str(request) for request in perform_with_fake_server(an_image(memory), silent)]
+    assert sum("unregister" in request for request in sent) == 1
+    left = perform_with_fake_server(memory.close(), silent)
     assert len(left) == 1
     assert isinstance(left[0], Query)
     (region,) = left[0].args
@@ -317,24 +327,26 @@ def test_a_silent_server_is_asked_about_one_lost_region_only() -> None:
     def answer(request: Infer | Query) -> Any:
         return {"regions": {"0": {"name": region}}} if request == _STATUS else {}
 
-    assert unregistering(str(region)) in by_hand(an_image(SharedMemory("system")), answer)
+    assert unregistering(str(region)) in perform_with_fake_server(
+        an_image(SharedMemory("system")), answer
+    )
 
 
 @pytest.mark.parametrize("error", [DeadlineExceeded("late"), KeyboardInterrupt()])
 def test_a_region_whose_registration_failed_is_freed(error: BaseException) -> None:
     memory = SharedMemory("system")
     with suppress(KeyboardInterrupt):
-        by_hand(an_image(memory), answering(error, to="register"))
+        perform_with_fake_server(an_image(memory), answering(error, to="register"))
     (name,) = files()
-    assert by_hand(memory.close(), answering(None)) == [unregistering(name)]
+    assert perform_with_fake_server(memory.close(), answering(None)) == [unregistering(name)]
 
 
 def test_a_region_that_could_not_be_unregistered_is_freed_later() -> None:
     memory = SharedMemory("system")
-    region = region_of(by_hand(an_image(memory), answering(None)))
+    region = region_of(perform_with_fake_server(an_image(memory), answering(None)))
     with suppress(KeyboardInterrupt):
-        by_hand(memory.close(), answering(KeyboardInterrupt(), to="unregister"))
-    assert by_hand(memory.close(), answering(None)) == [unregistering(region)]
+        perform_with_fake_server(memory.close(), answering(KeyboardInterrupt(), to="unregister"))
+    assert perform_with_fake_server(memory.close(), answering(None)) == [unregistering(region)]
 
 
 def test_closing_waits_for_a_request_in_flight_and_gives_out_no_region() -> None:
@@ -346,7 +358,7 @@ def test_closing_waits_for_a_request_in_flight_and_gives_out_no_region() -> None
     region = region_of([step.request])
     closing = memory.close()
     assert isinstance(next(closing), Sleep)
-    later = by_hand(an_image(memory), answering(None))
+    later = perform_with_fake_server(an_image(memory), answering(None))
     assert [type(request) for request in later] == [Infer]
     assert isinstance(later[0].inputs["image"], np.ndarray)  # type: ignore[union-attr]
     with pytest.raises(StopIteration):
@@ -362,18 +374,18 @@ def test_regions_are_not_swept_on_a_server_on_another_host() -> None:
     """Its list may have regions of living clients of another host."""
     memory = SharedMemory("system")
     elsewhere = answering(InvalidRequest("no such file"), to="register")
-    assert _STATUS not in by_hand(an_image(memory), elsewhere)
-    assert _STATUS in by_hand(an_image(memory), answering(None))
-    by_hand(memory.close(), answering(None))
+    assert _STATUS not in perform_with_fake_server(an_image(memory), elsewhere)
+    assert _STATUS in perform_with_fake_server(an_image(memory), answering(None))
+    perform_with_fake_server(memory.close(), answering(None))
 
 
 def test_a_region_whose_sweep_got_no_answer_is_freed() -> None:
     memory = SharedMemory("system")
     silent = answering(DeadlineExceeded("late"), to="get_system")
-    register, status = by_hand(an_image(memory), silent)
+    register, status = perform_with_fake_server(an_image(memory), silent)
     assert isinstance(register, Query)
     assert status == _STATUS
-    closing = by_hand(memory.close(), answering(None))
+    closing = perform_with_fake_server(memory.close(), answering(None))
     assert closing == [unregistering(str(register.args[0]))]
 
 
@@ -394,7 +406,7 @@ def test_without_gpu_memory_the_image_is_sent_in_the_request(
     monkeypatch.setattr(shared_regions, "_cuda", lambda: library)
     memory = SharedMemory("cuda")
     full = True
-    (sent,) = by_hand(an_image(memory), answering(None))
+    (sent,) = perform_with_fake_server(an_image(memory), answering(None))
     assert isinstance(sent, Infer)
     assert isinstance(sent.inputs["image"], np.ndarray)
 
@@ -408,7 +420,7 @@ def test_one_region_in_use_does_not_end_the_sweep() -> None:
             raise RegionInUse("still in use")
         return {"regions": {name: {"name": name} for name in dead}}
 
-    sent = by_hand(an_image(SharedMemory("system")), answer)
+    sent = perform_with_fake_server(an_image(SharedMemory("system")), answer)
     assert all(unregistering(name) in sent for name in dead)
 
 
@@ -420,8 +432,8 @@ def test_a_server_on_another_host_is_an_error_that_says_so(
         return Query("register_system_shared_memory", (region.name, "/elsewhere", region.size))
 
     monkeypatch.setattr(SystemRegion, "register", elsewhere)
-    told = pytest.raises(TransportError, match="must run on this host")
-    with Client(url, shared_memory="system") as client, told:
+    expected_error = pytest.raises(TransportError, match="must run on this host")
+    with Client(url, shared_memory="system") as client, expected_error:
         client.segment(coins, POINTS)
 
 
@@ -443,7 +455,7 @@ def test_requests_beyond_the_limit_on_regions_use_none(monkeypatch: pytest.Monke
     monkeypatch.setattr(shared_memory, "_MAX_REGIONS", 2)
     memory = SharedMemory("system")
     sent = sent_at_once(*(an_image(memory) for _ in range(3)))
-    by_hand(memory.close(), answering(None))
+    perform_with_fake_server(memory.close(), answering(None))
     placed = [isinstance(request.inputs["image"], InSharedMemory) for request in sent]
     assert placed == [True, True, False]
 
@@ -457,8 +469,10 @@ def test_no_region_from_before_a_restart_is_used() -> None:
             raise RegionLost(region)
         return {}
 
-    tries = [r for r in by_hand(an_image(memory), restarted) if isinstance(r, Infer)]
-    by_hand(memory.close(), answering(None))
+    tries = [
+        r for r in perform_with_fake_server(an_image(memory), restarted) if isinstance(r, Infer)
+    ]
+    perform_with_fake_server(memory.close(), answering(None))
     assert len(known) == len(tries) == 2
     assert region_of([tries[1]]) not in known
 
@@ -466,11 +480,11 @@ def test_no_region_from_before_a_restart_is_used() -> None:
 def test_closing_asks_a_silent_server_only_once_and_briefly() -> None:
     """A server that hangs or is gone keeps nobody who closes for a request's whole timeout."""
     memory = SharedMemory("system")
-    by_hand(an_image(memory), answering(None))
+    perform_with_fake_server(an_image(memory), answering(None))
     closing = memory.close()
-    asked = next(closing)
-    assert isinstance(asked, Call)
-    assert asked.timeout < 10
+    request = next(closing)
+    assert isinstance(request, Call)
+    assert request.timeout < 10
     with pytest.raises(StopIteration):  # no pause, no second try
         closing.throw(ServerUnreachable("gone"))
 
@@ -496,6 +510,6 @@ def test_an_image_and_masks_share_a_region_without_overlap() -> None:
         return {}
 
     memory = SharedMemory("system")
-    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0)), ByHand(reading))
-    by_hand(memory.close(), answering(None))
+    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0)), FakeServer(reading))
+    perform_with_fake_server(memory.close(), answering(None))
     assert len(mapped) == 1

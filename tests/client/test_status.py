@@ -35,8 +35,8 @@ def test_a_server_without_the_models_is_not_ready() -> None:
 
 @pytest.mark.parametrize("page", [b'{"versions": 5}', b'{"versions": {}, "config": [1]}'])
 def test_another_ready_server_is_named(page: bytes) -> None:
-    told = pytest.raises(ServerError, match="has no input 'image'")
-    with misbehaving.http((200, page)) as (url, _), Client(url) as client, told:
+    expected_error = pytest.raises(ServerError, match="has no input 'image'")
+    with misbehaving.http((200, page)) as (url, _), Client(url) as client, expected_error:
         client.status()
 
 
@@ -89,9 +89,10 @@ def test_metrics_come_over_http(url: str) -> None:
 def test_a_busy_proxys_answer_does_not_make_a_model_unready(status: int) -> None:
     """Over HTTP tritonclient tells whether a model is ready by the status alone."""
     ready = (200, misbehaving.METADATA)
-    told = pytest.raises(ServerError, match="has no input 'image'")  # asked only if all are ready
+    # Asked only if all are ready.
+    expected_error = pytest.raises(ServerError, match="has no input 'image'")
     answers = (ready, ready, (status, b"busy"), ready)
-    with misbehaving.http(*answers) as (url, _), Client(url) as client, told:
+    with misbehaving.http(*answers) as (url, _), Client(url) as client, expected_error:
         client.status()
 
 

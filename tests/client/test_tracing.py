@@ -124,14 +124,14 @@ def test_without_an_sdk_nothing_is_added() -> None:
 
 @pytest.mark.usefixtures("exported")
 def test_queries_are_not_spans() -> None:
-    asked = Call(Query("get_model_config", ("sam3_interactive",)), 1.0)
-    with tracing.traced(asked) as call:
-        assert call is asked
+    sent = Call(Query("get_model_config", ("sam3_interactive",)), 1.0)
+    with tracing.traced(sent) as call:
+        assert call is sent
 
 
 @pytest.mark.usefixtures("exported")
 def test_without_opentelemetry_the_call_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_installed", False)
-    asked = Call(REQUEST, 1.0)
-    with tracing.traced(asked) as call:
-        assert call is asked
+    sent = Call(REQUEST, 1.0)
+    with tracing.traced(sent) as call:
+        assert call is sent

@@ -142,22 +142,24 @@ def test_the_page_of_a_proxy_is_not_quoted(send: Send) -> None:
 @both
 @pytest.mark.parametrize("body", [b"# HELP nv_inference_count", b"[]", b"null", b"\xff{}"])
 def test_an_answer_that_triton_does_not_give_is_a_server_error(send: Send, body: bytes) -> None:
-    told = pytest.raises(ServerError, match=r"does not respond like Triton.* speak http")
-    with misbehaving.http((200, body)) as (url, _), told:
+    expected_error = pytest.raises(ServerError, match=r"does not respond like Triton.* speak http")
+    with misbehaving.http((200, body)) as (url, _), expected_error:
         send(url)
 
 
 @both
 def test_a_timeout_of_the_server_is_distinguished_from_the_clients(send: Send) -> None:
-    told = pytest.raises(DeadlineExceeded, match=r"gave up after .* not this client's timeout")
-    with misbehaving.http((504, b"<html>")) as (url, _), told:
+    expected_error = pytest.raises(
+        DeadlineExceeded, match=r"gave up after .* not this client's timeout"
+    )
+    with misbehaving.http((504, b"<html>")) as (url, _), expected_error:
         send(url)
     for code, words in (
         (grpc.StatusCode.DEADLINE_EXCEEDED, "stream timeout"),
         (grpc.StatusCode.UNAVAILABLE, "upstream request timeout"),
         (grpc.StatusCode.UNAVAILABLE, "Received http2 header with status: 504"),
     ):
-        with misbehaving.grpc_server((code, words)) as (url, _), told:
+        with misbehaving.grpc_server((code, words)) as (url, _), expected_error:
             send(url)
 
 

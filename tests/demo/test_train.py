@@ -19,7 +19,7 @@ from export import checkpoint
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four pictures per chunk and two per step, so that a step is quick."""
     monkeypatch.setattr(pictures, "CHUNK", 4)
     monkeypatch.setattr(train, "BATCH", 2)
@@ -32,7 +32,7 @@ def settings(folder: Path, steps: int) -> train.Settings:
 
 
 def test_pictures_are_generated_once_and_are_not_the_held_out_ones(
-    few: None, tmp_path: Path
+    small_training: None, tmp_path: Path
 ) -> None:
     shown = pictures.prepare(tmp_path, 8, 56)
     assert len(shown) == 8
@@ -53,7 +53,9 @@ def test_learning_rates_rise_stay_and_fall() -> None:
     assert train.rate(1) == pytest.approx(0)
 
 
-def test_a_run_writes_a_full_size_checkpoint_and_resumes(few: None, tmp_path: Path) -> None:
+def test_a_run_writes_a_full_size_checkpoint_and_resumes(
+    small_training: None, tmp_path: Path
+) -> None:
     train._train(settings(tmp_path, 4))
     model = checkpoint.load(tmp_path / "model.pt")
     assert model.architecture == ARCHITECTURE
@@ -66,7 +68,9 @@ def test_a_run_writes_a_full_size_checkpoint_and_resumes(few: None, tmp_path: Pa
         train._train(other)
 
 
-def test_a_checkpoint_continues_at_full_size_with_falling_rates(few: None, tmp_path: Path) -> None:
+def test_a_checkpoint_continues_at_full_size_with_falling_rates(
+    small_training: None, tmp_path: Path
+) -> None:
     trained = build(5, train.SMALL)
     checkpoint.save(resized(trained, ARCHITECTURE.image_size), tmp_path / "first.pt")
     goes_on = replace(settings(tmp_path, 2), start=tmp_path / "first.pt", begin=0.85)
@@ -81,7 +85,9 @@ def test_a_checkpoint_continues_at_full_size_with_falling_rates(few: None, tmp_p
     assert train._progress(run, goes_on) == 1
 
 
-def test_weights_can_be_averaged_with_the_initial_ones(few: None, tmp_path: Path) -> None:
+def test_weights_can_be_averaged_with_the_initial_ones(
+    small_training: None, tmp_path: Path
+) -> None:
     run = train.new_run(build(1, ARCHITECTURE.image_size))
     first = build(2, ARCHITECTURE.image_size)
     checkpoint.save(first, tmp_path / "first.pt")
@@ -97,7 +103,7 @@ def test_weights_can_be_averaged_with_the_initial_ones(few: None, tmp_path: Path
         torch.testing.assert_close(mean, 0.75 * trained + 0.25 * before, rtol=2e-3, atol=1e-4)
 
 
-def test_one_batch_is_learnt(few: None) -> None:
+def test_one_batch_is_learnt(small_training: None) -> None:
     """The pixel loss falls by a third in a few steps on one batch: gradients are right."""
     scene = generate(0, 112)
     shown = Pictures([scene.image[None]], [scene.labels[None]])

@@ -134,12 +134,12 @@ def test_the_image_understands_what_the_pod_runs() -> None:
         questions = []
         for name, command in commands(container).items():
             assert command[:3] == ["python3", "-m", "docker.entrypoint"]
-            asked = parse(command[3:])
+            probe = parse(command[3:])
             if name == "preStop":
-                assert asked.drain_seconds == args.drain_seconds
+                assert probe.drain_seconds == args.drain_seconds
             else:
-                questions.append(asked.question)
-                assert asked.timeout < container[name]["timeoutSeconds"]
+                questions.append(probe.question)
+                assert probe.timeout < container[name]["timeoutSeconds"]
         assert questions == ["startup", "live", "ready"]
         grace = server(render(values))["terminationGracePeriodSeconds"]
         assert grace > args.drain_seconds + args.exit_seconds
@@ -376,8 +376,8 @@ def test_every_tenant_has_a_policy_of_its_own_name() -> None:
     sam3 = envoy({"proxy": {"tokens": tokens}})["static_resources"]["listeners"][1]
     (manager,) = sam3["filter_chains"][0]["filters"]
     policies = manager["typed_config"]["http_filters"][0]["typed_config"]["rules"]["policies"]
-    asked = {name: policy["principals"][0]["header"] for name, policy in policies.items()}
-    assert {name: header["string_match"]["exact"] for name, header in asked.items()} == {
+    headers = {name: policy["principals"][0]["header"] for name, policy in policies.items()}
+    assert {name: header["string_match"]["exact"] for name, header in headers.items()} == {
         tenant(token): f"Bearer {token}" for token in tokens
     }
 

@@ -118,12 +118,12 @@ def test_the_image_understands_its_own_command() -> None:
     assert args.watch_seconds > 0  # Docker restarts containers that exit, not unhealthy ones
     (check,) = instruction("HEALTHCHECK")
     options, _, asked_by = check.partition("CMD ")
-    asked = json.loads(asked_by)
+    command = json.loads(asked_by)
     patience = re.search(r"--start-period=(\d+)m ", options)
     assert patience is not None
     assert int(patience[1]) * 60 >= values()["probes"]["startupSeconds"]
-    assert asked[:3] == entrypoint
-    assert parse(asked[3:]).question == "live"
+    assert command[:3] == entrypoint
+    assert parse(command[3:]).question == "live"
 
 
 def test_kernels_compiled_for_a_gpu_are_kept() -> None:
@@ -242,9 +242,9 @@ def test_without_a_gpu_compose_requests_none_and_waits_longer() -> None:
     args = parse(triton["command"])
     assert args.triton_args == []  # no CUDA pool
     check = triton["healthcheck"]
-    asked = parse(check["test"][4:])
-    assert asked.question == "live"
-    assert asked.timeout == args.watch_timeout < int(check["timeout"].removesuffix("s"))
+    probe = parse(check["test"][4:])
+    assert probe.question == "live"
+    assert probe.timeout == args.watch_timeout < int(check["timeout"].removesuffix("s"))
     # As in the image, except for the timeouts.
     assert check["start_period"] in instruction("HEALTHCHECK")[0]
 
@@ -338,9 +338,9 @@ def test_kserves_commands_are_understood_by_the_image() -> None:
     (container,) = runtime["spec"]["containers"]
     args = parse(container["args"])
     for name in ("startupProbe", "livenessProbe", "readinessProbe"):
-        asked = parse(container[name]["exec"]["command"][3:])
-        assert (asked.http_port, asked.metrics_port) == (args.http_port, args.metrics_port)
-        assert asked.timeout < container[name]["timeoutSeconds"]
+        probe = parse(container[name]["exec"]["command"][3:])
+        assert (probe.http_port, probe.metrics_port) == (args.http_port, args.metrics_port)
+        assert probe.timeout < container[name]["timeoutSeconds"]
     stop = parse(container["lifecycle"]["preStop"]["exec"]["command"][3:])
     assert stop.drain_seconds == args.drain_seconds
     grace = service["spec"]["predictor"]["terminationGracePeriodSeconds"]

@@ -34,7 +34,7 @@ from triton_sam3 import Client, SAM3Error
 
 
 @pytest.fixture
-def own(repository: Path, tmp_path: Path) -> Iterator[Container]:
+def disposable_container(repository: Path, tmp_path: Path) -> Iterator[Container]:
     """A server that the test may harm."""
     with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0") as one:
         yield one.wait_until_serving()
@@ -126,23 +126,26 @@ def test_a_server_of_another_repository_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["sam3_prompt_decoder", "sam3_image_reader", "sam3_mask_writer"])
-def test_a_killed_model_is_noticed_though_triton_says_ready(own: Container, model: str) -> None:
-    for stub in own.stubs(model):
+def test_a_killed_model_is_noticed_though_triton_says_ready(
+    disposable_container: Container, model: str
+) -> None:
+    for stub in disposable_container.stubs(model):
         stub.kill()
     deadline, said = time.monotonic() + 60, ""
     # By the name of one of its instances: a mere timeout would say less.
     while not re.search(rf"'{model}_\d+_\d+' is not healthy", said):
         assert time.monotonic() < deadline, f"a server without {model} counts as alive: {said}"
         try:
-            said = live(own.target, 2.0)
+            said = live(disposable_container.target, 2.0)
         except ProbeFailed as failure:
             said = str(failure)
     began = time.monotonic()
     for probe in (live, ready):
         with pytest.raises(ProbeFailed, match="not healthy"):
-            probe(own.target, 120.0)  # as on a CPU, where one image takes long
+            probe(disposable_container.target, 120.0)  # as on a CPU, where one image takes long
     assert time.monotonic() - began < 60, "callers got errors while the probes waited"
-    assert own.call("/v2/health/ready")[0] == 200  # which a probe without a canary would trust
+    # Which a probe without a canary would trust.
+    assert disposable_container.call("/v2/health/ready")[0] == 200
 
 
 def test_a_hung_decoder_is_noticed_and_recovers_or_exits(repository: Path, tmp_path: Path) -> None:
@@ -151,10 +154,12 @@ def test_a_hung_decoder_is_noticed_and_recovers_or_exits(repository: Path, tmp_p
     Resuming may crash Triton 2.51; if Triton has given up on it, the watch stops the server.
     """
     watch = ("--watch-seconds=2", "--watch-timeout=10")
-    with Container(repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", *watch) as own:
-        own.wait_until_serving()
-        _hang_for_a_while(own)
-        _wait_until_alive_or_ended(own, 120)
+    with Container(
+        repository, tmp_path, "--host=127.0.0.1", "--drain-seconds=0", *watch
+    ) as container:
+        container.wait_until_serving()
+        _hang_for_a_while(container)
+        _wait_until_alive_or_ended(container, 120)
 
 
 @pytest.fixture
@@ -218,11 +223,11 @@ def test_a_mask_writer_at_work_on_long_requests_is_alive(container: Container) -
         served = client.status().served
         assert served is not None
         arrays = _many_masks(served.mask_side)
-        asked = [pool.submit(ask, "sam3_mask_writer", **arrays) for _ in range(2)]
+        pending = [pool.submit(ask, "sam3_mask_writer", **arrays) for _ in range(2)]
         time.sleep(1)
         said = [live(container.target, 2.0) for _ in range(2)]
-        assert not any(one.done() for one in asked), "too short to tell"
-        for one in asked:
+        assert not any(one.done() for one in pending), "too short to tell"
+        for one in pending:
             one.result()
     assert all(answer.startswith("busy") for answer in said)
 
@@ -236,25 +241,25 @@ def _many_masks(side: int) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _hang_for_a_while(own: Container) -> None:
-    (stub,) = own.stubs("sam3_prompt_decoder")
+def _hang_for_a_while(container: Container) -> None:
+    (stub,) = container.stubs("sam3_prompt_decoder")
     stub.suspend()
     try:
         with pytest.raises(ProbeFailed, match=r"finished nothing|not healthy"):
-            live(own.target, 4.0)
+            live(container.target, 4.0)
     finally:
         stub.resume()
 
 
-def _wait_until_alive_or_ended(own: Container, seconds: float) -> None:
+def _wait_until_alive_or_ended(container: Container, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while own.process.poll() is None:
+    while container.process.poll() is None:
         try:
-            assert live(own.target, 10.0)
+            assert live(container.target, 10.0)
             return
         except ProbeFailed:
             assert time.monotonic() < deadline, "neither alive nor exited"
-    assert own.process.returncode != 0
+    assert container.process.returncode != 0
 
 
 @contextmanager

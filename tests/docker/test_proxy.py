@@ -23,7 +23,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from benchmarks.faults.load import Caller, Kind, Load, Question, questions
+from benchmarks.faults.load import Caller, Kind, Load, Question, answered_questions
 from benchmarks.faults.proxies import TOKEN, Envoy, Nginx, Proxy, certify
 from tests.docker.harness import Container
 from tests.server import tiny
@@ -52,10 +52,10 @@ def servers(
 
 
 @pytest.fixture(scope="module")
-def asked(servers: tuple[Container, Container]) -> list[Question]:
+def questions(servers: tuple[Container, Container]) -> list[Question]:
     """The questions of the load, answered by a server without a proxy."""
     with Client(f"http://127.0.0.1:{servers[0].http_port}") as direct:
-        return questions(direct)
+        return answered_questions(direct)
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -98,10 +98,10 @@ def pictures(count: int) -> list[npt.NDArray[np.uint8]]:
 def wait_for_record(proxy: Proxy, image: npt.NDArray[np.uint8], count: int = 1) -> None:
     """Wait until the access log, which is flushed in pieces, has `count` records of an image."""
 
-    def told() -> int:
+    def written() -> int:
         return sum(record["image"] == digest(image) for record in proxy.records())
 
-    assert tiny.wait_for(lambda: told() >= count, 20)
+    assert tiny.wait_for(lambda: written() >= count, 20)
 
 
 def call(proxy: Proxy, path: str, body: bytes | None, headers: dict[str, str]) -> int:
@@ -174,9 +174,9 @@ def test_too_many_new_images_are_rejected_but_clicks_are_not(proxy: Proxy, schem
         client.open(image) as view,
         ThreadPoolExecutor(crowd) as pool,
     ):
-        asked = [pool.submit(encode, client) for _ in range(crowd)]
+        pending = [pool.submit(encode, client) for _ in range(crowd)]
         clicks = [pool.submit(view.click, x, 20) for x in range(1, crowd)]
-        assert {one.result() for one in asked} == {"answered", "refused"}
+        assert {one.result() for one in pending} == {"answered", "refused"}
         for click in clicks:
             click.result()
     with connect(proxy, scheme, remember_images=0) as patient, ThreadPoolExecutor(4) as pool:
@@ -373,14 +373,14 @@ def test_logs_show_the_tenant_and_the_grpc_status(proxy: Proxy) -> None:
     client.close()
     assert call(proxy, "/v2/health/ready", None, {"x-forwarded-for": "192.0.2.1"}) in (401, 403)
 
-    def told() -> list[dict[str, object]]:
+    def written() -> list[dict[str, object]]:
         return [one for one in proxy.records() if str(one["path"]).endswith("/ModelConfig")]
 
     def strangers() -> list[dict[str, object]]:
         return [one for one in proxy.records() if one["status"] in (401, 403)]
 
-    assert tiny.wait_for(lambda: told() and strangers(), 20)  # the log is flushed in pieces
-    (record,) = told()
+    assert tiny.wait_for(lambda: written() and strangers(), 20)  # the log is flushed in pieces
+    (record,) = written()
     assert record["tenant"] == proxy.tenant
     assert record["address"] == "127.0.0.1"
     assert refused.value.status() == "StatusCode.NOT_FOUND"
@@ -390,11 +390,11 @@ def test_logs_show_the_tenant_and_the_grpc_status(proxy: Proxy) -> None:
 
 
 @contextmanager
-def load(proxy: Proxy, asked: list[Question], scheme: str, retries: int) -> Iterator[Load]:
+def load(proxy: Proxy, questions: list[Question], scheme: str, retries: int) -> Iterator[Load]:
     """Two clients that send the same few pictures; every error counts as a loss."""
     options = {"headers": HEADERS, "root_certificates": trusted(proxy), "retries": retries}
     callers = [Caller(proxy.url(scheme), options)] * 2
-    with Load(callers, asked, timeout=30, hidden=(SAM3Error,)) as running:
+    with Load(callers, questions, timeout=30, hidden=(SAM3Error,)) as running:
         running.settle()
         yield running
 
@@ -409,7 +409,7 @@ def wait_for_more(load: Load, more: int) -> None:
 
 def harm(
     proxy: Proxy,
-    asked: list[Question],
+    questions: list[Question],
     victim: Container,
     fault: Callable[[], object],
     http_retries: int = 0,
@@ -419,9 +419,9 @@ def harm(
     Over HTTP the proxy alone hides it: the client does not retry. A gRPC request that nginx has
     begun to send cannot be taken back, and is the client's to retry.
     """
-    http_load = load(proxy, asked, "https", http_retries)
+    http_load = load(proxy, questions, "https", http_retries)
     try:
-        with http_load as http, load(proxy, asked, "grpcs", 4) as grpc:
+        with http_load as http, load(proxy, questions, "grpcs", 4) as grpc:
             fault()
             wait_for_more(http, 20)
             wait_for_more(grpc, 20)
@@ -433,7 +433,7 @@ def harm(
 
 
 def test_a_killed_server_loses_nothing(
-    proxy: Proxy, servers: tuple[Container, Container], asked: list[Question]
+    proxy: Proxy, servers: tuple[Container, Container], questions: list[Question]
 ) -> None:
     victim = servers[0]
 
@@ -443,11 +443,11 @@ def test_a_killed_server_loses_nothing(
                 process.kill()
         victim.process.wait(30)
 
-    harm(proxy, asked, victim, kill)
+    harm(proxy, questions, victim, kill)
 
 
 def test_a_drained_server_loses_nothing(
-    proxy: Proxy, servers: tuple[Container, Container], asked: list[Question]
+    proxy: Proxy, servers: tuple[Container, Container], questions: list[Question]
 ) -> None:
     """nginx is told first, as an operator would; Envoy has to find out.
 
@@ -459,11 +459,11 @@ def test_a_drained_server_loses_nothing(
         proxy.leave_out(servers[1])
         servers[1].stop()
 
-    harm(proxy, asked, servers[1], drain, http_retries=4 if isinstance(proxy, Nginx) else 0)
+    harm(proxy, questions, servers[1], drain, http_retries=4 if isinstance(proxy, Nginx) else 0)
 
 
-def test_the_load_would_notice_a_loss(proxy: Proxy, asked: list[Question]) -> None:
-    with load(proxy, asked, "https", 0) as running:
+def test_the_load_would_notice_a_loss(proxy: Proxy, questions: list[Question]) -> None:
+    with load(proxy, questions, "https", 0) as running:
         proxy.stop()
         wait_for_more(running, 3)
     assert {one.kind for one in running.outcomes} == {Kind.RIGHT, Kind.LOST}

@@ -100,7 +100,7 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) ->
         assert not one.drain_mark.exists()
         family = one.descendants()
         assert len(family) >= 3
-        asked = [pool.submit(status_of_a_gated_request, one) for _ in range(4)]
+        pending = [pool.submit(status_of_a_gated_request, one) for _ in range(4)]
         queued = f'nv_inference_pending_request_count{{model="{ENSEMBLE}",version="1"}} 3\n'
         metrics = f"http://127.0.0.1:{one.metrics_port}/metrics"
         assert tiny.wait_for(
@@ -108,10 +108,10 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) ->
         )  # behind the one being executed
         one.process.send_signal(signal.SIGTERM)
         assert tiny.wait_for(lambda: "Signal (15) received" in one.log.read_text(), 60)
-        assert not any(request.done() for request in asked)
+        assert not any(request.done() for request in pending)
         gate.touch()
         assert one.process.wait(180) == 0
-        assert [request.result() for request in asked] == [200] * 4
+        assert [request.result() for request in pending] == [200] * 4
         assert one.drain_mark.exists()
         assert not [process for process in family if is_alive(process.pid)]
         assert not list(Path("/dev/shm").glob(f"triton_sam3_port{one.http_port}_*"))
@@ -202,13 +202,13 @@ def test_one_trace_from_the_client_to_the_decoder(
             def arrived() -> bool:  # Triton exports every five seconds
                 return b"sam3_prompt_decoder" in b"".join(received)
 
-            asked = 0
+            tries = 0
             # In one run of three, a server that had just started exported no span of a request.
-            while not arrived() and asked < 3:
+            while not arrived() and tries < 3:
                 with made.get_tracer("caller").start_as_current_span("photo") as span:
                     # A new image each time: a kept one would pass through the decoder alone.
-                    client.segment(np.roll(IMAGE, 1 + asked, axis=0), points=[(50, 40)])
-                asked += 1
+                    client.segment(np.roll(IMAGE, 1 + tries, axis=0), points=[(50, 40)])
+                tries += 1
                 tiny.wait_for(arrived, 12)
         assert one.stop() == 0
     collector.shutdown()
@@ -218,7 +218,7 @@ def test_one_trace_from_the_client_to_the_decoder(
         assert model in sent
     trace_id = span.get_span_context().trace_id
     assert trace_id.to_bytes(16, "big") in sent or f"{trace_id:032x}".encode() in sent
-    assert 1 <= sent.count(b"InferRequest") <= asked
+    assert 1 <= sent.count(b"InferRequest") <= tries
 
 
 def test_tracing_never_records_tensors() -> None:
@@ -275,20 +275,20 @@ def test_a_watched_server_is_stopped_only_by_consecutive_failures(
 def test_options_reach_triton_and_its_keeper(
     without_triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {}
+    spawned: dict[str, Any] = {}
 
     def spawn(command: list[str], **options: Any) -> None:
-        told.update(options, command=command)
+        spawned.update(options, command=command)
         raise SetupError("that was all")
 
     monkeypatch.setattr(keeper, "spawn", spawn)
     options = ("--exit-seconds=77", "--otlp-url=http://collector", "--trace-rate=9")
     places = (f"--http-port={free_ports(1)[0]}", f"--drain-mark={tmp_path / 'mark'}")
-    asked = ("serve", str(without_triton), *places, *options, "--", "--id=x")
-    assert main(asked) == EXIT_UNHEALTHY
+    command_line = ("serve", str(without_triton), *places, *options, "--", "--id=x")
+    assert main(command_line) == EXIT_UNHEALTHY
     # Of several values the last counts: requests in flight get this long, and the keeper waits.
-    granted = [one for one in told["command"] if one.startswith("--exit-timeout-secs=")]
+    granted = [one for one in spawned["command"] if one.startswith("--exit-timeout-secs=")]
     assert granted[-1] == "--exit-timeout-secs=77"
-    assert told["grace"] > 77
-    assert "--trace-config=rate=9" in told["command"]
-    assert told["command"][-1] == "--id=x"
+    assert spawned["grace"] > 77
+    assert "--trace-config=rate=9" in spawned["command"]
+    assert spawned["command"][-1] == "--id=x"

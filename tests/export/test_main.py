@@ -274,8 +274,8 @@ def test_half_precision_is_checked_on_every_photo(
     exported: tiny.Export, exported_fp16: tiny.Export
 ) -> None:
     for export, photos in ((exported, PHOTOS[:1]), (exported_fp16, PHOTOS)):
-        told = re.findall(r"checking against PyTorch: (\w+)", export.stderr)
-        assert tuple(dict.fromkeys(told)) == photos
+        checked = re.findall(r"checking against PyTorch: (\w+)", export.stderr)
+        assert tuple(dict.fromkeys(checked)) == photos
 
 
 @pytest.mark.parametrize("accelerator", [None, *Accelerator])
@@ -297,17 +297,17 @@ def test_only_tensorrt_gets_a_graph_of_plain_operators(
 def test_an_export_is_checked_against_its_configs(
     exported: tiny.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[object] = []
+    checks: list[object] = []
 
     def check_values(*_: object, fused: bool = True, **__: object) -> list[check.Check]:
-        asked.append(fused)
+        checks.append(fused)
         return []
 
     monkeypatch.setattr(pipeline, "write_repository", _write_copy(exported.repository))
-    monkeypatch.setattr(pipeline, "check_signatures", lambda *_: asked.append("signatures"))
+    monkeypatch.setattr(pipeline, "check_signatures", lambda *_: checks.append("signatures"))
     monkeypatch.setattr(check, "check_values", check_values)
     monkeypatch.setattr(torch.export, "load", lambda _: None)
     for accelerator in (Accelerator.TENSORRT, Accelerator.CUDA):
         output = tmp_path / accelerator.value
         pipeline.export_repository(exported.checkpoint, output, accelerator=accelerator)
-    assert asked == ["signatures", False, "signatures", True]
+    assert checks == ["signatures", False, "signatures", True]

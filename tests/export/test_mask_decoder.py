@@ -21,8 +21,8 @@ def test_merged_projections_attend_like_metas(
     generator = torch.Generator().manual_seed(tokens)
     image = torch.randn(objects, C, E, E, generator=generator)
     image_pe = torch.randn(1, C, E, E, generator=generator)
-    asked = torch.randn(objects, tokens, C, generator=generator)
+    queries = torch.randn(objects, tokens, C, generator=generator)
     transformer = model.mask_decoder.transformer
-    ours = MergedTwoWay(transformer)(as_rows(image), as_rows(image_pe), asked)
-    for a, b in zip(ours, transformer(image, image_pe, asked), strict=True):
+    ours = MergedTwoWay(transformer)(as_rows(image), as_rows(image_pe), queries)
+    for a, b in zip(ours, transformer(image, image_pe, queries), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ class Start(Protocol):
 
 
 @pytest.fixture
-def working(tmp_path: Path) -> Path:
+def plus_one_repository(tmp_path: Path) -> Path:
     """A repository with one ONNX model, y = x + 1."""
     repository = tmp_path / "models"
     tiny.add_plus_one(repository)

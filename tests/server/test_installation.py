@@ -48,7 +48,7 @@ def test_numpy_2_is_rejected_before_it_misreads_anything(
 
 
 def test_a_tritonserver_on_path_is_used_as_it_is(
-    working: Path, start: Start, tmp_path: Path
+    plus_one_repository: Path, start: Start, tmp_path: Path
 ) -> None:
     """As in the NVIDIA container: it finds its libraries and backends on its own."""
     parts = tmp_path / "container"
@@ -69,15 +69,15 @@ def test_a_tritonserver_on_path_is_used_as_it_is(
     assert found == installation.Installation(script)
     assert not list((tmp_path / "work").iterdir())
 
-    server = start(working, env=environment)
+    server = start(plus_one_repository, env=environment)
     assert tiny.get(f"{server.http_url}/v2/models/plus_one/ready") == ""
 
 
-def test_a_tritonserver_for_another_machine(working: Path, tmp_path: Path) -> None:
+def test_a_tritonserver_for_another_machine(plus_one_repository: Path, tmp_path: Path) -> None:
     script = tmp_path / "tritonserver"
     script.write_bytes(b"\x7fELF not really")
     script.chmod(0o755)
-    server = TritonServer(working, env={"PATH": str(tmp_path)})
+    server = TritonServer(plus_one_repository, env={"PATH": str(tmp_path)})
     with pytest.raises(StartError, match=r"could not be executed:\n.*Exec format error.*$"):
         server.start()
 

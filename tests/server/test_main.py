@@ -61,8 +61,8 @@ def terminate(process: "subprocess.Popen[str]") -> None:
     process.terminate()
 
 
-def test_prints_its_urls_in_one_line_and_ends_on_sigterm(working: Path) -> None:
-    with running(working) as process:
+def test_prints_its_urls_in_one_line_and_ends_on_sigterm(plus_one_repository: Path) -> None:
+    with running(plus_one_repository) as process:
         assert process.stdout and process.stderr
         http, grpc, metrics = process.stdout.readline().split()
         traces = Traces.of(tritonserver_below(process))
@@ -75,8 +75,8 @@ def test_prints_its_urls_in_one_line_and_ends_on_sigterm(working: Path) -> None:
         assert process.stdout.read() == process.stderr.read() == ""
 
 
-def test_ctrl_c_twice_while_running(working: Path) -> None:
-    with running(working) as process:
+def test_ctrl_c_twice_while_running(plus_one_repository: Path) -> None:
+    with running(plus_one_repository) as process:
         assert process.stdout and process.stdout.readline()
         traces = Traces.of(tritonserver_below(process))
         ctrl_c(process)
@@ -99,9 +99,9 @@ def test_can_be_stopped_while_a_model_loads(tmp_path: Path, end: object) -> None
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.06])
-def test_can_be_stopped_at_any_moment_of_the_start(working: Path, delay: float) -> None:
+def test_can_be_stopped_at_any_moment_of_the_start(plus_one_repository: Path, delay: float) -> None:
     """From the first sign of a keeper, before anything is served."""
-    with running(working) as process:
+    with running(plus_one_repository) as process:
         keepers = tiny.wait_for(lambda: tiny.children(process.pid), A_FEW_SECONDS)
         time.sleep(delay)
         terminate(process)
@@ -109,8 +109,8 @@ def test_can_be_stopped_at_any_moment_of_the_start(working: Path, delay: float) 
         assert tiny.wait_for(lambda: not any(map(tiny.runs, keepers)), A_FEW_SECONDS)
 
 
-def test_a_server_that_dies_is_reported(working: Path) -> None:
-    with running(working) as process:
+def test_a_server_that_dies_is_reported(plus_one_repository: Path) -> None:
+    with running(plus_one_repository) as process:
         assert process.stdout and process.stderr and process.stdout.readline()
         traces = Traces.of(tritonserver_below(process))
         os.kill(traces.session, signal.SIGKILL)
@@ -138,13 +138,13 @@ def test_a_broken_model_exits_with_1_and_its_reason(tmp_path: Path) -> None:
     assert "failed to load 'broken'" in log.read_text()
 
 
-def test_invalid_arguments_exit_with_2_and_one_sentence(working: Path) -> None:
+def test_invalid_arguments_exit_with_2_and_one_sentence(plus_one_repository: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [
-            ((working / "nowhere",), "there is no such folder"),
-            ((working, f"--http-port={port}"), f"Cannot use 127.0.0.1:{port} for HTTP"),
-            ((working, f"--log={working}"), "Cannot write the log"),
+            ((plus_one_repository / "nowhere",), "there is no such folder"),
+            ((plus_one_repository, f"--http-port={port}"), f"Cannot use 127.0.0.1:{port} for HTTP"),
+            ((plus_one_repository, f"--log={plus_one_repository}"), "Cannot write the log"),
         ]
         for arguments, message in cases:
             status, out, err = run(*arguments)  # type: ignore[arg-type]

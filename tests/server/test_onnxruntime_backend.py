@@ -363,9 +363,9 @@ def test_a_gpu_instance_uses_cuda_where_there_is_one(
 
     both = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: both)
-    asked = {"tensorrt": {"trt_engine_cache_enable": "1"}}
+    requested = {"tensorrt": {"trt_engine_cache_enable": "1"}}
     tensorrt = ("TensorrtExecutionProvider", {"device_id": "1", "trt_engine_cache_enable": "True"})
-    assert backend.choose_providers("GPU", "1", asked) == [tensorrt, cuda, cpu]
+    assert backend.choose_providers("GPU", "1", requested) == [tensorrt, cuda, cpu]
 
 
 def test_a_provider_that_cannot_be_loaded_ends_the_start(backend: ModuleType) -> None:

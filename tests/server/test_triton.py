@@ -93,10 +93,10 @@ def test_memory_of_requests_is_returned_to_the_system(shared: TritonServer) -> N
     assert process.memory_full_info().uss - before < 48 * 2**20
 
 
-def test_the_callers_environment_takes_precedence(working: Path, start: Start) -> None:
+def test_the_callers_environment_takes_precedence(plus_one_repository: Path, start: Start) -> None:
     name, other = next(iter(ENVIRONMENT)), "65536"
     inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    server = start(working, env={name: other})
+    server = start(plus_one_repository, env={name: other})
     environment = psutil.Process(server.pid).environ()
     assert environment.items() >= {**ENVIRONMENT, **inherited, name: other}.items()
 
@@ -124,15 +124,15 @@ def test_a_running_server_cannot_be_started_again(shared: TritonServer) -> None:
 
 
 def test_servers_do_not_disturb_each_other(
-    shared: TritonServer, working: Path, start: Start
+    shared: TritonServer, plus_one_repository: Path, start: Start
 ) -> None:
-    start(working).kill()
+    start(plus_one_repository).kill()
     assert plus_one(shared) == [2, 3, 4]
     assert Traces.of(shared.pid).regions()
 
 
-def test_from_start_to_stop(working: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), TritonServer(working) as server:
+def test_from_start_to_stop(plus_one_repository: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), TritonServer(plus_one_repository) as server:
         traces = Traces.of(server.pid)
         assert server.is_alive()
         assert plus_one(server) == [2, 3, 4]
@@ -147,8 +147,8 @@ def test_from_start_to_stop(working: Path) -> None:
     assert "successfully unloaded 'plus_one'" in server.read_log()
 
 
-def test_stubs_exit_when_tritonserver_is_killed(working: Path, start: Start) -> None:
-    server = start(working)
+def test_stubs_exit_when_tritonserver_is_killed(plus_one_repository: Path, start: Start) -> None:
+    server = start(plus_one_repository)
     traces, urls = Traces.of(server.pid), (server.http_url, server.grpc_url, server.metrics_url)
     os.kill(server.pid, signal.SIGKILL)
     assert traces.gone_within(SOON)
@@ -160,16 +160,18 @@ def test_stubs_exit_when_tritonserver_is_killed(working: Path, start: Start) -> 
     assert plus_one(server) == [2, 3, 4]
 
 
-def test_kill_leaves_nothing(working: Path, start: Start) -> None:
-    server = start(working)
+def test_kill_leaves_nothing(plus_one_repository: Path, start: Start) -> None:
+    server = start(plus_one_repository)
     traces = Traces.of(server.pid)
     server.kill()
     assert not traces.left()
     server.stop()  # once more is harmless
 
 
-def test_everything_exits_when_the_keeper_is_killed(working: Path, start: Start) -> None:
-    server = start(working)
+def test_everything_exits_when_the_keeper_is_killed(
+    plus_one_repository: Path, start: Start
+) -> None:
+    server = start(plus_one_repository)
     traces = Traces.of(server.pid)
     os.kill(traces.keeper, signal.SIGKILL)
     assert tiny.wait_for(lambda: not traces.processes(), SOON)
@@ -192,10 +194,10 @@ except KeyboardInterrupt:
 
 
 @pytest.fixture
-def caller(working: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def caller(plus_one_repository: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """Another Python with its own server, in a process group as a terminal makes it."""
     with subprocess.Popen(
-        [sys.executable, "-c", CALLER, str(working)],
+        [sys.executable, "-c", CALLER, str(plus_one_repository)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -234,9 +236,9 @@ def test_a_model_that_crashes_is_named(tmp_path: Path) -> None:
         TritonServer(tmp_path).start()
 
 
-def test_a_model_that_loads_forever_times_out(working: Path, tmp_path: Path) -> None:
-    tiny.add_python(working, "slow", tiny.SLOW)
-    server = TritonServer(working, start_timeout=1.5, log=tmp_path / "log")
+def test_a_model_that_loads_forever_times_out(plus_one_repository: Path, tmp_path: Path) -> None:
+    tiny.add_python(plus_one_repository, "slow", tiny.SLOW)
+    server = TritonServer(plus_one_repository, start_timeout=1.5, log=tmp_path / "log")
     began = time.monotonic()
     with pytest.raises(StartError, match=r"(?s)Not ready after 1.5 s.*ModelInstanceInitialize"):
         server.start()
@@ -245,7 +247,7 @@ def test_a_model_that_loads_forever_times_out(working: Path, tmp_path: Path) -> 
 
 
 def test_the_start_is_repeated_if_a_free_port_was_taken(
-    working: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+    plus_one_repository: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         stolen = taken.getsockname()[1]
@@ -258,7 +260,7 @@ def test_the_start_is_repeated_if_a_free_port_was_taken(
         monkeypatch.setattr(
             ports, "choose", lambda *args: offers.pop() if offers else choose(*args)
         )
-        server = start(working)
+        server = start(plus_one_repository)
     assert not offers
     assert stolen not in server.address.ports
     assert plus_one(server) == [2, 3, 4]
@@ -277,18 +279,18 @@ ACCIDENT = """import os, signal
 
 
 def test_the_start_is_repeated_after_a_transient_failure_of_triton(
-    working: Path, start: Start
+    plus_one_repository: Path, start: Start
 ) -> None:
-    seen = working.parent / "seen"
-    tiny.add_python(working, "crashing", ACCIDENT.format(seen=str(seen)))
-    server = start(working)
+    seen = plus_one_repository.parent / "seen"
+    tiny.add_python(plus_one_repository, "crashing", ACCIDENT.format(seen=str(seen)))
+    server = start(plus_one_repository)
     assert seen.exists()
     assert plus_one(server) == [2, 3, 4]
 
 
-def test_a_port_in_use_is_an_error_before_anything_runs(working: Path) -> None:
+def test_a_port_in_use_is_an_error_before_anything_runs(plus_one_repository: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        server = TritonServer(working, grpc_port=taken.getsockname()[1])
+        server = TritonServer(plus_one_repository, grpc_port=taken.getsockname()[1])
         with pytest.raises(PortInUseError):
             server.start()
     assert not server.is_alive()
@@ -306,11 +308,13 @@ def test_folders_that_are_not_repositories_are_rejected(tmp_path: Path) -> None:
             TritonServer(tmp_path / name).start()
 
 
-def test_a_repository_without_read_permission_is_not_reported_as_empty(working: Path) -> None:
+def test_a_repository_without_read_permission_is_not_reported_as_empty(
+    plus_one_repository: Path,
+) -> None:
     """As in a container whose user did not export the models."""
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         closed = Path(name, "models")
-        shutil.copytree(working, closed)
+        shutil.copytree(plus_one_repository, closed)
         closed.chmod(0)
         Path(name).chmod(0o711)
         if os.getuid() == 0:
@@ -323,8 +327,8 @@ def test_a_repository_without_read_permission_is_not_reported_as_empty(working: 
             closed.chmod(0o700)
 
 
-def test_before_the_first_start_there_is_no_address(working: Path) -> None:
-    server = TritonServer(working)
+def test_before_the_first_start_there_is_no_address(plus_one_repository: Path) -> None:
+    server = TritonServer(plus_one_repository)
     assert not server.is_alive()
     server.stop()
     with pytest.raises(RuntimeError, match="never started"):

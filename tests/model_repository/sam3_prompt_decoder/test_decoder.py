@@ -346,16 +346,16 @@ def test_no_thread_multiplies_denormals(program: Path) -> None:
 
 def test_a_gpu_has_its_index(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, neither `set_device` nor a moved program's own checks accept the device."""
-    asked: list[torch.device] = []
+    devices: list[torch.device] = []
 
     def load(path: Path, device: torch.device) -> ExportedProgram:
-        asked.append(device)
+        devices.append(device)
         return load_program(path, CPU)
 
     monkeypatch.setattr("decoder.load_program", load)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     assert Decoder(program, torch.device("cuda")).device == torch.device("cuda:0")
-    assert asked == [torch.device("cuda:0")] * 2
+    assert devices == [torch.device("cuda:0")] * 2
 
 
 def test_the_tolerance_admits_another_summation_order_but_not_another_click(

@@ -57,14 +57,14 @@ FORGOTTEN = 6 * 3 * 8
 PAGES = 10 * 72 * 2**20 // 4096
 
 
-def told(script: str, argument: str) -> int:
+def number_printed_by(script: str, argument: str) -> int:
     folder, command = Path(memory.__file__).parent, [sys.executable, "-c", script, argument]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return int(run.stdout)
 
 
 def faults(mode: str) -> int:
-    return told(COUNT, mode)
+    return number_printed_by(COUNT, mode)
 
 
 def test_freed_memory_stays_with_the_process() -> None:
@@ -77,8 +77,8 @@ def test_freed_memory_is_returned_by_default() -> None:
 
 def test_much_memory_of_evicted_images_is_given_back() -> None:
     """Except the space of the one image kept meanwhile."""
-    assert told(FORGET, "64") > FORGOTTEN - 32
+    assert number_printed_by(FORGET, "64") > FORGOTTEN - 32
 
 
 def test_little_memory_of_evicted_images_is_kept_for_new_ones() -> None:
-    assert abs(told(FORGET, "512")) < 32
+    assert abs(number_printed_by(FORGET, "512")) < 32

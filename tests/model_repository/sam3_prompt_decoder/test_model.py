@@ -94,9 +94,9 @@ def broken() -> NoReturn:
     raise RuntimeError("an operator that is broken")
 
 
-def answer_alone(model: Any, asked: Sequence[Request]) -> list[Arrays]:
+def answer_alone(model: Any, requests: Sequence[Request]) -> list[Arrays]:
     """The answer to each request sent alone."""
-    return [model.execute([one])[0].arrays for one in asked]
+    return [model.execute([one])[0].arrays for one in requests]
 
 
 def assert_answered(response: InferenceResponse, expected: Arrays) -> None:
@@ -123,12 +123,12 @@ def test_only_the_request_that_the_decoder_fails_on_gets_an_error(
     fail_on_the_guilty(model, broken)
     responses = model.execute([*innocent[:place], guilty(), *innocent[place:]])
     assert_refused(responses.pop(place), FAILED)
-    for response, own in zip(responses, expected, strict=True):
-        assert_answered(response, own)
+    for response, alone in zip(responses, expected, strict=True):
+        assert_answered(response, alone)
     assert [response.arrays["image_id"].item() != "" for response in responses] == [0, 0, 1]
-    (told,) = backend.errors
-    assert "in broken" in told  # the traceback, for the operator only
-    assert told.endswith("RuntimeError: an operator that is broken\n")
+    (message,) = backend.errors
+    assert "in broken" in message  # the traceback, for the operator only
+    assert message.endswith("RuntimeError: an operator that is broken\n")
 
 
 def test_a_single_failing_request_gets_an_error_and_the_next_is_answered(model: Any) -> None:
@@ -186,8 +186,8 @@ def test_out_of_memory_has_a_sentence_of_its_own(
 
 def test_requests_too_large_together_are_decoded_one_by_one(model: Any, backend: Any) -> None:
     """And by then, memory held for all of them together has been freed."""
-    asked = [request(seed) for seed in range(3)]
-    expected = answer_alone(model, asked)
+    requests = [request(seed) for seed in range(3)]
+    expected = answer_alone(model, requests)
     held: list[weakref.ref[Any]] = []
 
     def change(start: Start, jobs: Sequence[Job]) -> Answers:
@@ -199,15 +199,15 @@ def test_requests_too_large_together_are_decoded_one_by_one(model: Any, backend:
         return start(jobs)
 
     change_start(model, change)
-    for response, own in zip(model.execute(asked), expected, strict=True):
-        assert_answered(response, own)
+    for response, alone in zip(model.execute(requests), expected, strict=True):
+        assert_answered(response, alone)
     assert not backend.errors
 
 
 def test_a_late_failure_does_not_affect_other_batches(model: Any, backend: Any) -> None:
     """A GPU's failure shows when its answers are read, and does not tell whose it is."""
-    asked = [request(1), guilty(), request(2), request(3)]
-    expected = answer_alone(model, asked)
+    requests = [request(1), guilty(), request(2), request(3)]
+    expected = answer_alone(model, requests)
 
     def change(start: Start, jobs: Sequence[Job]) -> Answers:
         answers = start(jobs)
@@ -217,12 +217,12 @@ def test_a_late_failure_does_not_affect_other_batches(model: Any, backend: Any) 
 
     change_start(model, change)
     model._decoder._batch_size = 2
-    responses = model.execute(asked)
+    responses = model.execute(requests)
     for response in responses[:2]:
         assert_refused(response, FAILED)
-    for response, own in zip(responses[2:], expected[2:], strict=True):
-        assert_answered(response, own)
-    assert all("in broken" in told for told in backend.errors)
+    for response, alone in zip(responses[2:], expected[2:], strict=True):
+        assert_answered(response, alone)
+    assert all("in broken" in message for message in backend.errors)
 
 
 def test_no_memory_to_keep_an_image_is_an_error(

@@ -23,7 +23,7 @@ from tests.model_repository.sam3_prompt_decoder.served import (
     flag,
     id_of,
 )
-from tests.stubs import held
+from tests.stubs import suspended_model
 
 REQUESTS = 10
 PART = 3
@@ -63,14 +63,14 @@ def test_each_request_of_each_batch_gets_its_own_answer(
     requests[4] = {**requests[4], **by_id("never issued")}
     requests[7] = {**requests[7], "point_labels": np.full_like(requests[7]["point_labels"], 9)}
     before = executions(in_parts.server, DECODER)
-    with held(in_parts.server):
-        asked = in_parts.send(DECODER, requests)
+    with suspended_model(in_parts.server):
+        pending = in_parts.send(DECODER, requests)
         in_parts.wait_for_queue(REQUESTS - PART)
-    answers = [future.result(timeout=120) for future in asked]
+    answers = [future.result(timeout=120) for future in pending]
     assert executions(in_parts.server, DECODER) - before < REQUESTS / PART  # they were merged
-    for n, (answer, own) in enumerate(zip(answers, expected, strict=True)):
+    for n, (answer, alone) in enumerate(zip(answers, expected, strict=True)):
         if n in wrong:
             assert isinstance(answer, Exception)
         else:
-            alike(answer["low_res_masks"], own["low_res_masks"])
-            alike(answer["iou_predictions"], own["iou_predictions"])
+            alike(answer["low_res_masks"], alone["low_res_masks"])
+            alike(answer["iou_predictions"], alone["iou_predictions"])

@@ -195,19 +195,19 @@ def test_a_partly_nan_mask_is_rejected(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "objects", "asked"),
+    ("images", "objects", "sentence"),
     [(1, 4, "4 objects in one request"), (2, 2, "2 objects in each of 2 images in one request")],
 )
 def test_a_request_has_a_limit_of_objects_in_all_its_images(
-    images: int, objects: int, asked: str
+    images: int, objects: int, sentence: str
 ) -> None:
     for fits in ((1, 3), (3, 1), (9, 0)):
         check_objects(*fits, LIMITS)
     with pytest.raises(InvalidPrompt) as caught:
         check_objects(images, objects, LIMITS)
     assert str(caught.value) == (
-        f"{asked}; at most 3 in all its images are accepted: split the request (keep_image avoids "
-        "encoding an image again)"
+        f"{sentence}; at most 3 in all its images are accepted: split the request (keep_image "
+        "avoids encoding an image again)"
     )
 
 

@@ -188,9 +188,9 @@ def test_some_objects_of_a_request_have_masks(served: Served, image_id: str) -> 
 
 def test_only_requested_outputs_are_returned(server: TritonServer, image_id: str) -> None:
     served = Served(server)
-    asked = [grpc.InferRequestedOutput("iou_predictions")]
+    requested = [grpc.InferRequestedOutput("iou_predictions")]
     inputs = served._inputs({**by_id(image_id), **clicks(1)})
-    result = served.client.infer(DECODER, inputs, outputs=asked)
+    result = served.client.infer(DECODER, inputs, outputs=requested)
     assert [output.name for output in result.get_response().outputs] == ["iou_predictions"]
 
 
