@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import load, measures
+from benchmarks import growth, load, measures
 from benchmarks.artifacts import Artifacts
 from benchmarks.peers import Click, Mask, Photo
-from benchmarks.stage import AGREEMENT, IN_PROCESS, PEERS, WHOLE, Stage, load_photo, stage
+from benchmarks.stage import AGREEMENT, IN_PROCESS, OURS, PEERS, WHOLE, Stage, load_photo, stage
 from demo.prompts import iou
 from tests.conftest import DEMO_CHECKPOINT
 
@@ -52,6 +52,26 @@ def test_every_peers_first_mask_is_timed_with_encoding_the_photo(everything: Sta
     assert all(len(sample.values) == 5 for sample in samples.values())
     for name, sample in samples.items():
         assert min(sample.values) > 1.5 * min(clicks[name].values), name
+
+
+def test_encoding_is_timed_beside_requests_with_and_without_it(everything: Stage) -> None:
+    fastest = {
+        name: min(sample.values)
+        for name, sample in measures.encoding(everything, rounds=5, budget=60.0).items()
+    }
+    assert fastest.keys() == {OURS, IN_PROCESS, measures.ONE_SHOT, measures.CLICK}
+    assert fastest[measures.ONE_SHOT] > fastest[OURS] > 1e-3
+    assert fastest[measures.ONE_SHOT] > 1.5 * fastest[measures.CLICK]
+
+
+def test_boxes_together_take_less_time_than_apart(everything: Stage) -> None:
+    assert measures.boxes_together(everything, rounds=1, count=16).median < 1
+
+
+def test_a_larger_photo_takes_longer(everything: Stage) -> None:
+    curves = growth.photo_side(everything, [224, 4096], rounds=3).curves
+    for name in ("first mask", "click"):
+        assert min(curves[name][4096].values) > min(curves[name][224].values)
 
 
 def test_the_servers_share_of_a_click_is_what_the_decoder_leaves(everything: Stage) -> None:
