@@ -67,7 +67,7 @@ def cache_full(bench: Bench, title: str) -> Result:
         with Trial(title, stand, bench.questions(stand)) as trial:
             trial.inject(lambda: stand.container.triton().kill())
             trial.recover()
-        trial.remark = _told(stand)
+        trial.remark = _failed_start(stand)
         return trial.result()
 
 
@@ -81,7 +81,7 @@ def add_stand_in(repository: Path, cache: Path) -> None:
     (version / "model.py").write_text(model, encoding="utf-8")
 
 
-def _told(stand: Stand) -> str:
+def _failed_start(stand: Stand) -> str:
     """Describe the failed start, which clears the cache. Raises RuntimeError unless it is alone."""
     said = [r["message"] for r in stand.container.records() if CLEARED in r["message"]]
     refused = stand.statuses[1:]
