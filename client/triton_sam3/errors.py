@@ -46,7 +46,7 @@ class ServerError(SAM3Error):
 class InvalidRequest(ServerError):
     """The server rejected the request as invalid; the same request would fail again.
 
-    Unless the server has been restarted with a model of another size: the client has noticed now.
+    The next one may succeed if the server has a model of another size by now: it is queried again.
     """
 
 
