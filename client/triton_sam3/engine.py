@@ -146,11 +146,12 @@ class Engine:
 
     def served(self) -> Flow[ServedModel]:
         """The server's configuration, queried once, and again after it has rejected a request."""
-        if self._served is None:
+        served = self._served  # another thread may have it forgotten at any time
+        if served is None:
             interactive = yield from self._config(contract.INTERACTIVE)
             decoder = yield from self._config(contract.DECODER)
-            self._served = ServedModel.from_configs(interactive, decoder)
-        return self._served
+            served = self._served = ServedModel.from_configs(interactive, decoder)
+        return served
 
     def forget_served(self) -> None:
         """Query the server's configuration again before it is used next."""
