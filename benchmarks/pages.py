@@ -30,10 +30,10 @@ def publish_figures(run: str, figures: Sequence[Figure], origin: Provenance) -> 
 def publish_comparison(run: str, comparisons: Sequence[Comparison], origin: Provenance) -> None:
     """Times to the first mask and for a click, by model and peer."""
     parts = [
-        "All keep the photo for later clicks. In Meta's predictor a loop over each hole of a mask "
-        "is replaced by one count, with the same masks: it would take most of a click's time at "
-        "full size, where weights are random and masks have thousands of holes. At full size, "
-        "first masks of the others are encoding plus a click, measured apart."
+        "A first mask includes keeping the photo for later clicks, except ours at full size. There "
+        "the others' are encoding plus a click, measured apart. In Meta's predictor a loop over "
+        "each hole of a mask is replaced by one count, with the same masks: it would take most of "
+        "a click's time at full size, where weights are random and masks have thousands of holes."
     ]
     for comparison in comparisons:
         picture = plots.PLOTS / f"{run}-clicks-{comparison.model.replace(' ', '-')}.png"

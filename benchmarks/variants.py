@@ -28,7 +28,7 @@ from benchmarks.accuracy import GATE_TRAINED, worst_mask_iou
 from benchmarks.environment import provenance
 from benchmarks.figures import markdown_table, quantity, reason
 from benchmarks.results import write_section
-from benchmarks.timing import alternate, ratio, stopwatch
+from benchmarks.timing import Sample, alternate, ratio, stopwatch
 from export import check
 from export.accelerator import Accelerator
 from export.check import Features
@@ -139,13 +139,11 @@ def measure() -> list[tuple[str, ...]]:
 def _row(name: str, variant: Variant) -> tuple[str, ...]:
     try:
         worst = _worst_iou(variant)
-        times = [
-            _time(variant, artifacts.demo, ROUNDS),
-            _time(variant, artifacts.full_size, FULL_SIZE_ROUNDS),
-        ]
     except Exception as error:  # carry on with the others
         return (name, "not measured", reason(error), "", "")
-    return (name, f"{worst:.4f}", "within" if worst >= GATE_TRAINED else "missed", *times)
+    verdict = "within" if worst >= GATE_TRAINED else "missed"
+    sizes = ((artifacts.demo, ROUNDS), (artifacts.full_size, FULL_SIZE_ROUNDS))
+    return (name, f"{worst:.4f}", verdict, *(_time(variant, *size) for size in sizes))
 
 
 def _worst_iou(variant: Variant) -> float:
@@ -159,13 +157,20 @@ def _worst_iou(variant: Variant) -> float:
 
 
 def _time(variant: Variant, build: Build, rounds: int) -> str:
-    """The variant's time for one image by FP32's, read alternately."""
+    """The variant's time for one image by FP32's, or why it was not measured."""
+    try:
+        return quantity(_share(variant, build, rounds).median, "ratio")
+    except Exception as error:  # such as for want of memory
+        return reason(error)
+
+
+def _share(variant: Variant, build: Build, rounds: int) -> Sample:
     with _made(fp32, build) as reference, _made(variant, build) as run:
         side = load(build().checkpoint).architecture.image_size
         image = check.load_photo(check.PHOTOS[0], side)
         meters = {run: stopwatch(partial(run, image)) for run in (reference, run)}
         times = alternate(meters, rounds, pause=PAUSE)
-    return quantity(ratio(times[run], times[reference]).median, "ratio")
+    return ratio(times[run], times[reference])
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Canary:
         if self.iou < MIN_IOU:
             raise WrongAnswer(f"IoU with the disc is {self.iou:.2f}, expected {MIN_IOU}")
 
-    def check_canary_again(self) -> None:
+    def check_again(self) -> None:
         """Ask again. Raises WrongAnswer, or RuntimeError if there is no answer."""
         for number in range(len(self._questions)):
             self._ask_again(number)

@@ -55,7 +55,7 @@ def _try(server: TritonServer, send: Callable[[Fuzzer], Answer]) -> str:
         before = Census.from_pid(server.pid)
         answer = send(fuzzer)
         try:
-            fuzzer.canary.check_canary_again()
+            fuzzer.canary.check_again()
         except RuntimeError:
             time.sleep(DYING_SECONDS)
             if not is_alive(server.pid):

@@ -82,7 +82,7 @@ class Fuzzer:
             ]
             for half in halves:
                 half.result()
-        self.canary.check_canary_again()
+        self.canary.check_again()
 
     def largest(self) -> None:
         """Send the largest accepted requests, each twice."""
@@ -160,7 +160,7 @@ class Fuzzer:
         verdict = judge(answer, case, framed, self.subject.mask_side, sent.data)
         number = self.tally.count(sent.kind, protocol, verdict, sent.data)
         if number % CANARY_EVERY == 0:
-            self.canary.check_canary_again()
+            self.canary.check_again()
 
     def _check_alive(self, answer: Answer) -> None:
         if answer.code == UNREACHABLE or not is_alive(self._pid):

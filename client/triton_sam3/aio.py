@@ -92,7 +92,10 @@ class AsyncClient:
         concurrency: int = 8,
         in_order: bool = True,
     ) -> AsyncIterator[Outcome]:
-        """See `Client.segment_many`; use ``async for outcome in client.segment_many(…)``."""
+        """See `Client.segment_many`; use ``async for outcome in client.segment_many(…)``.
+
+        Stopping early cancels the images in flight.
+        """
         options = Options(threshold, multimask_output)
 
         def segment(image: ImageLike, chosen: Prompts) -> Awaitable[Segmentation]:

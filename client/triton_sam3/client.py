@@ -130,7 +130,8 @@ class Client:
     ) -> Iterator[Outcome]:
         """Segment many images concurrently, yielding one `Outcome` per image.
 
-        images: consumed one by one, at most `concurrency` ahead of the outcomes.
+        images: consumed one by one, at most `concurrency` ahead of the outcomes. An array must not
+            be refilled before its outcome.
         prompts: ``{"points": …, "boxes": …}`` for every image, or an iterable with one entry per
             image: such a mapping, a list of `Prompt`, or a `supervision.Detections`.
         concurrency: images in flight at the same time. A proxy admits two new images per server;
@@ -140,9 +141,8 @@ class Client:
         An image that cannot be segmented gives an outcome with its error and does not stop the
         others. An error raised by `images` or `prompts` themselves follows the outcomes of all
         earlier images. Images are not kept on the server, except one with more prompts than fit
-        in a request. Use it in a ``with`` block of the client: stopped early, as with Ctrl-C, it
-        does not wait for images in flight, but Python does at its exit, unless they are cut off
-        by closing the client.
+        in a request. Stopping early, as with Ctrl-C, leaves images in flight, and Python waits for
+        them at its exit unless the client is closed: use it in a ``with`` block of the client.
         """
         options = Options(threshold, multimask_output)
 

@@ -90,7 +90,7 @@ class Picture:
     def __init__(self, image: ImageLike) -> None:
         source = load_image(image)
         if isinstance(image, np.ndarray) and np.may_share_memory(source, image):
-            source = source.copy()  # the caller may refill it with the next frame at any time
+            source = source.copy()  # the caller may refill it with the next frame from now on
         self._source: npt.NDArray[np.uint8] | None = source
         self.height, self.width = source.shape[:2]
         self.digest = digest(source)

@@ -46,7 +46,8 @@ class ServerError(SAM3Error):
 class InvalidRequest(ServerError):
     """The server rejected the request as invalid; the same request would fail again.
 
-    The next one may succeed if the server has a model of another size by now: it is queried again.
+    Unless the server now has a model of another size, which the client queries before its next
+    request.
     """
 
 

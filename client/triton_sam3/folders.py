@@ -44,17 +44,16 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
         raise PromptError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(by_name, dict) or not all(isinstance(v, dict) for v in by_name.values()):
         raise PromptError(f'{str(path)!r} must hold {{"image.jpg": {{"points": […]}}, …}}')
-    for name in by_name:
+    prompts: dict[Path, Any] = {}
+    for name, entry in by_name.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise PromptError(f"{str(path)!r} names {name!r}, which is not in {str(folder)!r}")
-    if not by_name:
+        if folder / name in prompts:
+            raise PromptError(f"{str(path)!r} names {name!r} twice, in two ways")
+        prompts[folder / name] = entry
+    if not prompts:
         raise ImageError(f"{str(path)!r} names no image")
-    asked = {folder / name: prompts for name, prompts in by_name.items()}
-    if len(asked) < len(by_name):
-        raise PromptError(
-            f"{str(path)!r} names the same image in two ways, such as a.jpg and ./a.jpg"
-        )
-    return asked
+    return prompts
 
 
 def check_output(folder: Path, output: Path) -> None:

@@ -81,7 +81,7 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
             f"prompts must be one mapping for all images, or one entry per image, got {prompts!r}"
         )
     known = len(prompts) if isinstance(prompts, Sized) else None
-    if isinstance(images, Sized) and known not in (None, len(images)):
+    if isinstance(images, Sized) and known is not None and known != len(images):
         raise _count_mismatch(known, len(images))
     return _pair(images, iter(prompts), known)
 
@@ -98,19 +98,18 @@ def _pair(
     images: Iterable[ImageLike], prompts: Iterator[Any], known: int | None = None
 ) -> Iterator[Job]:
     """known: the number of prompts, if it is known."""
-    count = 0
+    index = -1
     for index, image in enumerate(images):
         try:
             raw_prompts = next(prompts)
         except StopIteration:
             raise _count_mismatch(index, "more") from None
         yield Job(index, image, raw_prompts)
-        count += 1
-    if known not in (None, count):
-        raise _count_mismatch(known, count)
+    if known is not None and known != index + 1:
+        raise _count_mismatch(known, index + 1)
 
 
-def _count_mismatch(prompts: int | None, images: int | str) -> PromptError:
+def _count_mismatch(prompts: int, images: int | str) -> PromptError:
     return PromptError(
         f"got prompts for {prompts} images, but {images} images: pass one entry of prompts per "
         "image, or one mapping for all images"

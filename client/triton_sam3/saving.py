@@ -17,8 +17,14 @@ ARRAYS = ("masks", "scores", "boxes", "logits", "class_ids", "prompt_indices")
 TEXTS = ("class_names", "detection_ids")
 
 _DAMAGED = (
-    *(ValueError, LookupError, TypeError, AttributeError, EOFError),
-    *(BadZipFile, zlib.error, NotImplementedError),
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
 )
 """What NumPy and zipfile raise for damaged files, and for files of other kinds."""
 

@@ -71,9 +71,9 @@ def test_the_canary_notices_another_mask_and_another_score(fuzzer: Fuzzer) -> No
         with pytest.raises(WrongAnswer):
             fuzzer.canary.click()
         with pytest.raises(WrongAnswer):
-            fuzzer.canary.check_canary_again()
+            fuzzer.canary.check_again()
     fuzzer.canary._expected[0] = masks, scores + 1e-6
-    fuzzer.canary.check_canary_again()
+    fuzzer.canary.check_again()
     fuzzer.canary._expected[0] = first
 
 
@@ -149,10 +149,10 @@ def test_a_server_that_dies_a_moment_later_counts_as_crashed(
         died = time.monotonic() + 0.3
         return Answer(CLOSED)
 
-    def check_canary_again(_: Canary) -> None:
+    def check_again(_: Canary) -> None:
         raise RuntimeError("no answer")
 
-    monkeypatch.setattr(Canary, "check_canary_again", check_canary_again)
+    monkeypatch.setattr(Canary, "check_again", check_again)
     monkeypatch.setattr(lethal, "is_alive", lambda _: time.monotonic() < died)
     assert lethal._try(server, send) == "tritonserver crashed (closed)"
     monkeypatch.setattr(lethal, "is_alive", lambda _: True)

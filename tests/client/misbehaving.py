@@ -113,11 +113,8 @@ def http(
 
 
 @contextmanager
-def grpc_server(
-    *answers: tuple[grpc.StatusCode, str], port: int = 0
-) -> Iterator[tuple[str, Counter]]:
-    """A gRPC server that gives these codes in turn, on any free port by default; yields URL and
-    counter.
+def grpc_server(*answers: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, Counter]]:
+    """A gRPC server that gives these codes in turn; yields its URL and a counter.
 
     The text is the error's, or where there is none the version that the server says it has.
     """
@@ -141,7 +138,7 @@ def grpc_server(
 
     server = grpc.server(ThreadPoolExecutor(4))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
-    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         yield f"grpc://127.0.0.1:{port}", counter

@@ -66,5 +66,5 @@ def test_an_image_is_named_once(tmp_path: Path) -> None:
     """One of the two would be lost without a word."""
     prompts = tmp_path / "prompts.json"
     prompts.write_text('{"a.jpg": {"points": [[1, 2]]}, "./a.jpg": {"points": [[3, 4]]}}')
-    with pytest.raises(PromptError, match=r"names the same image in two ways"):
+    with pytest.raises(PromptError, match=r"names './a.jpg' twice, in two ways"):
         read_prompts(tmp_path, prompts)

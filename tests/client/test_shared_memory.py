@@ -214,7 +214,7 @@ def test_without_memory_to_share_the_image_is_sent_in_the_request(
     assert "no shared memory" in caplog.text
 
 
-class FakeServer:
+class FakeTransport:
     """A transport whose server is a function; it keeps what was sent, in order."""
 
     def __init__(self, answer: Callable[[Infer | Query], Any]) -> None:
@@ -232,7 +232,7 @@ def perform_with_fake_server(
     flow: Flow[Any], answer: Callable[[Infer | Query], Any]
 ) -> list[Infer | Query]:
     """Perform `flow`, `answer` in the server's place, to its end or failure; what it sent."""
-    server = FakeServer(answer)
+    server = FakeTransport(answer)
     with suppress(SAM3Error):
         perform(flow, server)
     return server.sent
@@ -510,6 +510,6 @@ def test_an_image_and_masks_share_a_region_without_overlap() -> None:
         return {}
 
     memory = SharedMemory("system")
-    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0)), FakeServer(reading))
+    perform(memory.send(Infer("sam3_interactive", arrays, ()), Retries(0)), FakeTransport(reading))
     perform_with_fake_server(memory.close(), answering(None))
     assert len(mapped) == 1

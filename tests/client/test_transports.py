@@ -318,7 +318,7 @@ def test_a_server_that_is_away_is_tried_again_and_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"grpc://127.0.0.1:{listener.getsockname()[1]}"
         transport = open_transport(Endpoint.parse(url), {})
-        thread = threading.Thread(target=hang_up)
+        thread = threading.Thread(target=hang_up, daemon=True)
         thread.start()
         until = time.monotonic() + 4
         while time.monotonic() < until:

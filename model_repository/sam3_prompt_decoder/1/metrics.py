@@ -50,7 +50,7 @@ class Metrics:
                 "Images evicted, idle or to make room", lambda: counts.evictions
             ),
             "sam3_failures_total": _Counter(
-                "Valid requests that failed in the decoder", lambda: self._failures
+                "Requests that failed in the decoder", lambda: self._failures
             ),
             "sam3_objects_total": _Counter("Objects decoded and answered", lambda: self._objects),
             "sam3_objects_per_request": _Histogram("Objects per request", lambda: self._requests),
@@ -71,7 +71,7 @@ class Metrics:
         self._launches += launches
 
     def count_failure(self) -> None:
-        """Count a valid request that got an error: Triton counts it as answered."""
+        """Count a request with valid prompts that failed: Triton counts it as answered."""
         self._failures += 1
 
     def close(self) -> None:
