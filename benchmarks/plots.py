@@ -12,6 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.anatomy import Anatomy
 from benchmarks.growth import Growth
@@ -75,8 +76,13 @@ def _panel(axes: Axes, growth: Growth) -> None:
         low = [curve[amount].low for amount in amounts]
         high = [curve[amount].high for amount in amounts]
         axes.fill_between(amounts, low, high, alpha=0.2)
+    amounts = sorted({amount for curve in growth.curves.values() for amount in curve})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(amounts, [str(amount) for amount in amounts])
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(growth.work)
     axes.set_ylabel(growth.unit)
     axes.set_title(growth.title, loc="left", fontsize=10)
