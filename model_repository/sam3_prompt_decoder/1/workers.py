@@ -54,9 +54,11 @@ class Workers:
                 continue
             threads = max(1, self.cores // len(together))
             running = [self._threads.submit(_work, work, threads, item) for item in together]
-            wait(running)
-            while running:
-                yield running.pop(0).result()
+            try:
+                while running:
+                    yield running.pop(0).result()
+            finally:
+                wait(running)
 
 
 def _work(work: Callable[[Item], Result], threads: int, item: Item) -> Result:
