@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import re
 import signal
 import tempfile
@@ -25,7 +24,7 @@ from docker.entrypoint.__main__ import main
 from docker.entrypoint.probes import ProbeFailed
 from docker.entrypoint.serve import EXIT_UNHEALTHY, Options, arguments, serve
 from server import installation, keeper
-from server.command import ENVIRONMENT, Address
+from server.command import Address
 from server.errors import SetupError
 from server.health import ENSEMBLE, Probe, canary_request
 from tests.docker.harness import Container, free_ports
@@ -39,8 +38,7 @@ EVERYWHERE = Address("0.0.0.0", 8000, 8001, 8002)
 
 def test_memory_of_requests_is_returned_to_the_system(container: Container) -> None:
     """As under `python -m server`, where a test counts the bytes."""
-    inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    assert container.triton().environ().items() >= {**ENVIRONMENT, **inherited}.items()
+    assert container.triton().environ().items() >= tiny.environment().items()
 
 
 @pytest.mark.parametrize("kind", ["systemsharedmemory", "cudasharedmemory"])

@@ -12,6 +12,8 @@ from typing import TypeVar
 import onnx
 from onnx import TensorProto, helper
 
+from server.command import ENVIRONMENT
+
 SLOW = "import time; time.sleep(600)"
 FAILING = "raise RuntimeError('no luck today')"
 
@@ -192,3 +194,8 @@ def get(url: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=5) as response:
         return str(response.read().decode())
+
+
+def environment() -> dict[str, str]:
+    """What a server has of `ENVIRONMENT`: the caller's own values come first."""
+    return {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
