@@ -23,7 +23,10 @@ FIGURES = {
 
 def publish_figures(run: str, figures: Sequence[Figure], origin: Provenance) -> None:
     """The main table: measured values next to their targets."""
-    legend = "Must and aim are this project's own targets."
+    legend = (
+        "Must and aim are this project's own targets. A ratio is the median of the rounds' ratios, "
+        "not the quotient of the medians beside it."
+    )
     _publish(f"{run}-figures", FIGURES[run], origin, legend, figures_markdown(figures))
 
 

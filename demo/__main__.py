@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from demo.prompts import box, interior, iou
 from demo.scenes import generate
+from export.interruption import unwind_on_signals
 from server import ServerError, TritonServer
 from triton_sam3 import Client, Prompt, SAM3Error
 
@@ -60,7 +60,7 @@ def main() -> int:
         description=f"Export the small trained model, serve it, and draw what it segments into "
         f"pictures in {OUTPUT}. Takes a few minutes and no arguments.",
     ).parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    unwind_on_signals()
     try:
         models = OUTPUT / "models"
         with _step("exporting the demo model (python -m export)"):

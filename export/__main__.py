@@ -6,7 +6,7 @@ Exit status: 0 exported and within tolerance; 1 out of tolerance, nothing writte
 from __future__ import annotations
 
 import logging
-import signal
+import shlex
 import sys
 import threading
 import warnings
@@ -28,6 +28,7 @@ try:
 
     from export.accelerator import Accelerator
     from export.check import Check
+    from export.interruption import unwind_on_signals
     from export.pipeline import BAD_INPUT, DEFAULT_MIN_IOU, ToleranceError, export_repository
     from export.signatures import SignatureError
 except ModuleNotFoundError as missing:
@@ -87,7 +88,7 @@ def main(
 ) -> None:
     """Export SAM 3's interactive head as a Triton model repository, and check it."""
     if threading.current_thread() is threading.main_thread():
-        _unwind_on_signals()
+        unwind_on_signals()
     try:
         with _StepProgress() as progress:
             checks = export_repository(
@@ -108,15 +109,8 @@ def main(
     except SignatureError as error:
         raise _failure(error, 1) from error
     _print(checks)
-    console.print(f"{output}: {precision.value}, in FP32: {IN_FP32[precision]}")
-    console.print(f"next: python -m server {output}")
-
-
-def _unwind_on_signals() -> None:
-    """Unwind as on Ctrl-C, to remove partial output; under nohup, SIGHUP stays ignored."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    console.print(f"{output}: {precision.value}, in FP32: {IN_FP32[precision]}", markup=False)
+    console.print(f"next: python -m server {shlex.quote(str(output))}", markup=False)
 
 
 class _StepProgress:

@@ -22,7 +22,12 @@ from torch.nn.functional import interpolate
 
 from export.architecture import LOGIT_LIMIT, InteractiveModel
 from export.encoder import FEATURES
-from export.half_range import LARGEST_ACCEPTED, fp16_layers, record_largest
+from export.half_range import (
+    LARGEST_ACCEPTED,
+    fp16_attentions,
+    fp16_layers,
+    record_largest,
+)
 from export.repository import ENCODER
 
 Features = tuple[Tensor, Tensor, Tensor]
@@ -107,7 +112,7 @@ class PhotoResult:
     prompts: Mapping[str, PromptResult]
     """By prompt name."""
     largest_values: Sequence[float]
-    """Largest value of each layer that is FP16 in the exported graph; empty for an exact check."""
+    """Largest value of each tensor that is FP16 in the exported graph; empty for an exact check."""
 
 
 def check_values(
@@ -151,7 +156,9 @@ def _compare_photo(
     fused: bool,
 ) -> PhotoResult:
     exported = run_encoder(session, image)
-    with record_largest(() if exact else fp16_layers(model, fused=fused)) as largest:
+    layers = () if exact else fp16_layers(model, fused=fused)
+    attentions = () if exact else fp16_attentions(model, fused=fused)
+    with record_largest(layers, attentions) as largest:
         reference = encode_reference(model, image)
     features = zip(FEATURES, exported, reference, strict=True)
     own = partial(run_decoder, decoder, exported)

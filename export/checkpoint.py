@@ -26,6 +26,9 @@ from export.architecture import (
 ROTARY_TABLE = "freqs_cis"
 """Suffix of buffers that are computed from the sizes, not loaded."""
 
+UNUSED_LEVEL = f"{NECK}3."
+"""The neck's half-size level, which SAM 3 has and the interactive path does not use."""
+
 ZIP_MAGIC = b"PK\x03\x04"
 
 WANTED = (
@@ -46,15 +49,31 @@ def load(path: Path, image_size: int | None = None) -> InteractiveModel:
 
     Raises `CheckpointError` for a file that is missing, unreadable, incomplete, in another layout
     or has weights that SAM 3 does not have, and `SizeError` for an image size that is not a
-    multiple of the patch size.
+    multiple of the patch size, or if the weights do not say which blocks have windows at that size.
     """
     weights = read(path)
     architecture = _architecture(path, weights)
     if image_size is not None:
-        architecture = replace(architecture, image_size=image_size)
+        architecture = _at_size(architecture, image_size)
     model = InteractiveModel(architecture)
     _assign(path, model, weights)
     return model.eval().requires_grad_(False)
+
+
+def _at_size(architecture: Architecture, image_size: int) -> Architecture:
+    """The same for another image size.
+
+    If the rotary tables of all blocks are equally long, a window may be as large as the image that
+    the checkpoint was made for: which blocks are global at another size is then unknown.
+    """
+    every_block = len(architecture.global_att_blocks) == architecture.depth
+    if every_block and image_size != architecture.image_size:
+        raise SizeError(
+            f"the image size {image_size} is not possible: in this checkpoint, made for "
+            f"{architecture.image_size}, windows and image have the same size, so its weights do "
+            "not say which blocks have windows; use a checkpoint made for larger images"
+        )
+    return replace(architecture, image_size=image_size)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -200,10 +219,11 @@ def _first_of(names: list[str]) -> str:
 def _check_known(path: Path, others: Set[str]) -> None:
     """Raise on weights that belong to none of Meta's modules, such as those fine-tuning adds.
 
-    Meta's video model loads sam3.pt strictly, so that file has none. The neck's fourth level is
-    allowed but not used.
+    Meta's video model loads sam3.pt strictly, so that file has none. `UNUSED_LEVEL` is allowed.
     """
-    unknown = sorted(k for k in others if not k.startswith(NECK) and not k.endswith(ROTARY_TABLE))
+    unknown = sorted(
+        k for k in others if not k.startswith(UNUSED_LEVEL) and not k.endswith(ROTARY_TABLE)
+    )
     if unknown:
         raise CheckpointError(
             f"{path}: holds {_first_of(unknown)}, which SAM 3 does not have: the export would lose "

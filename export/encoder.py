@@ -211,7 +211,10 @@ def _half_blocks(model: InteractiveModel, windows: _Windows) -> HalfPrecisionBlo
     blocks, global_att_blocks = model.trunk.blocks, frozenset(model.architecture.global_att_blocks)
     rotary = {i in global_att_blocks: block.attn.freqs_cis for i, block in enumerate(blocks)}
     return HalfPrecisionBlocks(
-        blocks, global_att_blocks, rotary[False], windows.reorder(rotary[True])
+        blocks,
+        global_att_blocks,
+        rotary.get(False, rotary[True]),  # the other, unused, if every block is global
+        windows.reorder(rotary[True]),
     )
 
 

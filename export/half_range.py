@@ -6,10 +6,12 @@ show in its output there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from sam3.model.vitdet import Attention
 from torch import Tensor, nn
 
 from export.architecture import InteractiveModel
@@ -21,22 +23,45 @@ LARGEST_ACCEPTED = 2.0**15
 
 
 @contextmanager
-def record_largest(layers: Iterable[tuple[nn.Module, int]]) -> Iterator[list[float]]:
-    """Append each layer's largest value, divided by its scale, to the list when the model runs.
+def record_largest(
+    layers: Iterable[tuple[nn.Module, int]], attentions: Iterable[Attention] = ()
+) -> Iterator[list[float]]:
+    """Append largest values to the list when the model runs.
 
-    layers: each with its scale.
+    layers: each with its scale, by which its largest value is divided.
+    attentions: whose scores, q·k/√d, are values too; recorded is a bound on them.
     """
     largest: list[float] = []
 
     def record(scale: int, _: nn.Module, __: object, output: Tensor) -> None:
         largest.append(float(output.abs().max()) / scale)
 
+    def record_scores(num_heads: int, _: nn.Module, __: object, output: Tensor) -> None:
+        largest.append(_largest_score(output, num_heads))
+
     hooks = [layer.register_forward_hook(partial(record, scale)) for layer, scale in layers]
+    hooks += [a.qkv.register_forward_hook(partial(record_scores, a.num_heads)) for a in attentions]
     try:
         yield largest
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _largest_score(qkv: Tensor, num_heads: int) -> float:
+    """A bound on |q·k|/√d over all tokens [..., 3C]: longest query times longest key of a head.
+
+    Rotation, which follows, changes no length.
+    """
+    heads = qkv.reshape(-1, 3, num_heads, qkv.shape[-1] // (3 * num_heads))
+    query, key, _ = heads.norm(dim=-1).amax(0)
+    return float((query * key).max()) / math.sqrt(heads.shape[-1])
+
+
+def fp16_attentions(model: InteractiveModel, *, fused: bool) -> Iterator[Attention]:
+    """The attentions whose scores are FP16 in an FP16 graph: a fused operator's are FP32."""
+    if not fused:
+        yield from (block.attn for block in model.trunk.blocks)
 
 
 def fp16_layers(model: InteractiveModel, *, fused: bool) -> Iterator[tuple[nn.Module, int]]:

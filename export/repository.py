@@ -53,6 +53,7 @@ def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
             folder = Path(scratch) / "new"
             folder.mkdir()
             yield folder
+            check_output(output, overwrite=overwrite)  # again: exporting took minutes
             _replace(output, folder, aside=Path(scratch) / "old")
     except OSError as error:
         raise OutputError(
@@ -66,16 +67,17 @@ def new_repository(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(output: Path, folder: Path, aside: Path) -> None:
-    """Replace `output` with two renames, so that it is never incomplete."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    output.rename(aside)
+    """Replace `output` with two renames, so that it is never incomplete.
+
+    Interrupted at any point, one of the two repositories is there.
+    """
     try:
+        if output.exists():
+            output.rename(aside)
         folder.rename(output)
-    except BaseException:
-        aside.rename(output)
-        raise
+    finally:
+        if aside.exists() and not output.exists():
+            aside.rename(output)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -91,7 +93,7 @@ def _check_replaceable(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is a file; give a folder that does not exist yet")
-    if output.is_mount():
+    if output.resolve().is_mount():
         raise OutputError(
             f"{output} is a mount point, which cannot be replaced as a whole; give a folder in it, "
             f"such as {output / 'models'}"

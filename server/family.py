@@ -60,8 +60,9 @@ class Family:
 
     def read_log(self) -> str:
         """The output of this server and its stubs so far."""
-        size = os.fstat(self._log.fileno()).st_size - self._log_start
-        text = os.pread(self._log.fileno(), size, self._log_start).decode(errors="replace")
+        size = os.fstat(self._log.fileno()).st_size
+        start = self._log_start if self._log_start <= size else 0  # 0: somebody truncated it
+        text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
         return text.replace(str(self._work_dir / "models"), str(self._repository))
 
     def stop(self, signal_number: int) -> None:

@@ -21,6 +21,8 @@ def choose(
     A free port is only free for now: starting a server on it may lose a race with another process.
     Raises PortInUseError, and SetupError for anything that can never be listened on.
     """
+    if host in ("", "<broadcast>"):  # Python's names for all interfaces and 255.255.255.255
+        raise SetupError(f"{host!r} is not an IPv4 address; give 0.0.0.0 for all interfaces.")
     wanted = {"HTTP": http_port or 0, "gRPC": grpc_port or 0, "metrics": metrics_port or 0}
     _check(wanted)
     with ExitStack() as held:  # all held at once, or two of them could be the same

@@ -29,12 +29,14 @@ from .errors import (
     ServerUnreachable,
     TransportError,
 )
+from .formats import Polygon
 from .geometry import ImageLike
 from .many import Outcome
 from .parsing import Box, Point
 from .prompts import BoxesLike, PointsLike, Prompt
+from .protocol import ServedModel
 from .results import Mask, Segmentation
-from .status import ServerStatus
+from .status import ModelStatus, ServerStatus
 from .view import View
 
 __all__ = [
@@ -51,15 +53,18 @@ __all__ = [
     "ImageNotKept",
     "InvalidRequest",
     "Mask",
+    "ModelStatus",
     "ModelUnavailable",
     "Outcome",
     "Overloaded",
     "Point",
     "PointsLike",
+    "Polygon",
     "Prompt",
     "PromptError",
     "SAM3Error",
     "Segmentation",
+    "ServedModel",
     "ServerError",
     "ServerStatus",
     "ServerUnreachable",

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from export import checkpoint
 from export.architecture import InteractiveModel
+from export.interruption import ENDING
 from export.repository import DECODER
 from tests.export import tiny
 
@@ -22,8 +23,7 @@ def signals() -> Iterator[None]:
 
     Each test starts with none ignored, however pytest was started, such as under nohup.
     """
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ENDING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -107,6 +107,17 @@ def test_another_image_size(tiny_checkpoint: Path) -> None:
         checkpoint.load(tiny_checkpoint, image_size=150)
 
 
+def test_another_size_of_a_checkpoint_whose_windows_fill_the_image_is_rejected(
+    tmp_path: Path,
+) -> None:
+    """All its rotary tables are equally long: which blocks have windows cannot be read."""
+    path = tmp_path / "sam3.pt"
+    tiny.save(path, tiny.resized(56))
+    assert checkpoint.load(path, image_size=56).architecture.image_size == 56
+    with pytest.raises(SizeError, match=r"112 is not possible: .* made for 56, windows and image"):
+        checkpoint.load(path, image_size=112)
+
+
 def _some(weights: Weights) -> list[str]:
     """The weights that sizes are read from, and some of the others."""
     sized = (
@@ -160,6 +171,8 @@ def test_several_missing_weights_are_counted(tmp_path: Path, weights: Weights) -
     [
         "detector.backbone.vision_backbone.trunk.blocks.0.attn.qkv.lora_A.weight",
         "detector.backbone.vision_backbone.trunk.blocks.0.ls1.gamma",
+        f"{NECK}0.conv_1x1.lora_A.weight",
+        f"{NECK}2.adapter.weight",
         "tracker.sam_prompt_encoder.adapter.weight",
         "tracker.sam_mask_decoder.adapter.weight",
     ],

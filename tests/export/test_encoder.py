@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from export import checkpoint
 from export.architecture import InteractiveModel
+from export.check import encode_reference, relative_error
 from export.encoder import (
     FEATURES,
     MAX_BATCH,
@@ -60,6 +62,15 @@ def test_an_image_does_not_depend_on_its_batch(model: InteractiveModel) -> None:
     for i in range(3):
         for whole, alone in zip(together, encoder(images[i : i + 1]), strict=True):
             torch.testing.assert_close(whole[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_precision_trunk_may_be_global_throughout() -> None:
+    architecture = replace(tiny.ARCHITECTURE, global_att_blocks=(0, 1))
+    model = InteractiveModel(architecture).eval()
+    image = _images(1, FITS)
+    half = ImageEncoder(model, torch.float16)(torch.from_numpy(image))
+    for ours, theirs in zip(half, encode_reference(model, image[0]), strict=True):
+        assert relative_error(ours, theirs) < 0.01
 
 
 @pytest.mark.parametrize("side", [FITS, TOO_LARGE, DOES_NOT_DIVIDE])

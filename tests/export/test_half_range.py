@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from export import checkpoint
 from export.encoder import ImageEncoder
 from export.half_precision import STREAM_SCALE, HalfPrecisionBlocks
-from export.half_range import fp16_layers, record_largest
+from export.half_range import fp16_attentions, fp16_layers, record_largest
 from tests.export.test_encoder import DOES_NOT_DIVIDE, FITS
 
 
@@ -21,6 +23,25 @@ def test_the_largest_values_are_recorded_scaled_and_only_within_the_context() ->
         layer(torch.tensor([1.0, -64.0]))
     layer(torch.tensor([128.0]))
     assert found == [64, 4]
+
+
+def test_no_score_of_a_plain_attention_exceeds_what_is_recorded(tiny_checkpoint: Path) -> None:
+    model = checkpoint.load(tiny_checkpoint)
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, model.architecture.image_size, model.architecture.image_size)
+    scores = []
+
+    def largest_score(query: Tensor, key: Tensor, *_: object, **__: object) -> Tensor:
+        scores.append(float((query @ key.mT).abs().max()) / math.sqrt(query.shape[-1]))
+        return query
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", largest_score)
+        with record_largest((), fp16_attentions(model, fused=False)) as bounds:
+            model.trunk(images)
+    assert len(bounds) == len(scores) == model.architecture.depth
+    assert all(score <= bound < 4 * score for score, bound in zip(scores, bounds, strict=True))
+    assert not list(fp16_attentions(model, fused=True))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -20,9 +20,11 @@ import skimage.data
 import torch
 from typer.testing import Result
 
+from export import __main__ as program
 from export import check, checkpoint, pipeline
 from export.accelerator import Accelerator
 from export.check import PHOTOS, PROMPTS
+from export.interruption import unwind
 from export.repository import DECODER, ENCODER, MODELS
 from tests.conftest import DEMO_CHECKPOINT
 from tests.export import tiny
@@ -54,6 +56,16 @@ def test_an_export_prints_what_it_measured_and_what_to_do_next(exported: tiny.Ex
     assert said.rstrip().endswith(f"next: python -m server {exported.repository}")
     for step in ("loading", "encoder", "decoder", "checking"):
         assert step in exported.stderr
+
+
+def test_names_of_folders_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(program, "export_repository", lambda *_, **__: [])
+    result = tiny.run("--checkpoint", tmp_path / "sam3.pt", "--output", "a [/b]")
+    assert result.exit_code == 0
+    assert "\na [/b]: fp32" in f"\n{result.stdout}"
+    assert result.stdout.endswith("next: python -m server 'a [/b]'\n")
 
 
 def test_an_export_replaces_the_whole_old_repository(exported: tiny.Export) -> None:
@@ -234,7 +246,7 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_an_export_like_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     _refused(tmp_path / "sam3.pt", tmp_path / "models")
-    assert signal.getsignal(number) is signal.default_int_handler
+    assert signal.getsignal(number) is unwind
 
 
 def test_a_sighup_ignored_by_nohup_does_not_end_an_export(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -155,7 +156,8 @@ def test_a_repository_appears_when_it_is_complete(tmp_path: Path) -> None:
         assert not output.exists()
     assert [p.name for p in output.iterdir()] == [ENCODER]
     assert [p.name for p in output.parent.iterdir()] == ["models"]
-    assert output.stat().st_mode & 0o777 == 0o755
+    (tmp_path / "plain").mkdir()
+    assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -192,6 +194,57 @@ def test_a_failed_replacement_restores_the_old_repository(tmp_path: Path) -> Non
     with pytest.raises(OutputError), new_repository(output, overwrite=True) as folder:
         folder.rmdir()
     assert [p.name for p in (output / ENCODER).iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_appears_during_the_export_is_kept(tmp_path: Path, overwrite: bool) -> None:
+    output = tmp_path / "models"
+    with (
+        pytest.raises(OutputError, match=r"refusing to replace .*: it contains precious\.txt"),
+        new_repository(output, overwrite=overwrite) as folder,
+    ):
+        _fill(folder)
+        output.mkdir()
+        (output / "precious.txt").touch()
+    assert [p.name for p in output.iterdir()] == ["precious.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("interrupted", ["old", "new"])
+def test_an_interruption_right_after_a_rename_leaves_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    output = tmp_path / "models"
+    _fill(output, "old")
+    rename = Path.rename
+
+    def rename_and_interrupt(path: Path, target: Path) -> Path:
+        marker = "old" if (path / ENCODER / "old").exists() else "new"
+        renamed = rename(path, target)
+        if marker == interrupted:
+            monkeypatch.setattr(Path, "rename", rename)
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), new_repository(output, overwrite=True) as folder:
+        _fill(folder)
+    assert [p.name for p in (output / ENCODER).iterdir()] == [interrupted]
+    assert [p.name for p in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_link_to_a_folder_of_another_file_system_is_followed(tmp_path: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as target:
+        link = tmp_path / "models"
+        link.symlink_to(target)
+        check_output(link, overwrite=False)
+
+
+def test_a_link_to_a_mount_point_is_rejected(tmp_path: Path) -> None:
+    link = tmp_path / "models"
+    link.symlink_to("/dev/shm")
+    with pytest.raises(OutputError, match="models is a mount point"):
+        check_output(link, overwrite=False)
 
 
 def test_a_symbolic_link_is_followed_and_not_replaced(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_a_port_with_closing_connections_is_free() -> None:
         ("127.0.0.1", (None, 65536, None), "gRPC port must be from 0 to 65535, not 65536"),
         ("127.0.0.1", (-1, None, None), "HTTP port must be from 0 to 65535, not -1"),
         ("192.0.2.7", (None, None, None), "192.0.2.7 is not an IPv4 address of this machine"),
+        ("", (None, None, None), "'' is not an IPv4 address; give 0.0.0.0"),
+        ("<broadcast>", (None, None, None), "'<broadcast>' is not an IPv4 address"),
         ("no.such.host.invalid", (None, None, None), "is not an IPv4 address of this machine"),
     ],
 )

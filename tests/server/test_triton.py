@@ -146,6 +146,18 @@ def test_from_start_to_stop(plus_one_repository: Path) -> None:
     assert "successfully unloaded 'plus_one'" in server.read_log()
 
 
+def test_a_log_truncated_by_others_can_still_be_read(
+    plus_one_repository: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "tritonserver.log"
+    log.write_text("of an earlier server\n" * 1000)
+    with TritonServer(plus_one_repository, log=log) as server:
+        assert "earlier" not in server.read_log()
+        os.truncate(log, 0)
+        server.stop()
+        assert "successfully unloaded 'plus_one'" in server.read_log()
+
+
 def test_stubs_exit_when_tritonserver_is_killed(plus_one_repository: Path, start: Start) -> None:
     server = start(plus_one_repository)
     traces, urls = Traces.of(server.pid), (server.http_url, server.grpc_url, server.metrics_url)
