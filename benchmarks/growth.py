@@ -21,7 +21,7 @@ OBJECTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 BATCHES = [1, 2, 4, 8]
 CLIENTS = [1, 4, 16, 64]
 PHOTO_SIDES = [224, 448, 1024, 2048, 4096]
-MODEL_SIDES = [112, 224, 448]
+MODEL_SIDES = [112, 224, 336, 448]
 
 
 @dataclass(frozen=True)

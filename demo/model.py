@@ -19,8 +19,8 @@ from torch.nn import functional
 from export.architecture import LOGIT_LIMIT, Architecture, InteractiveModel
 
 ARCHITECTURE = Architecture(
-    image_size=224,
-    pretrain_image_size=224,
+    image_size=336,
+    pretrain_image_size=336,
     embed_dim=192,
     depth=6,
     num_heads=6,

@@ -3,7 +3,7 @@
     pictures -> trunk, neck -> masks from single pixels               (from the start)
                             -> decoder: click, box, two corrections   (from DECODER_FROM on)
 
-The first part of the run uses pictures of half the side, where a step costs a quarter.
+The first part of the run uses smaller pictures, where a step costs less than half.
 
 After an interruption, repeating the command resumes from the last state under --work.
 """
@@ -57,7 +57,8 @@ CORRECTED = 0.4
 """Share of the steps at small size in which answers are corrected; at full size all are."""
 SETTLING = 40
 """Steps over which rates rise, at the start and again after the change of size."""
-SMALL = ARCHITECTURE.image_size // 2
+SMALL = 2 * ARCHITECTURE.window_size * ARCHITECTURE.patch_size
+"""Side of the first pictures: whole windows, because Meta's ViT pads others."""
 TRUNK_RATE, OTHER_RATE = 0.015, 1e-3
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
@@ -287,6 +288,7 @@ def _resumed(settings: Settings, shown: pictures.Pictures) -> Run:
         return new_run(resized(checkpoint.load(settings.start), ARCHITECTURE.image_size))
     if not saved.is_file():
         model = build(settings.seed, SMALL)
+        # Of every second pixel, for patches of about the scale of small pictures.
         init_patch_embedding(model, np.stack([image[::2, ::2] for image in shown.images[0]]))
         return new_run(model)
     state = torch.load(saved, weights_only=False)

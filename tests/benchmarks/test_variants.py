@@ -43,7 +43,9 @@ def test_each_variant_is_judged_by_its_masks_or_says_why_not(
     monkeypatch.setattr(variants, "ROUNDS", 1)
     monkeypatch.setattr(variants, "FULL_SIZE_ROUNDS", 1)
     reference, int8, slower, another = variants.measure()
-    assert reference[1:3] == slower[1:3] == ("1.0000", "within")
+    assert reference[1:3] == slower[1:3]
+    assert float(reference[1]) > 0.9995
+    assert reference[2] == "within"
     assert float(int8[1]) < GATE_TRAINED
     assert int8[2] == "missed"
     assert all(float(ratio) > 2 for ratio in slower[3:])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from demo.model import (
-    ARCHITECTURE,
     Prompts,
     build,
     decode,
@@ -16,6 +15,7 @@ from demo.model import (
     init_patch_embedding,
     normalise,
     resized,
+    sized,
 )
 from export.architecture import InteractiveModel
 
@@ -66,8 +66,8 @@ def test_an_object_is_answered_as_if_it_were_alone(model: InteractiveModel, imag
 
 
 def test_resizing_keeps_the_weights_and_has_the_sizes_asked_for(model: InteractiveModel) -> None:
-    larger = resized(model, 2 * SIZE)
-    assert larger.architecture == ARCHITECTURE
+    larger = resized(model, 3 * SIZE)
+    assert larger.architecture == sized(3 * SIZE)
     assert torch.equal(larger.neck[0].conv_3x3.weight, model.neck[0].conv_3x3.weight)
     assert larger.trunk.pos_embed.shape[1] == larger.architecture.grid**2 + 1
     again = resized(larger, SIZE)

@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 MIN_OBJECTS = 2
 """A launch of fewer objects finishes sooner on all cores together."""
 
-MIN_IMAGE_TOKENS = 512
+MIN_IMAGE_TOKENS = 1024
 """Image tokens, over all its objects, of a launch that all cores work on. The other cores have to
 be woken at each step of a decode, and they are asleep if the user paused before the click: after
-0.3 s, one click of the demo model (256 image tokens) took 19 ms on two cores and 6.7 ms on one;
-without a pause, 4.6 ms and 5.1 ms."""
+0.3 s, one click of the demo model (576 image tokens) took 20 ms on two cores and 12.7 ms on one;
+without a pause, 8.8 ms and 9.7 ms."""
 
 
 class Workers:
