@@ -32,7 +32,7 @@ from triton_sam3 import Client, Prompt, SAM3Error
 
 CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
 OUTPUT = Path("build/demo")
-SCENE_SEED = 907
+SCENE_SEED = 501
 """A picture used neither in training (demo/pictures.py) nor among the 500 of demo/measure.py."""
 SCENE_SIDE = 448
 
