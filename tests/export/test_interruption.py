@@ -18,8 +18,8 @@ from export.interruption import unwind_on_signals
 if "ignored" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 unwind_on_signals()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     sys.stdin.readline()
     print("undisturbed", flush=True)
 finally:
