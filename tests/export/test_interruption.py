@@ -12,7 +12,7 @@ from export.interruption import ENDING
 from tests.conftest import ROOT
 
 COMMAND = """
-import signal, sys, time
+import signal, sys
 from export.interruption import unwind_on_signals
 
 if "ignored" in sys.argv:
