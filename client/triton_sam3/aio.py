@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import weakref
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Awaitable,
     Callable,
     Coroutine,
@@ -66,6 +67,9 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = os.getpid()
         self._closed = False
+        # The next client of this process has the server release what one that was not closed used.
+        abandon = weakref.finalize(self, _abandon, self._engine, self._process)
+        abandon.atexit = False
 
     async def segment(
         self,
@@ -91,10 +95,11 @@ class AsyncClient:
         multimask_output: bool = True,
         concurrency: int = 8,
         in_order: bool = True,
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         """See `Client.segment_many`; use ``async for outcome in client.segment_many(…)``.
 
-        Stopping early cancels the images in flight.
+        Closing the generator, as ``contextlib.aclosing`` does, cancels the images in flight;
+        leaving the loop early does not.
         """
         options = Options(threshold, multimask_output)
 
@@ -148,6 +153,11 @@ class AsyncClient:
         if loop is not self._loop:
             raise wrong_loop_error(self.url)
         return await perform_async(flow, self._transport, self._timeout)
+
+
+def _abandon(engine: Engine, process: int) -> None:
+    if os.getpid() == process:  # in a forked child, all of it belongs to the parent
+        engine.abandon()
 
 
 class Opening(Coroutine[Any, Any, "AsyncView"]):

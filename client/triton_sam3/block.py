@@ -84,7 +84,8 @@ def run_block(
     - The block turns masks into polygons. This returns one row per prompt with its mask unchanged,
       including holes and separate regions, under the detection id of its prompt.
     - The boxes of masks end one pixel later, as their maxima are exclusive.
-    - Input boxes are clipped to the image, and a point outside it is an error.
+    - Input boxes are clipped to the image, and a point outside it is an error. So is a box of four
+      zeros, which is that of an empty mask.
 
     Raises PromptError for a step of another block and for a selector without a value, and
     everything that `segment` raises; TypeError for an `AsyncClient`; ImportError if the Detections
@@ -129,10 +130,9 @@ def block_calls(
     multimask_output = _multimask_output(fields["multimask_output"])
     boxes = _boxes_per_image(fields["boxes"], len(batch), is_list)
     parents = _parent_ids(definition.get("images"), len(batch), is_list)
+    points = _as_the_block_reads(fields["points"])
     return [
-        BlockCall(
-            image, to_prompts(fields["points"], image_boxes), threshold, multimask_output, parent
-        )
+        BlockCall(image, to_prompts(points, image_boxes), threshold, multimask_output, parent)
         for image, image_boxes, parent in zip(batch, boxes, parents, strict=True)
     ]
 
@@ -177,6 +177,18 @@ def _resolve(value: Any, name: str, inputs: Mapping[str, Any]) -> Any:
         if key in inputs:
             return inputs[key]
     raise PromptError(f"{name} is {value!r}, which has no value: pass inputs={{{value!r}: …}}")
+
+
+def _as_the_block_reads(points: Any) -> Any:
+    """The block ignores a point's other keys, and takes anything true as positive."""
+    if not isinstance(points, (list, tuple)):
+        return points
+    return [
+        {**{k: p[k] for k in ("x", "y")}, "positive": bool(p.get("positive", True))}
+        if isinstance(p, Mapping) and p.keys() >= {"x", "y"}
+        else p
+        for p in points
+    ]
 
 
 def _boxes_per_image(boxes: Any, count: int, is_list: bool) -> list[Any]:

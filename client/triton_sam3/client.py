@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +127,7 @@ class Client:
         multimask_output: bool = True,
         concurrency: int = 8,
         in_order: bool = True,
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome, None, None]:
         """Segment many images concurrently, yielding one `Outcome` per image.
 
         images: consumed one by one, at most `concurrency` ahead of the outcomes. An array must not

@@ -252,6 +252,11 @@ class Engine:
         if self._shared_memory is not None:
             yield from self._shared_memory.close()
 
+    def abandon(self) -> None:
+        """Leave this client's shared memory to the next client, without a request."""
+        if self._shared_memory is not None:
+            self._shared_memory.abandon()
+
 
 def _send_inline(request: Infer, retries: Retries) -> Flow[Any]:
     return (yield from retries.send(request))

@@ -14,13 +14,16 @@ from .errors import ImageError, PromptError
 from .geometry import POSTSCRIPT
 from .many import Outcome
 
+UNDECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow recognises but cannot decode by itself."""
+
 
 def images_in(folder: Path) -> list[Path]:
     """The images in a folder, by suffix and without hidden files; ImageError if there are none."""
     if not folder.is_dir():
         raise ImageError(f"there is no folder {str(folder)!r}")
     readable = _suffixes()
-    images = [path for path in folder.iterdir() if path.suffix.lower() in readable]
+    images = [p for p in folder.iterdir() if p.suffix.lower() in readable and p.is_file()]
     shown = sorted(path for path in images if not path.name.startswith("."))
     if not shown:
         raise ImageError(f"there are no images in {str(folder)!r}")
@@ -29,7 +32,7 @@ def images_in(folder: Path) -> list[Path]:
 
 def _suffixes() -> set[str]:
     Image.init()
-    readable = Image.OPEN.keys() - {POSTSCRIPT}
+    readable = Image.OPEN.keys() - {POSTSCRIPT} - UNDECODED
     return {suffix for suffix, name in Image.EXTENSION.items() if name in readable}
 
 

@@ -14,11 +14,12 @@ import io
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, BinaryIO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .errors import ImageError
 
 ImageLike: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]
 )
 """A file's path, its bytes, or the file open for reading; a PIL image; or an RGB uint8 array
 [H, W, 3] (also [H, W], [H, W, 1], [H, W, 4], and bool masks [H, W])."""
@@ -56,6 +57,11 @@ in single precision, and for most photos the result is the same as in one piece.
 
 MIN_STRIPED_PIXELS = 1 << 20
 """A smaller image is shrunk in one piece, in less time than threads take to start."""
+
+_TURNS = tuple(threading.Lock() for _ in range(32))
+"""Pillow decodes an image when its pixels are first needed, and neither that nor reading a file is
+safe in two threads. One lock for each object would be enough, but images cannot be dictionary keys:
+each takes one of these by its address."""
 
 EXIF_TRANSPOSES: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,6 +92,8 @@ def load_image(image: ImageLike) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         with _decoding("the PIL image"):  # it may not have been decoded yet
             _reject_postscript(image, "the PIL image")
+            with _turn(image):
+                image.load()
             return _from_pil(image, "the PIL image")
     if isinstance(image, (str, os.PathLike)):
         return _from_path(os.fsdecode(image))
@@ -102,6 +110,11 @@ def _hint(image: Any) -> str:
     return ""
 
 
+def _turn(shared: object) -> threading.Lock:
+    """A lock to hold while an object that several threads may share is read."""
+    return _TURNS[id(shared) // 16 % len(_TURNS)]
+
+
 def _copied(data: bytes | bytearray | memoryview) -> io.BytesIO:
     with _decoding("the image data"):  # a memoryview may be released
         return io.BytesIO(bytes(data))
@@ -116,9 +129,10 @@ def _read(file: Any) -> io.BytesIO:
     with _decoding("the open file"):
         if isinstance(file, io.TextIOBase):  # reading it would fail on the first byte of a photo
             raise TypeError(BINARY_MODE)
-        with suppress(AttributeError, OSError):  # a stream
-            file.seek(0)
-        data = file.read()
+        with _turn(file):
+            with suppress(AttributeError, OSError):  # a stream
+                file.seek(0)
+            data = file.read()
         if not isinstance(data, (bytes, bytearray)):
             raise TypeError(BINARY_MODE)
         return io.BytesIO(data)
@@ -266,14 +280,17 @@ def _high_byte(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever Pillow's decoders raise, which is a wide variety, into an ImageError."""
+    """Turn whatever Pillow's decoders raise, which is a wide variety, into an ImageError.
+
+    Only a lack of memory is not the image's fault.
+    """
     try:
         yield
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has too many pixels to be opened safely: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image Pillow can read") from error
     except Exception as error:
-        raise ImageError(f"{name} cannot be read: {error}") from error
+        raise ImageError(f"{name} cannot be read: {str(error) or type(error).__name__}") from error

@@ -9,7 +9,17 @@ by an iterable is raised again once the window is empty: requests in flight are 
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sized
+import traceback
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sized,
+)
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import repeat
@@ -74,6 +84,8 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     if _is_one_image(images):
         raise ImageError("images must be an iterable of images; wrap a single image in a list")
+    if isinstance(prompts, Mapping):  # read anew for every image
+        prompts = {k: list(v) if isinstance(v, Iterator) else v for k, v in prompts.items()}
     if isinstance(prompts, Mapping | Prompt):
         return _pair(images, repeat(prompts))
     if not isinstance(prompts, Iterable):
@@ -121,6 +133,7 @@ def attempt(job: Job, segment: Callable[[ImageLike, Prompts], Segmentation]) -> 
     try:
         return Outcome(job.index, job.image, segment(job.image, job.prompts()))
     except Exception as error:
+        _forget_variables(error)
         return Outcome(job.index, job.image, error=error)
 
 
@@ -131,12 +144,21 @@ async def attempt_async(
     try:
         return Outcome(job.index, job.image, await segment(job.image, job.prompts()))
     except Exception as error:
+        _forget_variables(error)
         return Outcome(job.index, job.image, error=error)
+
+
+def _forget_variables(error: BaseException | None) -> None:
+    """Clear what an error's traceback keeps alive, such as the decoded image: callers collect
+    failures, and pass paths so as not to hold the images."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def run(
     work: Iterator[Job], attempt_one: Callable[[Job], Outcome], concurrency: int, in_order: bool
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Yield the outcomes of all jobs, run in threads, `concurrency` at a time.
 
     Stopping early, as with Ctrl-C, does not wait for the jobs in flight.
@@ -177,7 +199,7 @@ async def run_async(
     attempt_one: Callable[[Job], Awaitable[Outcome]],
     concurrency: int,
     in_order: bool,
-) -> AsyncIterator[Outcome]:
+) -> AsyncGenerator[Outcome, None]:
     """`run` with tasks instead of threads."""
     window: dict[asyncio.Future[Outcome], None] = {}
     try:

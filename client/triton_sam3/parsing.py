@@ -130,9 +130,15 @@ def parse_bool(value: Any, name: str) -> bool:
 def parse_threshold(value: Any) -> float:
     """Parse the minimum score of a mask; NaN would silently drop every mask."""
     native = _native(value)
-    if isinstance(native, bool) or not isinstance(native, numbers.Real) or math.isnan(native):
+    if isinstance(native, bool) or not isinstance(native, numbers.Real):
         raise PromptError(f"threshold must be a number, got {quote(value)}")
-    return float(native)
+    try:
+        threshold = float(native)
+    except OverflowError:  # an integer of hundreds of digits
+        threshold = math.nan
+    if math.isnan(threshold):
+        raise PromptError(f"threshold must be a number, got {quote(value)}")
+    return threshold
 
 
 def parse_box(box: Any) -> Box:
@@ -215,10 +221,12 @@ def _as_array(mask: Any) -> NDArray[Any]:
 
 
 def parse_class_id(class_id: Any) -> int:
-    """Parse a class id, an integer of any numeric type."""
+    """Parse a class id, an integer of any numeric type, of at most 64 bits."""
     native = _native(class_id)
     if isinstance(native, bool) or not isinstance(native, (int, float)) or native % 1 != 0:
         raise PromptError(f"class_id must be an integer, got {quote(class_id)}")
+    if not -(2**63) <= native < 2**63:
+        raise PromptError(f"class_id must fit in 64 bits, got {quote(class_id)}")
     return int(native)
 
 

@@ -1,4 +1,5 @@
-"""When a request is retried. Every request may be: none changes the answer to another."""
+"""When a request is retried. Every request may be: none changes the answer to another, except that
+a shared memory region is registered only once, which `shared_memory` allows for."""
 
 import numbers
 import random

@@ -34,7 +34,7 @@ from .regions import (
     sweep_files,
 )
 from .retry import Retries
-from .translation import RegionInUse, RegionLost
+from .translation import RegionInUse, RegionKnown, RegionLost
 
 MIN_SHARED_BYTES = 64 * 1024
 """Smaller tensors are sent in the request: copying them costs less than naming a region."""
@@ -100,6 +100,7 @@ class SharedMemory:
         """A region of at least `size` bytes; None where there is no more memory to share."""
         region = self._reuse(size)
         if region is None:
+            self._give_up_the_smallest()
             with suppress(TransportError):  # the next caller tries again
                 yield from self._forget_lost()
             region = self._make(_round_up(size))
@@ -114,6 +115,14 @@ class SharedMemory:
                     self._busy.append(region)
                     return self._free.pop(index)
         return None
+
+    def _give_up_the_smallest(self) -> None:
+        """If there are as many regions as may be, but none that is free is large enough."""
+        with self._lock:
+            if self._free and self._held() >= _MAX_REGIONS:
+                smallest = min(self._free, key=lambda region: region.size)
+                self._free.remove(smallest)
+                self._lost.append(smallest)
 
     def _held(self) -> int:
         """How many regions there are. Hold the lock, as they move between the lists."""
@@ -133,7 +142,8 @@ class SharedMemory:
 
     def _register(self, region: Region, retries: Retries) -> Flow[None]:
         try:
-            yield from retries.send(region.register())
+            with suppress(RegionKnown):  # it was registered, but the answer was lost
+                yield from retries.send(region.register())
             region.registered()
             yield from self._sweep(retries)
         except BaseException as error:
@@ -187,6 +197,11 @@ class SharedMemory:
             if monotonic() >= end:
                 break
             yield Sleep(_POLL_INTERVAL)
+        self._abandon_lost()
+
+    def abandon(self) -> None:
+        """Leave every region to the next client; there must be no request in flight."""
+        self._mark_all_lost()
         self._abandon_lost()
 
     def _abandon_lost(self) -> None:

@@ -56,6 +56,7 @@ def perform(flow: Flow[T], transport: Transport, timeout: float = LONGEST_TIMEOU
         return result
     finally:
         flow.close()  # on Ctrl-C and the like, so that locks and shared memory are released
+        value = limit.failure = None  # whose traceback leads back here, and so to the image
 
 
 async def perform_async(
@@ -77,6 +78,7 @@ async def perform_async(
         return result
     finally:
         flow.close()
+        value = limit.failure = None
 
 
 def _perform(step: Step, transport: Transport) -> Any:

@@ -33,6 +33,10 @@ class RegionInUse(ServerError):
     """
 
 
+class RegionKnown(ServerError):
+    """The server has already registered a shared memory region of this name."""
+
+
 class Refused(Overloaded):
     """Not admitted: a proxy, or Triton's queue, has no room for another request."""
 
@@ -73,6 +77,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], type[SAM3Error]], ...] = (
     (re.compile(rf"(?:^|[:,] ){re.escape(contract.NOT_KEPT)}"), ImageNotKept),
     (re.compile("unable to find .*shared memory region", re.I), RegionLost),
     (re.compile("shared memory region .* currently in use", re.I), RegionInUse),
+    (re.compile("shared memory region .* already in manager", re.I), RegionKnown),
     (re.compile("no available versions", re.I), ModelGone),
     (re.compile("is restricted, expecting header"), AccessDenied),
     (re.compile("unknown model|is not ready|not healthy", re.I), ModelUnavailable),

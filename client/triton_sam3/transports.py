@@ -115,11 +115,12 @@ class AsyncBaseTransport(BaseTransport):
         task.add_done_callback(self._done)
         try:
             await asyncio.wait([task])
+            if task.cancelled():
+                raise ConnectionError("the call was cancelled in flight")
+            return task.result()
         finally:
             task.cancel()  # does nothing if it is done
-        if task.cancelled():
-            raise ConnectionError("the call was cancelled in flight")
-        return task.result()
+            del task  # its error's traceback leads back here
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._in_flight.discard(task)
@@ -235,7 +236,10 @@ class HttpTransport:
             if self._closed:
                 raise closed_error(self._url)
             future = self._submit(self._transport.call(call))
-        return _result(future)
+        try:
+            return _result(future)
+        finally:
+            del future  # its error's traceback leads back here
 
     def close(self) -> None:
         with self._lock:
@@ -263,6 +267,8 @@ def _result(future: "Future[Any]") -> Any:
     except BaseException:
         future.cancel()  # Ctrl-C: nobody waits for the answer any longer
         raise
+    finally:
+        del future
 
 
 async def _open_http(endpoint: Endpoint, headers: Mapping[str, str]) -> AsyncHttpTransport:

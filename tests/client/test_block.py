@@ -16,7 +16,7 @@ from export.check import load_photo
 from server import TritonServer
 from tests.conftest import DEMO_CHECKPOINT
 from triton_sam3 import AsyncClient, Client
-from triton_sam3.block import BLOCK_TYPE, run_block
+from triton_sam3.block import BLOCK_TYPE, block_calls, run_block
 from triton_sam3.errors import PromptError
 from triton_sam3.geometry import ImageLike, load_image
 from triton_sam3.parsing import Box
@@ -102,6 +102,24 @@ def test_literal_points(segmenter: Boxes, image: NDArray[np.uint8]) -> None:
     assert found["class_name"].tolist() == ["foreground"]
     assert found.class_id.tolist() == [-1]
     assert segmenter.calls == [{"threshold": 0.0, "multimask_output": True}]
+
+
+def test_points_are_read_as_the_block_reads_them(
+    segmenter: Boxes, image: NDArray[np.uint8]
+) -> None:
+    points = [
+        {"x": 100, "y": 80, "positive": 2, "id": "p1"},
+        {"x": 10, "y": 10, "positive": None},
+        {"x": 5, "y": 5, "label": "dog"},
+    ]
+    (call,) = block_calls(step(points=points), image)
+    assert [tuple(point) for point in call.prompts[0].points] == [
+        (100, 80, True),
+        (10, 10, False),
+        (5, 5, True),
+    ]
+    with pytest.raises(PromptError, match="is missing 'y'"):
+        run_block(segmenter, step(points=[{"x": 100}]), image)
 
 
 @pytest.mark.semantic(

@@ -15,9 +15,10 @@ from triton_sam3.results import Segmentation
 
 
 def test_hidden_files_and_files_that_are_not_images_are_left_out(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "._a.jpg", ".hidden.png", "notes.txt"):
+    for name in ("b.PNG", "a.jpg", "._a.jpg", ".hidden.png", "notes.txt", "x.h5", "clip.mpg"):
         (tmp_path / name).touch()
     (tmp_path / "c").mkdir()
+    (tmp_path / "d.jpg").mkdir()
     assert [path.name for path in images_in(tmp_path)] == ["a.jpg", "b.PNG"]
 
 

@@ -6,9 +6,11 @@ import random
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -160,6 +162,34 @@ def test_an_open_file_is_read_from_its_beginning_and_left_open(
         assert_image(load_image(file), photo)
         assert_image(load_image(file), photo)
         assert not file.closed
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("opened", [Image.open, lambda file: file])
+def test_threads_may_share_an_image_that_is_not_yet_decoded(form: str, opened: Any) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (600, 800, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, form)
+    expected = load_image(file.getvalue())
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            shared = opened(io.BytesIO(file.getvalue()))
+            for loaded in pool.map(load_image, [shared] * 4):
+                np.testing.assert_array_equal(loaded, expected)
+
+
+def test_a_lack_of_memory_is_not_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(image, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        load_image(image)
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(image, "load", Mock(side_effect=ValueError))
+    with pytest.raises(ImageError, match="cannot be read: ValueError"):
+        load_image(image)
 
 
 def test_a_stream_that_cannot_seek_is_read(photo: NDArray[np.uint8]) -> None:

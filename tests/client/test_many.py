@@ -1,10 +1,12 @@
 """Many images at once, against the real server where one is needed."""
 
 import asyncio
+import gc
 import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server import TritonServer
+from tests.client import misbehaving
 from tests.client.statistics import encodings
-from triton_sam3 import AsyncClient, Client, ImageError, Prompt, PromptError
+from triton_sam3 import AsyncClient, Client, ImageError, Prompt, PromptError, ServerUnreachable
+from triton_sam3.engine import Picture
 from triton_sam3.geometry import ImageLike
 from triton_sam3.many import Job, Outcome, jobs, run, run_async
 
@@ -155,13 +159,13 @@ async def test_stopping_early_takes_no_further_images() -> None:
     recorder = ConcurrencyRecorder(100)
     outcomes = run(jobs(recorder.images(), POINT, 4), recorder.attempt, 4, True)
     assert next(outcomes).index == 0
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     assert recorder.taken <= 5
 
     recorder = ConcurrencyRecorder(100)
     waiting = run_async(jobs(recorder.images(), POINT, 4), recorder.attempt_async, 4, True)
     assert (await anext(waiting)).index == 0
-    await waiting.aclose()  # type: ignore[attr-defined]
+    await waiting.aclose()
     assert recorder.taken <= 5
 
 
@@ -178,7 +182,7 @@ def test_stopping_early_does_not_wait_for_images_in_flight() -> None:
     timer = threading.Timer(20, released.set)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        outcomes.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+        outcomes.throw(KeyboardInterrupt)
     assert not released.is_set()
     released.set()
     timer.cancel()
@@ -243,15 +247,47 @@ async def test_the_images_of_the_async_client_are_not_kept(
         assert encodings(server) == before + 3
 
 
-async def test_stopping_early_cancels_the_tasks_in_flight() -> None:
-    async def attempt(job: Job) -> Outcome:
-        if job.index:
-            await asyncio.sleep(3600)
-        return Outcome(job.index, job.image)
+async def test_closing_cancels_the_tasks_in_flight() -> None:
+    ended: list[int] = []
 
-    outcomes = run_async(jobs(list("abc"), POINT, 2), attempt, 2, True)
-    assert (await anext(outcomes)).index == 0
-    await asyncio.wait_for(outcomes.aclose(), 20)  # type: ignore[attr-defined]
+    async def attempt(job: Job) -> Outcome:
+        try:
+            if job.index:
+                await asyncio.sleep(3600)
+            return Outcome(job.index, job.image)
+        finally:
+            ended.append(job.index)
+
+    async with aclosing(run_async(jobs(list("abcd"), POINT, 3), attempt, 3, True)) as outcomes:
+        assert (await anext(outcomes)).index == 0
+        await asyncio.sleep(0)  # the others start
+        assert ended == [0]
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_a_mapping_may_hold_iterators() -> None:
+    boxes = {"boxes": zip([0, 1], [0, 1], [5, 6], [5, 6], strict=True)}
+    assert [len(job.prompts()) for job in jobs(list("abc"), boxes, 1)] == [2, 2, 2]
+
+
+def pictures() -> int:
+    """How many decoded images are alive."""
+    return sum(isinstance(thing, Picture) for thing in gc.get_objects())
+
+
+async def test_failed_outcomes_do_not_hold_their_images(fresh: Fresh, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.fromarray(fresh()).save(path)
+    url = f"grpc://127.0.0.1:{misbehaving.unused_port()}"
+    before = pictures()
+    with Client(url, retries=0) as client:
+        failed = list(client.segment_many(paths, POINT))
+    async with AsyncClient(url, retries=0) as client_async:
+        failed += [outcome async for outcome in client_async.segment_many(paths, POINT)]
+    assert [type(outcome.error) for outcome in failed] == [ServerUnreachable] * 6
+    gc.collect()
+    assert pictures() == before
 
 
 def test_prompts_left_over_are_an_error_after_the_last_image() -> None:

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_sam3.errors import PromptError
-from triton_sam3.parsing import Box, Point, parse_box, parse_class_id, parse_mask, parse_points
+from triton_sam3.parsing import (
+    Box,
+    Point,
+    parse_box,
+    parse_class_id,
+    parse_mask,
+    parse_points,
+    parse_threshold,
+)
 
 A_POINT = "a point is {'x': …, 'y': …, 'positive': …}, (x, y) or (x, y, positive)"
 IN_A_LIST = f"wrap a single one in a list: {A_POINT}"
@@ -224,7 +232,7 @@ junk = st.recursive(
 @settings(max_examples=60)
 @given(junk)
 def test_arbitrary_values_raise_only_prompt_errors(value: Any) -> None:
-    for parse in (parse_points, parse_box, parse_class_id):
+    for parse in (parse_points, parse_box, parse_class_id, parse_threshold):
         try:
             parse(value)
         except PromptError as error:
@@ -281,6 +289,12 @@ def test_class_ids(value: Any) -> None:
 @pytest.mark.parametrize("value", [True, "3", 3.5, math.nan, math.inf, None])
 def test_invalid_class_ids_are_rejected(value: Any) -> None:
     with pytest.raises(PromptError, match="class_id must be an integer, got "):
+        parse_class_id(value)
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, np.uint64(2**63), 1e300])
+def test_class_ids_beyond_64_bits_are_rejected(value: Any) -> None:
+    with pytest.raises(PromptError, match="class_id must fit in 64 bits, got "):
         parse_class_id(value)
 
 

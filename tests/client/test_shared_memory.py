@@ -1,6 +1,7 @@
 """Images that reach the real server through shared memory."""
 
 import asyncio
+import gc
 import logging
 import mmap
 import os
@@ -39,7 +40,7 @@ from triton_sam3.regions import SYSTEM_FOLDER, SystemRegion, new_name, owner_is_
 from triton_sam3.retry import Retries
 from triton_sam3.shared_memory import SharedMemory
 from triton_sam3.steps import perform
-from triton_sam3.translation import RegionInUse, RegionLost
+from triton_sam3.translation import RegionInUse, RegionKnown, RegionLost
 
 Pixels = NDArray[np.uint8]
 Fresh = Callable[[], Pixels]
@@ -458,6 +459,40 @@ def test_requests_beyond_the_limit_on_regions_use_none(monkeypatch: pytest.Monke
     perform_with_fake_server(memory.close(), answering(None))
     placed = [isinstance(request.inputs["image"], InSharedMemory) for request in sent]
     assert placed == [True, True, False]
+
+
+def test_a_region_too_small_makes_way_for_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_MAX_REGIONS", 2)
+    memory = SharedMemory("system")
+    small = [region_of([r]) for r in sent_at_once(an_image(memory), an_image(memory))]
+    large: NDArray[np.uint8] = np.zeros((1, 1000, 1000, 3), np.uint8)
+    request = Infer("sam3_interactive", {"image": large}, ())
+    sent = perform_with_fake_server(memory.send(request, Retries(0)), answering(None))
+    assert region_of(sent) not in small
+    assert sum(unregistering(name) in sent for name in small) == 1
+    perform_with_fake_server(memory.close(), answering(None))
+
+
+def test_a_region_is_used_that_was_registered_by_a_lost_answer() -> None:
+    memory = SharedMemory("system")
+    already = RegionKnown("shared memory region 'sam3_client_…' already in manager")
+    sent = perform_with_fake_server(an_image(memory), answering(already, to="register"))
+    assert isinstance(sent[-1], Infer)
+    assert region_of(sent)
+    perform_with_fake_server(memory.close(), answering(None))
+
+
+async def test_an_unclosed_async_clients_regions_are_freed_by_the_next_client(
+    url: str, fresh: Fresh, server: TritonServer
+) -> None:
+    dropped = AsyncClient(url, shared_memory="system")
+    await dropped.segment(fresh(), POINTS)
+    (region,) = regions(server)
+    del dropped
+    gc.collect()
+    async with AsyncClient(url, shared_memory="system") as client:
+        await client.segment(fresh(), POINTS)
+        assert region not in regions(server)
 
 
 def test_no_region_from_before_a_restart_is_used() -> None:

@@ -1,20 +1,25 @@
 """Flows performed step by step: one limit of time, and what they hold is let go."""
 
 import asyncio
+import gc
 import re
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.client import misbehaving
-from triton_sam3 import AsyncClient, Client, DeadlineExceeded, Overloaded
+from triton_sam3 import AsyncClient, Client, DeadlineExceeded, Overloaded, ServerUnreachable
 from triton_sam3.endpoint import Endpoint
+from triton_sam3.engine import Picture
 from triton_sam3.flow import Acquire, Call, Flow, Lock, Query, Sleep
 from triton_sam3.steps import perform, perform_async
-from triton_sam3.transports import open_async_transport, open_transport
+from triton_sam3.transports import LoopThread, open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
 Make = Callable[[Callable[[], Lock]], Flow[Any]]
@@ -93,6 +98,64 @@ async def test_a_clients_timeout_applies_to_its_calls() -> None:
         async with AsyncClient(url, timeout=0.7) as client_async:
             with pytest.raises(DeadlineExceeded):
                 await client_async.status()
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def pictures() -> int:
+    """How many decoded images are alive."""
+    return sum(isinstance(thing, Picture) for thing in gc.get_objects())
+
+
+def loops() -> int:
+    return sum(isinstance(thread, LoopThread) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+async def test_a_failed_call_leaves_nothing_to_the_garbage_collector(scheme: str) -> None:
+    """Which does not see how large an image is."""
+    url, image = f"{scheme}://127.0.0.1:{misbehaving.unused_port()}", np.zeros((8, 8, 3), np.uint8)
+    before, threads = pictures(), loops()
+    with without_garbage_collection():
+        client = Client(url, retries=0)
+        for _ in range(3):
+            with suppress(ServerUnreachable):
+                client.segment(image, [(1, 1)])
+        assert pictures() == before
+        del client
+        assert loops() == threads
+        async with AsyncClient(url, retries=0) as client_async:
+            for _ in range(3):
+                with suppress(ServerUnreachable):
+                    await client_async.segment(image, [(1, 1)])
+            assert pictures() == before
+
+
+@both
+def test_a_retried_call_leaves_its_result_to_the_caller(perform_flow: Run) -> None:
+    class Result:
+        """Can be referenced weakly."""
+
+    def again(_: Any) -> Flow[Result]:
+        with pytest.raises(Overloaded):
+            yield Call(METADATA, 60.0)
+        yield Call(METADATA, 60.0)
+        return Result()
+
+    busy, well = (429, b'{"error": "busy"}'), (200, misbehaving.METADATA)
+    with misbehaving.http(busy, well) as (url, _), without_garbage_collection():
+        result = perform_flow(again, url, 30.0)
+        reference = weakref.ref(result)
+        del result
+        assert reference() is None
 
 
 class Interrupted:

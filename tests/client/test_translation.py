@@ -22,7 +22,7 @@ from triton_sam3.errors import (
     ServerUnreachable,
 )
 from triton_sam3.flow import Call, Query
-from triton_sam3.translation import Refused, RegionInUse, RegionLost, translate
+from triton_sam3.translation import Refused, RegionInUse, RegionKnown, RegionLost, translate
 from triton_sam3.transports import open_async_transport, open_transport
 
 METADATA = Query("get_server_metadata")
@@ -209,6 +209,7 @@ def test_grpc_codes_become_errors(
         ("StatusCode.UNAVAILABLE", "Received http2 header with status: 429", Refused),
         ("404", "Unable to find shared memory region: 'x'", RegionLost),
         ("400", "Cannot unregister shared memory region 'x', it is currently in use.", RegionInUse),
+        ("400", "shared memory region 'x' already in manager", RegionKnown),
         ("500", "Failed to increase the shared memory pool size for key 'x' to 9", Overloaded),
         (
             "StatusCode.UNAVAILABLE",
