@@ -59,6 +59,11 @@ def turned(orientation: int) -> bytes:
     return saved(small(), "JPEG", exif=exif)
 
 
+MEGABYTE = zlib.compress(bytes(1 << 20), 9)
+PROFILE = b"iCCPname\0\0" + MEGABYTE
+TEXT = b"zTXtname\0\0" + MEGABYTE[:-4] + bytes(4)  # a wrong sum: Pillow does not count the text
+INTERNATIONAL_TEXT = b"iTXtname\0\1\0\0\0" + MEGABYTE
+
 FILES: dict[str, Callable[[], bytes]] = {
     "JPEG": lambda: saved(small(), "JPEG"),
     "JPEG, progressive": lambda: saved(small(), "JPEG", progressive=True),
@@ -71,6 +76,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "JPEG, mirrored": lambda: turned(5),
     "JPEG, some filling": lambda: padded(1_000),
     "PNG, some empty chunks": lambda: commented(1_000),
+    "PNG, some compressed texts": lambda: compressed(60, TEXT),
     "PNG": lambda: saved(small(), "PNG"),
     "PNG, alpha": lambda: saved(small("RGBA"), "PNG"),
     "PNG, palette": lambda: saved(small("P"), "PNG", transparency=3),
@@ -193,6 +199,13 @@ def commented(chunks: int) -> bytes:
     return data[:33] + empty * chunks + data[33:]
 
 
+def compressed(chunks: int, body: bytes) -> bytes:
+    """A PNG with chunks that Pillow inflates, each with a checksum of its own."""
+    data = saved(small(), "PNG")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:33] + chunk * chunks + data[33:]
+
+
 def zipped() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -203,6 +216,7 @@ def zipped() -> bytes:
 ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [small().rotate(180)]}
 PIXELS = "more than the 50000000 pixels that are accepted"
 FRAMES = "has 2 frames, but at most 1 are accepted"
+INFLATED = "more than the 100 profiles and compressed texts"
 PIECES = "is in more than the 200000 pieces"
 FORMATS = "not in an accepted format: send the bytes of a whole file (JPEG, PNG, WEBP)"
 BOMBS: dict[str, Callable[[], bytes]] = {
@@ -243,6 +257,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG, commented for ever": (lambda: scans(1, comment(b"") * 20_000), "10000 segments"),
     "JPEG, filled up": (lambda: padded(1_000_000), PIECES),
     "PNG, of empty chunks": (lambda: commented(200_000), PIECES),
+    "PNG, of profiles": (lambda: compressed(101, PROFILE), INFLATED),
+    "PNG, of compressed texts": (lambda: compressed(101, TEXT), INFLATED),
+    "PNG, of international texts": (lambda: compressed(101, INTERNATIONAL_TEXT), INFLATED),
     "PNG, a thread": (lambda: png(1, 70_000, rows=2), "is 1×70000, but a side may have at most"),
     "too many bytes": (lambda: b"\xff" * (32 * 1024**2 + 1), "larger than the 33554432 bytes"),
     "too many bytes in base64": (
@@ -266,6 +283,50 @@ def test_invalid_files_are_rejected_with_a_sentence(
     make: Callable[[], bytes], words: str, ask: Ask
 ) -> None:
     assert words in refused(ask, make())
+
+
+def test_an_invalid_file_of_a_batch_is_named(ask: Ask) -> None:
+    inputs = file_inputs(saved(small(), "JPEG"), POINT)
+    pair = {name: np.concatenate([array, array]) for name, array in inputs.items()}
+    pair["encoded_image"][1] = b"photo.jpg"
+    assert refusal(ask, READER, **pair).endswith("(image 1 of the request)")
+
+
+ALONE = """
+import resource, sys, warnings
+from files import FileReader, InvalidFile, Limits
+reader = FileReader(Limits(("PNG",), 1 << 25, 50_000_000, 65_535, 1))
+"""
+"""The reader in a process of its own, reading a PNG from standard input."""
+
+
+def alone(code: str, data: bytes, repository: Path) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", ALONE + code]
+    folder = repository / READER / "1"
+    return subprocess.run(command, cwd=folder, input=data, capture_output=True, check=False)
+
+
+def test_a_lack_of_memory_is_not_the_files_fault(repository: Path) -> None:
+    code = """
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 40_000_000,) * 2)
+try:
+    reader.read(sys.stdin.buffer.read())
+except MemoryError:
+    print("no memory")
+"""
+    run = alone(code, png(6_000, 6_000, rows=6_000), repository)
+    assert run.stdout == b"no memory\n", run.stderr
+
+
+def test_a_file_does_not_fill_the_log(repository: Path) -> None:
+    """EXIF entries that lie beyond its end: Pillow warns of each."""
+    entry = struct.pack(">HHII", 0x010E, 2, 1 << 20, 1 << 20)
+    exif = b"MM\0*" + struct.pack(">IH", 8, 5_000)
+    exif += b"".join(struct.pack(">H", number) + entry[2:] for number in range(5_000))
+    data = compressed(1, b"eXIf" + exif)
+    run = alone("print(reader.read(sys.stdin.buffer.read()).shape)", data, repository)
+    assert (run.stdout, run.stderr) == (b"(23, 37, 3)\n", b"")
 
 
 def test_the_largest_picture_is_read(ask: Ask) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from server import TritonServer
-from tests.model_repository.asking import Ask, decoded, refusal
+from tests.model_repository.asking import Ask, connect, decoded, refusal
 from tests.server import tiny
 from triton_sam3 import Client
 
@@ -106,3 +108,26 @@ def test_finished_masks_of_both_instances_are_counted(
     for _ in range(6):
         ask(WRITER, **pair, image_size=size(30, 20))
     assert tiny.wait_for(lambda: written() == [before + 12], 10), written()
+
+
+def test_masks_that_take_too_many_bytes_are_rejected(
+    repository: Path, foreground: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    """Stripes across every column, as a shape that was made for it has them."""
+    shutil.copytree(repository / WRITER, tmp_path / WRITER)
+    config = tmp_path / WRITER / "config.pbtxt"
+    config.write_text(config.read_text().replace('"268435456"', '"50000"'))
+    stripes = {**foreground, "low_res_masks": foreground["low_res_masks"].copy()}
+    stripes["low_res_masks"][..., ::2, :] = -1
+    two_objects = {name: np.repeat(array, 2, axis=1) for name, array in stripes.items()}
+    two_images = {name: np.repeat(array, 2, axis=0) for name, array in stripes.items()}
+    with (
+        TritonServer(tmp_path) as server,
+        connect(server.grpc_url.removeprefix("grpc://")) as ask_small,
+    ):
+        one = ask_small(WRITER, **stripes, image_size=size(300, 200))["masks"].item()
+        assert 25_000 < len(one) < 50_000
+        for inputs, images in ((two_objects, 1), (two_images, 2)):
+            sizes = np.repeat(size(300, 200), images, axis=0)
+            sentence = refusal(ask_small, WRITER, **inputs, image_size=sizes)
+            assert "at most 50000 bytes as RLE" in sentence

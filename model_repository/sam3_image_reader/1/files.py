@@ -17,7 +17,6 @@ from io import BytesIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from sam3_shared.errors import ImageError
 from sam3_shared.geometry import load_image, upright
 
 MAX_SCANS = 25
@@ -34,10 +33,15 @@ MAX_EXIF_SEGMENTS = 100
 """EXIF fits one segment, and a few cameras write more. Pillow appends each to all before it: a
 thousand full ones take six seconds."""
 
+MAX_COMPRESSED_CHUNKS = 100
+"""Profiles and compressed texts of a PNG, usually one or two. Pillow inflates each to as much as a
+megabyte before it tells the size of the image."""
+
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """Marker of a segment with a length: not a stuffed byte, restart or fill (ITU-T T.81, B.1.1)."""
 _END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
 _JPEG, _EXIF = b"\xff\xd8\xff", b"Exif\0\0"
+_PNG, _COMPRESSED_CHUNKS = b"\x89PNG\r\n\x1a\n", frozenset((b"iCCP", b"zTXt", b"iTXt"))
 _DECODED = frozenset(
     (0xC0, 0xC1, 0xC2, 0xC3, 0xC4, 0xC9, 0xCA, 0xCC, _START_OF_SCAN, 0xDB, 0xDC, 0xDD, 0xFE)
 ) | frozenset(range(0xE0, 0xF0))
@@ -114,6 +118,25 @@ def _check_jpeg(file: bytes) -> None:
     )
 
 
+def _check_png(file: bytes) -> None:
+    """Raise InvalidFile if a PNG has more to inflate than its pixels and a few texts.
+
+    Each chunk is its length, kind, data and checksum (PNG 5.3); Pillow walks them in the same way.
+    """
+    at, compressed = len(_PNG), 0
+    for _ in range(MAX_READS):  # with more chunks, Pillow reaches that limit itself
+        length, kind = int.from_bytes(file[at : at + 4], "big"), file[at + 4 : at + 8]
+        compressed += kind in _COMPRESSED_CHUNKS
+        if compressed > MAX_COMPRESSED_CHUNKS:
+            raise InvalidFile(
+                f"encoded_image has more than the {MAX_COMPRESSED_CHUNKS} profiles and compressed "
+                "texts that are accepted: re-save it without embedded non-image data"
+            )
+        at += 12 + length
+        if at >= len(file):
+            return
+
+
 class FileReader:
     """Decodes image files within limits. Use one per process: it also sets Pillow's own limit."""
 
@@ -121,6 +144,7 @@ class FileReader:
         self._limits = limits
         # Pillow checks the size in the header before its decoders allocate anything.
         Image.MAX_IMAGE_PIXELS = limits.max_pixels
+        warnings.simplefilter("ignore")  # a file's metadata may cause a hundred thousand
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def read(self, data: bytes) -> NDArray[np.uint8]:
@@ -131,6 +155,8 @@ class FileReader:
         file = self._file(data)
         if file.startswith(_JPEG):  # before Pillow looks at its segments
             _check_jpeg(file)
+        elif file.startswith(_PNG):
+            _check_png(file)
         with self._decoding(), Image.open(_Reads(file), formats=self._limits.formats) as image:
             self._check_header(image)
             return np.asarray(load_image(upright(image)), np.uint8)
@@ -177,10 +203,13 @@ class FileReader:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Turn whatever Pillow's decoders raise, which is a wide variety, into InvalidFile."""
+        """Turn whatever Pillow's decoders raise, which is a wide variety, into InvalidFile.
+
+        Only a lack of memory is not the file's fault.
+        """
         try:
             yield
-        except InvalidFile:
+        except (InvalidFile, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise InvalidFile(
@@ -192,7 +221,7 @@ class FileReader:
                 f"encoded_image is not in an accepted format: {self._expected}"
             ) from error
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, ImageError) else error
+            cause = error.__cause__ or error  # an ImageError's sentence is for the client's callers
             raise InvalidFile(
                 f"encoded_image cannot be decoded ({cause}): {self._expected}"
             ) from error

@@ -49,11 +49,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            files, points, labels = (
-                pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-                for name in ("encoded_image", "points", "point_labels")
-            )
-            rows = [self._read(*row) for row in zip(files.ravel(), points, labels, strict=True)]
+            rows = self._read_batch(request)
         except (InvalidFile, InvalidPoint) as error:
             return _error_response(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
@@ -65,10 +61,25 @@ class TritonPythonModel:
             [pb_utils.Tensor(name, np.stack(column)) for name, column in columns]
         )
 
+    def _read_batch(self, request: Any) -> list[tuple[NDArray[Any], ...]]:
+        """The outputs' rows, one for each image. Raises InvalidFile or InvalidPoint."""
+        files, points, labels = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+            for name in ("encoded_image", "points", "point_labels")
+        )
+        rows = []
+        for b, row in enumerate(zip(files.ravel(), points, labels, strict=True)):
+            try:
+                rows.append(self._read(*row))
+            except (InvalidFile, InvalidPoint) as error:
+                where = f" (image {b} of the request)" if len(files) > 1 else ""
+                raise type(error)(f"{error}{where}") from error
+        return rows
+
     def _read(
         self, file: bytes, points: NDArray[np.float32], labels: NDArray[np.int32]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
-        """One image of a request's batch."""
+    ) -> tuple[NDArray[Any], ...]:
+        """image, point_coords and image_size of one image."""
         pixels = self._reader.read(file)
         height, width = pixels.shape[:2]
         coords = to_coords(points, labels, width, height)

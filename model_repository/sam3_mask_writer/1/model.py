@@ -26,7 +26,7 @@ FAILED = "the mask writer failed on this request; the server's log says why"
 
 
 class InvalidRequest(ValueError):
-    """Sizes or candidates are not accepted; the message is the answer to the caller."""
+    """Sizes, candidates or masks are not accepted; the message is the answer to the caller."""
 
 
 class Finished(NamedTuple):
@@ -48,6 +48,7 @@ class TritonPythonModel:
         parameters = {k: int(v["string_value"]) for k, v in config["parameters"].items()}
         self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
         self._max_mask_pixels = parameters["max_mask_pixels"]
+        self._max_answer_bytes = parameters["max_answer_bytes"]
         self._family = pb_utils.MetricFamily(
             name=WRITTEN, description="Masks finished", kind=pb_utils.MetricFamily.COUNTER
         )
@@ -85,7 +86,10 @@ class TritonPythonModel:
         for width, height in sizes.tolist():
             self._check_size(width, height)
         self._check_work(logits.shape[1], sizes)
-        images = [self._finish(*row) for row in zip(logits, ious, sizes.tolist(), strict=True)]
+        images, left = [], self._max_answer_bytes
+        for row in zip(logits, ious, sizes.tolist(), strict=True):
+            images.append(self._finish(*row, left))
+            left -= sum(map(len, images[-1].masks))
         return dict(zip(Finished._fields, zip(*images, strict=True), strict=True))
 
     def _check_size(self, width: int, height: int) -> None:
@@ -107,7 +111,11 @@ class TritonPythonModel:
             )
 
     def _finish(
-        self, logits: NDArray[np.float16], ious: NDArray[np.float32], size: list[int]
+        self,
+        logits: NDArray[np.float16],
+        ious: NDArray[np.float32],
+        size: list[int],
+        max_bytes: int,
     ) -> Finished:
         """The best candidates [N, M, M] of [N, K, M, M], at width × height."""
         best = ious.argmax(axis=1)
@@ -120,6 +128,13 @@ class TritonPythonModel:
         for n, k in enumerate(best):  # one at a time: many masks at full size take a lot of memory
             mask = finish_masks(logits[n, k][None], *size)
             finished.masks[n] = json.dumps(mask_to_rle(mask[0])).encode()
+            max_bytes -= len(finished.masks[n])
+            if max_bytes < 0:
+                raise InvalidRequest(
+                    f"the masks of one request may take at most {self._max_answer_bytes} bytes as "
+                    "RLE, but these take more: ask for fewer objects at a time, or send a smaller "
+                    "image"
+                )
             finished.boxes[n] = mask_boxes(mask)[0]
             self._count_mask()
         return finished
