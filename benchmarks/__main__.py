@@ -18,6 +18,7 @@ from benchmarks.environment import Provenance, provenance
 from benchmarks.figures import rich_table
 from benchmarks.findings import Findings
 from benchmarks.stage import PLACE, load_photo
+from export.interruption import unwind_on_signals
 
 console = Console(highlight=False, log_path=False)
 
@@ -55,6 +56,7 @@ def main(
     write: Annotated[bool, typer.Option(help="Rewrite RESULTS.md's sections.")] = True,
 ) -> None:
     """Measure our server and its peers in one run, and rewrite benchmarks/RESULTS.md."""
+    unwind_on_signals()
     if only and (only in CUDA_PARTS) != (device is Device.CUDA):
         raise typer.BadParameter(f"{only.value} is not part of the benchmark on {device.value}")
     if device is Device.CUDA:

@@ -36,15 +36,28 @@ class Wave:
     """Requests sent from another process."""
 
     outcomes: tuple[Outcome, ...]
-    seconds: float
 
     @property
     def answered(self) -> list[float]:
         """Latencies of right answers, in seconds."""
         return [one.ended - one.began for one in self.outcomes if one.kind is Kind.RIGHT]
 
+    @property
+    def sent_per_second(self) -> float:
+        began = [one.began for one in self.outcomes]
+        return _rate(len(began) - 1, max(began) - min(began))
+
+    @property
+    def answered_per_second(self) -> float:
+        last = max(one.ended for one in self.outcomes)
+        return _rate(len(self.answered), last - min(one.began for one in self.outcomes))
+
     def p99(self) -> float:
         return float(np.percentile(self.answered, 99)) if self.answered else float("nan")
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds else float("nan")
 
 
 def overloaded(bench: Bench, title: str) -> Result:
@@ -67,7 +80,7 @@ def overloaded(bench: Bench, title: str) -> Result:
 def _overload(stand: Stand, caller: Caller, questions: Sequence[Question], title: str) -> Result:
     alone = _send(caller, questions, ALONE_SECONDS, callers=1)
     busy = _send(caller, questions, BUSY_SECONDS, callers=CALLERS_AT_CAPACITY)
-    capacity = len(busy.answered) / busy.seconds
+    capacity = busy.answered_per_second
     # A trial's watchers cost as much as callers do, so waiting times are measured without them.
     flood, among = _flood(caller, questions, FACTOR * capacity)
     waves: list[Wave] = []
@@ -86,10 +99,10 @@ def _remark(alone: Wave, capacity: float, flood: Wave, among: Wave) -> str:
     kinds = Counter(one.said.split(":")[0] for one in flood.outcomes if one.kind is Kind.CLEAR)
     early = float(np.median(refused)) if refused else float("nan")
     return (
-        f"capacity {capacity:.0f}/s, sent {len(flood.outcomes) / flood.seconds:.0f}/s, of which "
-        f"{len(flood.answered) / flood.seconds:.0f}/s accepted ("
+        f"capacity {capacity:.0f}/s, sent {flood.sent_per_second:.0f}/s, of which "
+        f"{flood.answered_per_second:.0f}/s accepted ("
         + ", ".join(f"{count} {name}" for name, count in kinds.most_common())
-        + f"), and {len(among.answered) / among.seconds:.0f}/s of an additional caller: "
+        + f"), and {among.answered_per_second:.0f}/s of an additional caller: "
         f"{len(among.answered)} of {len(among.outcomes)}, p99 {among.p99():.2f} s = "
         f"{among.p99() / alone.p99():.1f} × the unloaded {alone.p99():.2f} s, the others rejected "
         f"after {early:.3f} s (median)"
@@ -122,7 +135,7 @@ def _run(
         if rate
         else _in_turn(caller, questions, seconds, callers)
     )
-    return Wave(tuple(asyncio.run(work)), seconds)
+    return Wave(tuple(asyncio.run(work)))
 
 
 async def _in_turn(

@@ -41,11 +41,11 @@ def main(
         models = variant(built, Path(folder), KEPT_BYTES)
         with TritonServer(models, log=Path(folder) / "log") as server:
             outcome = _fuzz(server, requests, seed)
-            _save(outcome.tally.findings)
+            _save([*outcome.warm_up.findings, *outcome.tally.findings])
     _show(outcome)
     if write:
         write_section("fuzz", markdown(outcome, origin))
-    raise typer.Exit(bool(outcome.tally.findings) or not outcome.same_processes)
+    raise typer.Exit(bool(outcome.findings) or not outcome.same_processes)
 
 
 def _fuzz(server: TritonServer, requests: int, seed: int) -> Outcome:
@@ -53,7 +53,7 @@ def _fuzz(server: TritonServer, requests: int, seed: int) -> Outcome:
         try:
             return fuzz(fuzzer, requests, seed, console.log)
         except Exception:  # whatever it was, the requests that led to it tell why
-            _save([*fuzzer.tally.findings, *fuzzer.tally.recent])
+            _save([*fuzzer.findings, *fuzzer.tally.recent])
             console.print(f"the requests before the failure are in {FINDINGS}")
             raise
 
@@ -66,7 +66,8 @@ def _save(findings: list[Finding]) -> None:
 
 def _show(outcome: Outcome) -> None:
     console.print(dict(outcome.tally.total), markup=False)
-    by_line = Counter(finding.line() for finding in outcome.tally.findings)
+    found = [*outcome.warm_up.findings, *outcome.tally.findings]
+    by_line = Counter(finding.line() for finding in found)
     for line, count in by_line.most_common(40):
         console.print(f"{count} × {line[:300]}", style="red", markup=False)
     for mark in outcome.marks:

@@ -25,7 +25,8 @@ gigabytes with values in JSON, the parameter `classification` on an output of st
 def markdown(outcome: Outcome, origin: Provenance) -> str:
     """The section of RESULTS.md."""
     sent = sum(outcome.tally.total.values())
-    total = outcome.tally.total
+    in_warm_up = outcome.warm_up.total[FINDING]
+    of_them = f", {in_warm_up} of them in the warm-up" if in_warm_up else ""
     return "\n\n".join(
         (
             "## Fuzzing the served models",
@@ -35,7 +36,7 @@ def markdown(outcome: Outcome, origin: Provenance) -> str:
             "half are valid requests with mutated octets; both run concurrently, one request of "
             "each in flight. Every answer is checked: either the shapes, types and ranges of the "
             "outputs, or that it is a client error whose message names no path, address or shared "
-            f"memory. **Findings: {total[FINDING]}.**",
+            f"memory. **Findings: {outcome.findings}{of_them}.**",
             _server(outcome),
             markdown_table(_growth_header(outcome), _growth(outcome)),
             "Triton's own frontend answers some requests with a server error, or without a "

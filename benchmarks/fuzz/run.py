@@ -16,7 +16,7 @@ from benchmarks.fuzz import octets, structured
 from benchmarks.fuzz.canary import Canary
 from benchmarks.fuzz.census import Census, is_alive
 from benchmarks.fuzz.exchange import UNREACHABLE, Answer, Grpc, Http
-from benchmarks.fuzz.judge import judge
+from benchmarks.fuzz.judge import FINDING, judge
 from benchmarks.fuzz.messages import grpc_octets, http_octets
 from benchmarks.fuzz.octets import Corpus, Octets
 from benchmarks.fuzz.structured import Case
@@ -31,7 +31,7 @@ from benchmarks.fuzz.subject import (
     request,
     strings,
 )
-from benchmarks.fuzz.tally import Tally
+from benchmarks.fuzz.tally import Finding, Tally
 from benchmarks.wire import Wire
 from server import TritonServer
 
@@ -57,6 +57,8 @@ class Fuzzer:
 
     server: TritonServer
     tally: Tally = field(default_factory=Tally)
+    warm_up: Tally = field(default_factory=Tally)
+    """What was counted until the warm-up's end."""
 
     def __post_init__(self) -> None:
         self._turns = itertools.cycle((HTTP, GRPC))
@@ -72,6 +74,10 @@ class Fuzzer:
 
     def close(self) -> None:
         self.grpc.close()
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [*self.warm_up.findings, *self.tally.findings]
 
     def run(self, requests: int, number: int) -> None:
         """Send half of the requests structured, half as octets, concurrently; then the canary."""
@@ -172,11 +178,18 @@ class Outcome:
     """The result of one run."""
 
     requests: int
+    warm_up: Tally
     tally: Tally
+    """Without the warm-up."""
     marks: list[Census]
     """After the warm-up and after each quarter."""
     iou: float
     """IoU of the canary's mask with the drawn disc."""
+
+    @property
+    def findings(self) -> int:
+        """How many there were, the warm-up's included."""
+        return self.warm_up.total[FINDING] + self.tally.total[FINDING]
 
     @property
     def same_processes(self) -> bool:
@@ -190,11 +203,10 @@ def fuzz(fuzzer: Fuzzer, requests: int, number: int, progress: Callable[[str], N
     fuzzer.run(WARM_UP, -1 - number)
     fuzzer.largest()
     pid = fuzzer.server.pid
-    warm_tally, fuzzer.tally = fuzzer.tally, Tally()
-    fuzzer.tally.findings += warm_tally.findings
+    fuzzer.warm_up, fuzzer.tally = fuzzer.tally, Tally()
     marks = [Census.from_pid(pid)]
     for quarter in range(QUARTERS):
         progress(f"quarter {quarter + 1} of {QUARTERS}")
         fuzzer.run(requests // QUARTERS, number * QUARTERS + quarter)
         marks.append(Census.from_pid(pid))
-    return Outcome(requests, fuzzer.tally, marks, fuzzer.canary.iou)
+    return Outcome(requests, fuzzer.warm_up, fuzzer.tally, marks, fuzzer.canary.iou)

@@ -9,6 +9,7 @@ bits. The predictor has one state, so one request is served at a time.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -85,7 +86,9 @@ class Handler(BaseHTTPRequestHandler):
 def running(checkpoint: Path, device: str = "cpu") -> Iterator[tuple[str, int]]:
     """Run the service in a separate process; yields host and port."""
     command = [sys.executable, "-m", __name__, str(checkpoint.resolve()), device]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -97,10 +100,16 @@ def running(checkpoint: Path, device: str = "cpu") -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+def _exit_with_caller() -> None:
+    sys.stdin.read()  # to its end, which comes even if the caller is killed
+    os._exit(0)
+
+
 def main(checkpoint: Path, device: str) -> None:
     Handler.service = Service(checkpoint, device)
     server = Server((HOST, 0), Handler)
     server.daemon_threads = True
+    threading.Thread(target=_exit_with_caller, daemon=True).start()
     print(server.server_address[1], flush=True)
     server.serve_forever()
 

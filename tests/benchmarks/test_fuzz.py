@@ -269,8 +269,18 @@ def test_a_restarted_process_is_noticed_and_reported(tmp_path: Path) -> None:
         Census(frozenset({(1, started)}), 2 * 2**20, {"tritonserver": 2**20}, 0)
         for started in (1.0, 2.0)
     ]
-    outcome = Outcome(4, Tally(), marks, 0.9)
+    outcome = Outcome(4, Tally(), Tally(), marks, 0.9)
     assert not outcome.same_processes
     text = markdown(outcome, Provenance("make fuzz", "abc", "a machine", "versions", "0.1"))
     assert "NOT the same" in text
     assert "Findings: 0." in text
+
+
+def test_findings_of_the_warm_up_are_published() -> None:
+    marks = [Census(frozenset(), 2 * 2**20, {"tritonserver": 2**20}, 0)]
+    warm_up, tally = Tally(), Tally()
+    for counted in (warm_up, warm_up, tally):
+        counted.count("kind", "HTTP", Verdict(FINDING, "a path in a message"), b"")
+    outcome = Outcome(4, warm_up, tally, marks, 0.9)
+    text = markdown(outcome, Provenance("make fuzz", "abc", "a machine", "versions", "0.1"))
+    assert "Findings: 3, 2 of them in the warm-up." in text
