@@ -292,40 +292,24 @@ def test_an_invalid_file_of_a_batch_is_named(ask: Ask) -> None:
     assert refusal(ask, READER, **pair).endswith("(image 1 of the request)")
 
 
-ALONE = """
-import resource, sys, warnings
-from files import FileReader, InvalidFile, Limits
-reader = FileReader(Limits(("PNG",), 1 << 25, 50_000_000, 65_535, 1))
-"""
-"""The reader in a process of its own, reading a PNG from standard input."""
-
-
-def alone(code: str, data: bytes, repository: Path) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", ALONE + code]
-    folder = repository / READER / "1"
-    return subprocess.run(command, cwd=folder, input=data, capture_output=True, check=False)
-
-
-def test_a_lack_of_memory_is_not_the_files_fault(repository: Path) -> None:
-    code = """
-taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 40_000_000,) * 2)
-try:
-    reader.read(sys.stdin.buffer.read())
-except MemoryError:
-    print("no memory")
-"""
-    run = alone(code, png(6_000, 6_000, rows=6_000), repository)
-    assert run.stdout == b"no memory\n", run.stderr
-
-
 def test_a_file_does_not_fill_the_log(repository: Path) -> None:
     """EXIF entries that lie beyond its end: Pillow warns of each."""
     entry = struct.pack(">HHII", 0x010E, 2, 1 << 20, 1 << 20)
     exif = b"MM\0*" + struct.pack(">IH", 8, 5_000)
     exif += b"".join(struct.pack(">H", number) + entry[2:] for number in range(5_000))
-    data = compressed(1, b"eXIf" + exif)
-    run = alone("print(reader.read(sys.stdin.buffer.read()).shape)", data, repository)
+    code = """
+import sys
+from files import FileReader, Limits
+reader = FileReader(Limits(("PNG",), 1 << 25, 50_000_000, 65_535, 1))
+print(reader.read(sys.stdin.buffer.read()).shape)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=repository / READER / "1",
+        input=compressed(1, b"eXIf" + exif),
+        capture_output=True,
+        check=False,
+    )
     assert (run.stdout, run.stderr) == (b"(23, 37, 3)\n", b"")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from pixels import InvalidPoint, to_coords
 from sam3_shared.geometry import resize
 
+FAILURES = "sam3_failures_total"
+"""In one family with the decoder's and the mask writer's, which must describe it alike."""
 FAILED = "the image reader failed on this request; the server's log says why"
 
 
@@ -42,10 +45,22 @@ class TritonPythonModel:
                 max_frames=int(parameters["max_frames"]),
             )
         )
+        self._family = pb_utils.MetricFamily(
+            name=FAILURES,
+            description="Valid requests that failed",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._failures = self._family.Metric(labels=labels)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request separately: a bad one gets an error, the others get their images."""
         return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Remove the metric before Triton ends the process."""
+        del self._failures  # must be deleted before its family
+        del self._family
 
     def _answer(self, request: Any) -> Any:
         try:
@@ -54,6 +69,8 @@ class TritonPythonModel:
             return _error_response(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             pb_utils.Logger.log_error(traceback.format_exc())
+            with suppress(Exception):  # Triton has exception types of its own
+                self._failures.increment(1)
             return _error_response(FAILED, pb_utils.TritonError.INTERNAL)
         names = ("image", "point_coords", "image_size")
         columns = zip(names, zip(*rows, strict=True), strict=True)

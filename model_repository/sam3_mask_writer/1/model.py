@@ -22,6 +22,8 @@ from sam3_shared.formats import mask_to_rle
 from sam3_shared.masks import finish_masks, mask_boxes
 
 WRITTEN = "sam3_masks_written_total"
+FAILURES = "sam3_failures_total"
+"""In one family with the decoder's and the image reader's, which must describe it alike."""
 FAILED = "the mask writer failed on this request; the server's log says why"
 
 
@@ -49,20 +51,22 @@ class TritonPythonModel:
         self._max_pixels, self._max_side = parameters["max_pixels"], parameters["max_side"]
         self._max_mask_pixels = parameters["max_mask_pixels"]
         self._max_answer_bytes = parameters["max_answer_bytes"]
-        self._family = pb_utils.MetricFamily(
-            name=WRITTEN, description="Masks finished", kind=pb_utils.MetricFamily.COUNTER
-        )
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        self._written = self._family.Metric(labels=labels)
+        described = {WRITTEN: "Masks finished", FAILURES: "Valid requests that failed"}
+        self._families = [
+            pb_utils.MetricFamily(name=name, description=text, kind=pb_utils.MetricFamily.COUNTER)
+            for name, text in described.items()
+        ]
+        self._written, self._failures = (family.Metric(labels=labels) for family in self._families)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request separately: a bad one gets an error, the others get their masks."""
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
-        """Remove the metric before Triton ends the process."""
-        del self._written  # must be deleted before its family
-        del self._family
+        """Remove the metrics before Triton ends the process."""
+        del self._written, self._failures  # must be deleted before their families
+        del self._families
 
     def _answer(self, request: Any) -> Any:
         try:
@@ -71,6 +75,7 @@ class TritonPythonModel:
             return _error_response(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception:
             pb_utils.Logger.log_error(traceback.format_exc())
+            _count(self._failures)
             return _error_response(FAILED, pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, np.stack(column)) for name, column in columns.items()]
@@ -136,14 +141,15 @@ class TritonPythonModel:
                     "image"
                 )
             finished.boxes[n] = mask_boxes(mask)[0]
-            self._count_mask()
+            # Shows probes that the writer is at work: a request for many large masks takes longer
+            # than a probe waits, and Triton counts it only once it is answered.
+            _count(self._written)
         return finished
 
-    def _count_mask(self) -> None:
-        """Show probes that the writer is at work: a request for many large masks takes longer than
-        a probe waits, and Triton counts it only once it is answered."""
-        with suppress(Exception):  # Triton has exception types of its own, as for a full /dev/shm
-            self._written.increment(1)
+
+def _count(metric: Any) -> None:
+    with suppress(Exception):  # Triton has exception types of its own, as for a full /dev/shm
+        metric.increment(1)
 
 
 def _check_candidates(logits: NDArray[np.float16], ious: NDArray[np.float32]) -> None:

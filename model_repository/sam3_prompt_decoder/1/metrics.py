@@ -49,9 +49,7 @@ class Metrics:
             f"{kept}_evictions_total": _Counter(
                 "Images evicted, idle or to make room", lambda: counts.evictions
             ),
-            "sam3_failures_total": _Counter(
-                "Requests that failed in the decoder", lambda: self._failures
-            ),
+            "sam3_failures_total": _Counter("Valid requests that failed", lambda: self._failures),
             "sam3_objects_total": _Counter("Objects decoded and answered", lambda: self._objects),
             "sam3_objects_per_request": _Histogram("Objects per request", lambda: self._requests),
             "sam3_decode_seconds_total": _Counter("Time spent decoding", lambda: self._seconds),
