@@ -33,6 +33,7 @@ from .errors import ImageError, PromptError
 from .geometry import ImageLike
 from .prompts import Prompt
 from .results import Segmentation
+from .retry import check_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +81,12 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
     Raises early what can be checked early: ImageError for a single image, PromptError if the
     numbers of prompts and images differ, ValueError for a concurrency below 1.
     """
-    if concurrency < 1:
-        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    check_count("concurrency", concurrency, at_least=1)
     if _is_one_image(images):
-        raise ImageError("images must be an iterable of images; wrap a single image in a list")
+        raise ImageError(
+            f"images must be an iterable of images, not a {type(images).__name__}; wrap a single "
+            "image in a list"
+        )
     if isinstance(prompts, Mapping):  # read anew for every image
         prompts = {k: list(v) if isinstance(v, Iterator) else v for k, v in prompts.items()}
     if isinstance(prompts, Mapping | Prompt):
@@ -99,11 +102,14 @@ def jobs(images: Iterable[ImageLike], prompts: Any, concurrency: int) -> Iterato
 
 
 def _is_one_image(images: Any) -> bool:
-    """Whether iterating would give characters, bytes, lines or rows of pixels."""
+    """Whether iterating is impossible or would give characters, bytes, lines or rows of pixels."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     single = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
-    return isinstance(images, single) or hasattr(images, "read")
+    if isinstance(images, single) or hasattr(images, "read"):
+        return True
+    # A dataset may have no more than __getitem__, which is enough to iterate over it.
+    return not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))
 
 
 def _pair(

@@ -18,10 +18,10 @@ RETRYABLE: tuple[type[SAM3Error], ...] = (ServerUnreachable, Overloaded, ModelGo
 """A rejected prompt stays rejected and an expired deadline stays expired; these may pass."""
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError if an argument is not a non-negative integer."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+def check_count(name: str, value: Any, at_least: int = 0) -> None:
+    """Raise ValueError if an argument is not an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
 def check_timeout(value: Any) -> float:

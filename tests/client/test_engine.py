@@ -344,7 +344,7 @@ def test_multimask_output_must_be_a_boolean(switch: Any) -> None:
 
 @pytest.mark.parametrize("images", [-1, 1.5, "3", None])
 def test_remember_images_must_be_a_whole_number(images: Any) -> None:
-    with pytest.raises(ValueError, match="remember_images must be a non-negative integer"):
+    with pytest.raises(ValueError, match="remember_images must be an integer of at least 0"):
         Engine(Retries(0), images, None, threading.Lock)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -52,15 +52,24 @@ def test_another_number_of_prompts_than_images_is_rejected_at_once() -> None:
         jobs(["a", "b", "c"], [POINT, POINT], 1)
     with pytest.raises(PromptError, match="one entry per image, got 5"):
         jobs(["a.png"], 5, 1)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        jobs(["a"], POINT, 0)
+    for invalid in (0, "8", 2.0, None):
+        with pytest.raises(ValueError, match="concurrency must be an integer of at least 1, got"):
+            jobs(["a"], POINT, cast("int", invalid))
+
+
+def test_a_dataset_may_have_only_items() -> None:
+    class Dataset:
+        def __getitem__(self, index: int) -> str:
+            return "abc"[index]
+
+    assert [job.image for job in jobs(cast("Any", Dataset()), POINT, 1)] == list("abc")
 
 
 @pytest.mark.parametrize(
     "image",
     [
         *("a.jpg", Path("a.jpg"), b"data", bytearray(3), memoryview(b"data"), io.BytesIO(b"data")),
-        *(np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2))),
+        *(np.zeros((4, 5, 3), np.uint8), Image.new("L", (2, 2)), 5, None),
     ],
 )
 def test_a_single_image_is_rejected(image: Any) -> None:

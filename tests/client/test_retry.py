@@ -167,7 +167,7 @@ def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: Any) -> None:
 
 @pytest.mark.parametrize("attempts", [-1, 1.5, "2", None, True])
 def test_retries_must_be_a_whole_number(attempts: Any) -> None:
-    with pytest.raises(ValueError, match="retries must be a non-negative integer, got"):
+    with pytest.raises(ValueError, match="retries must be an integer of at least 0, got"):
         Retries(attempts)
 
 
