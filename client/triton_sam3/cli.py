@@ -146,7 +146,7 @@ def segment(
         if index_mask and (output is None or output.suffix.lower() != ".png"):
             raise ValueError("--index-mask needs --output FILE.png")
         if output is not None:
-            _check_file(output)
+            _check_file(output, Path(image))
         with _connect(url, token, header, timeout, root_certificates, shared_memory) as client:
             result = client.segment(image, **asked, threshold=threshold, multimask_output=multimask)
         if output is not None:
@@ -311,11 +311,14 @@ def _numbers(text: str, counts: tuple[int, ...], option: str, form: str) -> tupl
     return values
 
 
-def _check_file(output: Path) -> None:
-    """Reject an output file that cannot be written, before the server does any work."""
+def _check_file(output: Path, image: Path) -> None:
+    """Reject an output file that cannot be written, or is the image itself, before the server does
+    any work."""
     file_kind(output, with_image=True)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} to write {output.name!r} to")
+    if output.exists() and image.exists() and output.samefile(image):
+        raise ValueError(f"the result would replace the image {str(image)!r}: choose another file")
 
 
 def _folder_work(

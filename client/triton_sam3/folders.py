@@ -5,6 +5,8 @@ folder/a/x.jpg  ─► output/a/x.jpg.json      (images in subfolders: only if n
 """
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
     if not folder.is_dir():
         raise ImageError(f"there is no folder {str(folder)!r}")
     try:
-        by_name = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        by_name = json.loads(text, object_pairs_hook=partial(_once_each, path))
+    except PromptError:
+        raise
     except ValueError as error:
         raise PromptError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(by_name, dict) or not all(isinstance(v, dict) for v in by_name.values()):
@@ -57,6 +62,15 @@ def read_prompts(folder: Path, path: Path) -> dict[Path, Any]:
     if not prompts:
         raise ImageError(f"{str(path)!r} names no image")
     return prompts
+
+
+def _once_each(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that it has twice, Python would take the last value silently."""
+    names = Counter(name for name, _ in pairs)
+    for name, count in names.items():
+        if count > 1:
+            raise PromptError(f"{str(path)!r} names {name!r} twice: give all its prompts together")
+    return dict(pairs)
 
 
 def check_output(folder: Path, output: Path) -> None:

@@ -332,7 +332,8 @@ class Segmentation(_ReadOnlyArrays):
         *,
         prompts: Iterable[Prompt] = (),
     ) -> None:
-        """Write to a file; its suffix determines the format.
+        """Write to a file, which is replaced only once it is complete; its suffix determines the
+        format.
 
         .json  `to_roboflow(rle=True)`
         .npz   all arrays, unchanged; `Segmentation.load` reads it back
@@ -340,18 +341,16 @@ class Segmentation(_ReadOnlyArrays):
                0 background, i + 1 mask i, the best score on top (16-bit beyond 255 masks)
         .jpg   the overlay; needs `image`
         """
-        target = Path(path)
-        suffix = saving.file_kind(target, with_image=image is not None)
-        if suffix == ".json":
-            target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
-        elif suffix == ".npz":
-            # Given a path, NumPy would append .npz to an upper-case suffix.
-            with target.open("wb") as file:
-                saving.write_arrays(self, file)
-        elif image is None:
-            Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
-        else:
-            Image.fromarray(self.draw(image, prompts=prompts)).save(target)
+        suffix = saving.file_kind(Path(path), with_image=image is not None)
+        with saving.replacing(Path(path)) as target:
+            if suffix == ".json":
+                target.write_text(json.dumps(self.to_roboflow(rle=True)), encoding="utf-8")
+            elif suffix == ".npz":
+                target.write_bytes(saving.arrays(self))
+            elif image is None:
+                Image.fromarray(formats.index_mask(self.masks, self.scores)).save(target)
+            else:
+                Image.fromarray(self.draw(image, prompts=prompts)).save(target)
 
     def _prediction(self, mask: Mask, rle: bool) -> dict[str, Any]:
         x_min, y_min, x_max, y_max = (float(side) for side in mask.box)

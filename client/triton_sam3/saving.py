@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import secrets
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -40,8 +44,25 @@ def file_kind(path: Path, *, with_image: bool) -> str:
     return suffix
 
 
-def write_arrays(result: Segmentation, file: IO[bytes]) -> None:
-    """Write all fields of a result as an .npz file, without pickles."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write to, which takes the place of `path` once it is complete.
+
+    After an error, as on a full disk, `path` is what it was before.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    try:
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def arrays(result: Segmentation) -> bytes:
+    """All fields of a result as an .npz file, without pickles."""
+    file = io.BytesIO()  # given a path, NumPy would append .npz to an upper-case suffix
     np.savez_compressed(
         file,
         **{name: getattr(result, name) for name in ARRAYS},
@@ -49,18 +70,19 @@ def write_arrays(result: Segmentation, file: IO[bytes]) -> None:
         image_size=np.array(result.image_size),
         parent_id=np.array(result.parent_id),
     )
+    return file.getvalue()
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a result that `write_arrays` wrote; ValueError for any other file."""
+    """The fields of a result that `arrays` made; ValueError for any other file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            width, height = (int(side) for side in arrays["image_size"])
+        with np.load(path, allow_pickle=False) as loaded:
+            width, height = (int(side) for side in loaded["image_size"])
             return {
-                **{name: arrays[name] for name in ARRAYS},
-                **{name: tuple(arrays[name].tolist()) for name in TEXTS},
+                **{name: loaded[name] for name in ARRAYS},
+                **{name: tuple(loaded[name].tolist()) for name in TEXTS},
                 "image_size": (width, height),
-                "parent_id": str(arrays["parent_id"]),
+                "parent_id": str(loaded["parent_id"]),
             }
     except _DAMAGED as error:
         raise ValueError(

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import docker.entrypoint
@@ -35,7 +36,7 @@ def _serve(args: argparse.Namespace) -> int:
     return serve(
         Options(
             repository=args.repository,
-            address=Address(args.host, args.http_port, args.grpc_port, args.metrics_port),
+            address=Address(str(args.host), args.http_port, args.grpc_port, args.metrics_port),
             drain_mark=args.drain_mark,
             drain_seconds=args.drain_seconds,
             exit_seconds=args.exit_seconds,
@@ -49,7 +50,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    target = Target("127.0.0.1", args.http_port, args.metrics_port, args.drain_mark)
+    address = Address(str(args.host), args.http_port, GRPC_PORT, args.metrics_port)
+    target = Target(address.reachable_host, args.http_port, args.metrics_port, args.drain_mark)
     try:
         print(PROBES[args.question](target, args.timeout))
     except ProbeFailed as failure:
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_serve)
     command.add_argument("repository", type=Path, help="folder of the exported models")
-    command.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
+    _add_host(command, "IPv4 address to listen on; if not the default, probes need it too")
     _add_ports(command)
     command.add_argument("--grpc-port", type=int, default=GRPC_PORT, help="gRPC port")
     command.add_argument(
@@ -129,6 +131,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
 def _add_probe(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_probe)
     command.add_argument("question", choices=sorted(PROBES))
+    _add_host(command, "IPv4 address that the server listens on")
     _add_ports(command)
     command.add_argument("--timeout", type=float, default=10.0, help="seconds")
 
@@ -137,6 +140,12 @@ def _add_drain(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_drain)
     command.add_argument(
         "--drain-seconds", type=float, default=Options.drain_seconds, help=DRAIN_SECONDS_HELP
+    )
+
+
+def _add_host(command: argparse.ArgumentParser, explanation: str) -> None:
+    command.add_argument(
+        "--host", type=IPv4Address, default=IPv4Address("0.0.0.0"), help=explanation
     )
 
 

@@ -106,7 +106,7 @@ def live(target: Target, timeout: float) -> str:
         if errors == MAX_ERRORS or time.monotonic() + RETRY_SECONDS >= deadline:
             break
         time.sleep(RETRY_SECONDS)
-    if not failure.busy:
+    if errors == MAX_ERRORS:
         raise ProbeFailed(str(failure))
     hung = _hung(before, _observe(target, timeout))
     if hung:
@@ -234,7 +234,7 @@ def _request(
     try:
         return Probe(target.host, port).request(path, max(timeout, 0.001), inference)
     except ConnectionRefusedError as error:
-        raise ProbeFailed(f"nothing listens on port {port}") from error
+        raise ProbeFailed(f"nothing listens on {target.host}:{port}") from error
     except OSError as error:
         reason = f"no answer from {path} ({type(error).__name__})"
         raise _Unanswered(reason, busy=isinstance(error, TimeoutError)) from error

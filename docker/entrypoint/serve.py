@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from server.triton import check_repository
 MAX_FAILURES = 3
 KILL_AFTER_SECONDS = 5
 """On top of the time granted to requests in flight: unloading the models takes time as well."""
+POLL_SECONDS = 0.1
 EXIT_UNHEALTHY = 1
 
 
@@ -112,8 +114,10 @@ class _Server:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._stop, self._skip_drain = threading.Event(), threading.Event()
+        self._signals = 0
+        """How many came. Only counted when they do: the main thread may hold any lock then."""
         self._unhealthy = False
+        self._stopping = threading.Event()
         self._engines = EngineCaches(options.repository)
         # After a crash the pod's memory volumes still hold what the previous container left.
         options.drain_mark.unlink(missing_ok=True)
@@ -123,7 +127,11 @@ class _Server:
         work_dir.mkdir(mode=0o700)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._process = self._start(work_dir)
+        try:
+            self._process = self._start(work_dir)
+        except BaseException:
+            keeper.remove_leftovers(self._shm_prefix, work_dir)
+            raise
 
     def run(self) -> int:
         """Wait for the exit; the exit status, EXIT_UNHEALTHY if it had to be stopped."""
@@ -133,19 +141,21 @@ class _Server:
         output.start()
         if self._options.watch_seconds:
             threading.Thread(target=self._watch, daemon=True).start()
-        while self._process.poll() is None and not self._stop.wait(0.2):
-            pass
-        if self._process.poll() is None:
+        while self._process.poll() is None and not (self._signals or self._unhealthy):
+            time.sleep(POLL_SECONDS)
+        told_to_stop = self._process.poll() is None
+        if told_to_stop:
+            self._stopping.set()
             self._shut_down()
         status = self._process.wait()
         output.join(KILL_AFTER_SECONDS)  # a stub that outlives it keeps the pipe open
-        if not self._stop.is_set():
+        if not told_to_stop:
             for sentence in self._engines.clear_failed():
                 self._say(sentence, "error")
         return EXIT_UNHEALTHY if self._unhealthy else status
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        (self._skip_drain if self._stop.is_set() else self._stop).set()
+        self._signals += 1
 
     def _shut_down(self) -> None:
         if self._unhealthy:
@@ -153,9 +163,11 @@ class _Server:
             return
         self._say("draining")
         drain.mark(self._options.drain_mark)
-        self._skip_drain.wait(
-            drain.remaining(self._options.drain_mark, self._options.drain_seconds)
+        end = time.monotonic() + drain.remaining(
+            self._options.drain_mark, self._options.drain_seconds
         )
+        while time.monotonic() < end and self._signals < 2:  # the second one skips the drain
+            time.sleep(POLL_SECONDS)
         self._process.send_signal(signal.SIGTERM)
 
     def _watch(self) -> None:
@@ -167,7 +179,7 @@ class _Server:
             self._options.drain_mark,
         )
         started = False  # loading may take any time; tritonserver exits if it fails
-        while not self._stop.wait(self._options.watch_seconds):
+        while not self._stopping.wait(self._options.watch_seconds):
             started = started or loaded(target, self._options.watch_timeout)
             if not started:
                 continue
@@ -179,7 +191,7 @@ class _Server:
                 self._say(f"not alive ({failures} of {MAX_FAILURES}): {failure}", "error")
             if failures == MAX_FAILURES:
                 self._unhealthy = True
-                self._stop.set()
+                return
 
     def _start(self, work_dir: Path) -> "subprocess.Popen[str]":
         options = self._options

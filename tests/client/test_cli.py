@@ -131,6 +131,7 @@ def test_a_header_of_the_tokens_name_takes_its_place(name: str) -> None:
         (["segment", "PHOTO", *POINT, "-o", "x.jpg", "--index-mask"], "needs --output FILE.png"),
         (["segment", "PHOTO", *POINT, "-o", "x.npz", "--index-mask"], "needs --output FILE.png"),
         (["segment", "PHOTO", *POINT, "--index-mask"], "needs --output FILE.png"),
+        (["segment", "PHOTO", *POINT, "-o", "PHOTO"], "the result would replace the image"),
         (
             ["segment", "PHOTO", *POINT, "-o", "no/x.png"],
             "there is no folder 'no' to write 'x.png'",

@@ -69,3 +69,9 @@ def test_an_image_is_named_once(tmp_path: Path) -> None:
     prompts.write_text('{"a.jpg": {"points": [[1, 2]]}, "./a.jpg": {"points": [[3, 4]]}}')
     with pytest.raises(PromptError, match=r"names './a.jpg' twice, in two ways"):
         read_prompts(tmp_path, prompts)
+    prompts.write_text('{"a.jpg": {"points": [[1, 2]]}, "a.jpg": {"points": [[3, 4]]}}')
+    with pytest.raises(PromptError, match=r"names 'a.jpg' twice: give all its prompts together"):
+        read_prompts(tmp_path, prompts)
+    prompts.write_text('{"a.jpg": {"points": [[1, 2]], "points": [[3, 4]]}}')
+    with pytest.raises(PromptError, match=r"names 'points' twice"):
+        read_prompts(tmp_path, prompts)

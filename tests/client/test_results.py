@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pickle
+import resource
 import sys
 import uuid
 from collections.abc import Callable
@@ -334,6 +335,31 @@ def test_a_copied_or_unpickled_result_is_read_only_too(
         assert arrays
         assert not any(array.flags.writeable for array in arrays)
         np.testing.assert_array_equal(twin.logits, value.logits)
+
+
+@pytest.mark.parametrize("name", ["answer.json", "answer.npz", "answer.png", "overlay.png"])
+def test_a_full_disk_leaves_the_file_as_it_was(
+    segmentation: Segmentation, picture: NDArray[np.uint8], tmp_path: Path, name: str
+) -> None:
+    image = picture if name.startswith("overlay") else None
+    segmentation.save(tmp_path / name, image)
+    before = (tmp_path / name).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            segmentation.save(tmp_path / name, image)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / name).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_link_is_followed(segmentation: Segmentation, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    segmentation.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "file.json").read_text())
 
 
 def test_save_json(segmentation: Segmentation, tmp_path: Path) -> None:

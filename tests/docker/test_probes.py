@@ -73,6 +73,16 @@ def test_the_command_says_why_and_exits_with_0_or_1(
     assert "ready: draining" in capsys.readouterr().err
 
 
+def test_the_command_asks_where_the_server_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports = free_ports(2)
+    options = [f"--http-port={ports[0]}", f"--metrics-port={ports[1]}"]
+    for host, asked in (("127.0.0.3", "127.0.0.3"), ("0.0.0.0", "127.0.0.1")):
+        assert main(["probe", "live", f"--host={host}", *options, f"--drain-mark={tmp_path}"]) == 1
+        assert f"nothing listens on {asked}:" in capsys.readouterr().err
+
+
 def test_a_closed_port_fails_at_once(tmp_path: Path) -> None:
     http_port, metrics_port = free_ports(2)
     target = Target("127.0.0.1", http_port, metrics_port, tmp_path / "draining")
@@ -304,19 +314,35 @@ def test_a_busy_server_is_alive_and_ready(container: Container) -> None:
                 assert time.monotonic() < deadline, f"never busy, last: {said}"
 
 
+REFUSED = (503, b'{"error":"Exceeds maximum queue size 64"}')
+
+
+def finished(count: int) -> tuple[int, bytes]:
+    """Metrics by which every model has answered this many requests."""
+    line = 'nv_inference_request_success{{model="{}",version="1"}} {}\n'
+    return 200, "".join(line.format(model, count) for model in WORKERS).encode()
+
+
 def test_a_full_queue_does_not_fail_a_server_that_finishes_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def finished(count: int) -> tuple[int, bytes]:
-        line = 'nv_inference_request_success{{model="{}",version="1"}} {}\n'
-        return 200, "".join(line.format(model, count) for model in WORKERS).encode()
-
     monkeypatch.setattr(probes, "RETRY_SECONDS", 30)  # too late: the canary is sent once
-    refused = (503, b'{"error":"Exceeds maximum queue size 64"}')
-    with misbehaving.http(finished(1), (200, b"{}"), refused, finished(2)) as (url, _):
+    with misbehaving.http(finished(1), (200, b"{}"), REFUSED, finished(2)) as (url, _):
         port = int(url.rpartition(":")[2])
         said = live(Target("127.0.0.1", port, port, tmp_path / "draining"), 20)
     assert said.startswith("busy: the canary was refused")
+
+
+def test_one_error_does_not_fail_a_server_that_finishes_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "RETRY_SECONDS", 6)  # the canary is sent twice
+    failed = (500, b'{"error":"the decoder ran out of memory on this request"}')
+    config = (200, b"{}")
+    with misbehaving.http(finished(1), config, failed, config, REFUSED, finished(2)) as (url, _):
+        port = int(url.rpartition(":")[2])
+        said = live(Target("127.0.0.1", port, port, tmp_path / "draining"), 11)
+    assert said.startswith("busy: The canary inference failed: the decoder ran out of memory")
 
 
 @pytest.mark.parametrize("question", ["startup", "live", "ready"])

@@ -140,6 +140,13 @@ def test_a_missing_repository_is_reported_in_one_line(tmp_path: Path) -> None:
     assert "No model repository" in record["message"]
 
 
+def test_a_name_as_the_host_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["serve", "models", "--host=localhost"])
+    assert exited.value.code == 2
+    assert "--host: invalid IPv4Address value: 'localhost'" in capsys.readouterr().err
+
+
 def test_missing_room_for_temporary_files_is_reported_in_one_line(
     repository: Path, tmp_path: Path
 ) -> None:
@@ -290,3 +297,4 @@ def test_options_reach_triton_and_its_keeper(
     assert spawned["grace"] > 77
     assert "--trace-config=rate=9" in spawned["command"]
     assert spawned["command"][-1] == "--id=x"
+    assert not list(tmp_path.glob("triton-sam3-port*"))  # removed, as it did not start
