@@ -15,13 +15,16 @@ from benchmarks.engine import Engine
 from benchmarks.figures import markdown_table, quantity, reason
 from benchmarks.stage import OURS, Stage
 from benchmarks.timing import Sample, alternate, stopwatch
+from demo.model import ARCHITECTURE
 from triton_sam3.geometry import resize
 
 OBJECTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 BATCHES = [1, 2, 4, 8]
 CLIENTS = [1, 4, 16, 64]
 PHOTO_SIDES = [224, 448, 1024, 2048, 4096]
-MODEL_SIDES = [112, 224, 336, 448]
+MODEL_SIDES = [
+    windows * ARCHITECTURE.window_size * ARCHITECTURE.patch_size for windows in (1, 2, 3, 4)
+]
 
 
 @dataclass(frozen=True)

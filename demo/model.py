@@ -19,13 +19,13 @@ from torch.nn import functional
 from export.architecture import LOGIT_LIMIT, Architecture, InteractiveModel
 
 ARCHITECTURE = Architecture(
-    image_size=336,
-    pretrain_image_size=336,
+    image_size=392,
+    pretrain_image_size=392,
     embed_dim=192,
     depth=6,
     num_heads=6,
     mlp_dim=768,
-    window_size=8,
+    window_size=7,
     global_att_blocks=(1, 3, 5),
     decoder_mlp_dim=512,
 )

@@ -21,8 +21,8 @@ MIN_OBJECTS = 2
 MIN_IMAGE_TOKENS = 1024
 """Image tokens, over all its objects, of a launch that all cores work on. The other cores have to
 be woken at each step of a decode, and they are asleep if the user paused before the click: after
-0.3 s, one click of the demo model (576 image tokens) took 20 ms on two cores and 12.7 ms on one;
-without a pause, 8.8 ms and 9.7 ms."""
+0.3 s, one click of the demo model (784 image tokens) took 14 ms on two cores, in a quarter of cases
+20 ms, and 12 ms on one; without a pause, 7.8 ms and 10 ms."""
 
 
 class Workers:
