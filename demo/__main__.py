@@ -33,8 +33,8 @@ from triton_sam3 import Client, Prompt, SAM3Error
 CHECKPOINT = Path(__file__).with_name("checkpoint.pt")
 OUTPUT = Path("build/demo")
 SCENE_SEED = 503
-"""A picture used neither in training (demo/pictures.py) nor among the 500 of demo/measure.py. The model
-is about as good on it as on the median object of those."""
+"""A picture used neither in training (demo/pictures.py) nor among the 500 of demo/measure.py, and
+about as hard for the model as the median object of those."""
 SCENE_SIDE = 448
 
 console = Console(highlight=False, soft_wrap=True)
