@@ -157,7 +157,9 @@ async def attempt_async(
 def _forget_variables(error: BaseException | None) -> None:
     """Clear what an error's traceback keeps alive, such as the decoded image: callers collect
     failures, and pass paths so as not to hold the images."""
-    while error is not None:
+    seen: set[int] = set()  # chains may be circular
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
