@@ -3,6 +3,8 @@
 import inspect
 import subprocess
 import sys
+from types import UnionType
+from typing import Union, get_origin
 
 import pytest
 
@@ -71,7 +73,10 @@ def test_both_clients_have_the_same_methods_arguments_and_defaults(
 
 def test_every_public_name_is_documented() -> None:
     for name in NAMES:
-        assert inspect.getdoc(getattr(triton_sam3, name)), name
+        value = getattr(triton_sam3, name)
+        if get_origin(value) in (Union, UnionType):
+            continue  # an alias is documented below it, where Python does not see it
+        assert inspect.getdoc(value), name
 
 
 def test_importing_needs_no_torch() -> None:
