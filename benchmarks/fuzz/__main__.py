@@ -41,7 +41,7 @@ def main(
         models = variant(built, Path(folder), KEPT_BYTES)
         with TritonServer(models, log=Path(folder) / "log") as server:
             outcome = _fuzz(server, requests, seed)
-            _save([*outcome.warm_up.findings, *outcome.tally.findings])
+            _save(outcome.kept)
     _show(outcome)
     if write:
         write_section("fuzz", markdown(outcome, origin))
@@ -66,8 +66,7 @@ def _save(findings: list[Finding]) -> None:
 
 def _show(outcome: Outcome) -> None:
     console.print(dict(outcome.tally.total), markup=False)
-    found = [*outcome.warm_up.findings, *outcome.tally.findings]
-    by_line = Counter(finding.line() for finding in found)
+    by_line = Counter(finding.line() for finding in outcome.kept)
     for line, count in by_line.most_common(40):
         console.print(f"{count} × {line[:300]}", style="red", markup=False)
     for mark in outcome.marks:

@@ -192,6 +192,11 @@ class Outcome:
         return self.warm_up.total[FINDING] + self.tally.total[FINDING]
 
     @property
+    def kept(self) -> list[Finding]:
+        """Those with the octets that reproduce them."""
+        return [*self.warm_up.findings, *self.tally.findings]
+
+    @property
     def same_processes(self) -> bool:
         return len({mark.processes for mark in self.marks}) == 1
 

@@ -184,7 +184,7 @@ def _as_the_block_reads(points: Any) -> Any:
     if not isinstance(points, (list, tuple)):
         return points
     return [
-        {**{k: p[k] for k in ("x", "y")}, "positive": bool(p.get("positive", True))}
+        {"x": p["x"], "y": p["y"], "positive": bool(p.get("positive", True))}
         if isinstance(p, Mapping) and p.keys() >= {"x", "y"}
         else p
         for p in points

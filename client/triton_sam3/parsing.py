@@ -14,6 +14,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -130,12 +131,10 @@ def parse_bool(value: Any, name: str) -> bool:
 def parse_threshold(value: Any) -> float:
     """Parse the minimum score of a mask; NaN would silently drop every mask."""
     native = _native(value)
-    if isinstance(native, bool) or not isinstance(native, numbers.Real):
-        raise PromptError(f"threshold must be a number, got {quote(value)}")
-    try:
-        threshold = float(native)
-    except OverflowError:  # an integer of hundreds of digits
-        threshold = math.nan
+    threshold = math.nan
+    if isinstance(native, numbers.Real) and not isinstance(native, bool):
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            threshold = float(native)
     if math.isnan(threshold):
         raise PromptError(f"threshold must be a number, got {quote(value)}")
     return threshold
